@@ -1,0 +1,437 @@
+"""Every knob of a training run: frozen dataclasses, read from TOML and flags.
+
+A preset or a TOML file gives the values, flags override them, `validate` checks what does not need the
+data or the devices. Whatever the user got wrong is a `UserError`: one line that says what was found,
+what was expected and what to type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+PRESETS = Path(__file__).parent / "configs"
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
+TokenizerName = Literal["gpt2", "bytes", "chars"]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: commands print the one line and end with exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The architecture, and how it is computed."""
+
+    vocab_size: int = 50257
+    """Tokens in the vocabulary; 0 takes the tokenizer's. Padded to a multiple of 128 inside the model only."""
+    block_size: int = 1024
+    """Longest sequence, in tokens (GPT-2's n_positions)."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Dropout rate after the embeddings, on attention weights and on both residual branches."""
+    bias: bool = True
+    """Biases in linear layers and layer norms. GPT-2 has them; nanoGPT's recipes do not."""
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """GPT-2 uses the tanh approximation of GELU, nanoGPT the exact one."""
+    attention: AttentionBackend = "auto"
+    """Attention kernel: auto picks by platform, dtype, shape and dropout, and the run says why."""
+    scan_layers: bool = False
+    """Compile one block and scan over the layers: faster to compile, smaller program, slower steps."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks."""
+    loss_chunk: int = 4096
+    """Tokens whose logits exist at the same time in the training loss; 0 for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from: either `text`, or `train` and `val`."""
+
+    text: str = ""
+    """Text file or glob to train on; "stdlib" is the source of the running Python's standard library."""
+    train: str = ""
+    """Glob of token files (llm.c's format) to train on."""
+    val: str = ""
+    """Glob of token files to validate on."""
+    tokenizer: TokenizerName = "gpt2"
+    """How text becomes tokens: GPT-2's byte pairs, raw bytes, or the text's own characters."""
+    val_fraction: float = 0.1
+    """Share of `text` held out: of the files, by a hash of their names, or the end of a single file."""
+    characters: str = ""
+    """Alphabet of tokenizer "chars", in token order; empty takes the text's own, sorted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Clip by global norm, then AdamW with masked decay, on a warmup-cosine schedule."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached by the last warm-up update."""
+    final_learning_rate: float = 6e-5
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 715
+    """Updates of linear warm-up."""
+    decay_steps: int = 0
+    """Update at which the cosine ends, warm-up included; 0 for `steps`."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled decay of every tensor of rank 2 and up (embeddings included)."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = -1
+    """Replicas: each computes its share of the batch."""
+    fsdp: int = 1
+    """Devices that share one copy of parameters and optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is written to OUT/checkpoints, always after the last update too."""
+
+    every: int = 1000
+    """Updates between checkpoints; 0 for the last one only."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the one with the best validation loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation during the run, always after the last update too."""
+
+    every: int = 250
+    """Updates between evaluations; 0 for the last one only."""
+    tokens: int = 0
+    """Validation tokens per evaluation, from the first on; 0 for all of them."""
+    sample_tokens: int = 0
+    """Tokens that the finished model writes at the end of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Rows of OUT/metrics.jsonl, and the lines or the bar that you see."""
+
+    every: int = 10
+    """Updates between training rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, whole: what config.toml in the run directory holds."""
+
+    out: str
+    """Run directory. If it holds checkpoints of the same config, the run continues exactly."""
+    steps: int
+    """Optimizer updates, in total."""
+    batch_size: int
+    """GLOBAL sequences per update, over all devices and micro-batches."""
+    micro_batch_size: int = 0
+    """Sequences per device per forward pass; 0 for all at once. Accumulation follows from the two sizes."""
+    batch_ramp: tuple[tuple[int, int], ...] = ()
+    """Smaller batches at the start: pairs (until this many tokens, this many sequences), then batch_size."""
+    seed: int = 1337
+    """Seeds the initial parameters, the data order and dropout."""
+    dtype: Dtype = "auto"
+    """Of the matrix products: auto is bfloat16 on accelerators and float32 on CPU. The rest is float32."""
+    model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+# Keys that change speed, memory or what is written, but not the sequence of updates. (Of the layout of a
+# batch over devices and micro-batches only the order of float additions and the dropout masks depend.)
+NOT_MATHEMATICS = re.compile(
+    r"out|steps|micro_batch_size|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
+)
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """The keys that change the mathematics of a run, as `key: theirs -> ours` lines."""
+    mine, other = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {other[key]!r} -> {mine[key]!r}"
+        for key in mine
+        if mine[key] != other[key] and not NOT_MATHEMATICS.fullmatch(key)
+    ]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as `{"steps": ..., "model.n_layer": ...}`, in the order of its declaration."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def preset_names() -> dict[str, str]:
+    """Every preset with the first line of its header."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        for path in sorted(PRESETS.glob("*.toml"))
+    }
+
+
+def read_config(name: str) -> TrainConfig:
+    """The config of a preset name or of a TOML file.
+
+    Raises:
+        UserError: no such preset or file, not TOML, an unknown key, a missing key, a wrong type.
+    """
+    path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(
+            f"--config {name}: {reason}; give a .toml file or a preset: {', '.join(preset_names())}"
+        ) from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    return _from_table(TrainConfig, table, str(path))
+
+
+def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
+    """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
+
+    Raises:
+        UserError: for everything that can be found wrong before looking at data and devices.
+        SystemExit: code 0 after `--help`; without `--config`, the presets are listed.
+    """
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    name, rest = "", []
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == "--config":
+            name = next(remaining, "")
+        else:
+            rest.append(arg)
+    if not name:
+        asks_help = "--help" in rest or "-h" in rest
+        print(f"{description}\n\nusage: {prog} --config NAME|FILE.toml [--section.key value ...]\n\npresets:")
+        print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
+        print(f"\nevery key, with its meaning: {prog} --config NAME --help")
+        raise SystemExit(0 if asks_help else 2)
+    config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
+    validate(config)
+    return config
+
+
+def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
+    """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
+    known = flatten(config)
+    words = []
+    for arg in args:
+        if arg.startswith("--") and arg != "--help":
+            key = arg[2:].replace("-", "_")
+            if key not in known:
+                raise UserError(f"unknown flag {arg}; {_nearest(key, known, prefix='--')}")
+            arg = "--" + key
+        elif arg in ("true", "false"):  # as TOML spells them
+            arg = arg.capitalize()
+        words.append(arg)
+    printed = io.StringIO()
+    try:
+        if "--help" in words or "-h" in words:
+            return _tyro(config, words, prog, description)
+        with redirect_stderr(printed), redirect_stdout(printed):
+            return _tyro(config, words, prog, description)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
+        parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
+        raise UserError(" ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())) from None
+
+
+def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:
+    return tyro.cli(
+        TrainConfig,
+        default=config,
+        args=args,
+        prog=prog,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _nearest(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
+    """What to type instead of an unknown key: the closest spelling, or the same name in another section."""
+    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same_name[:1]
+    return f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
+    """Builds a config dataclass from a TOML table, checking names and types."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            known = [prefix + name for name in hints]
+            raise UserError(f"{where}: unknown key {prefix}{key}; {_nearest(prefix + key, dict.fromkeys(known))}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")
+            values[key] = _from_table(hints[key], value, where, f"{key}.")
+        else:
+            values[key] = _typed(hints[key], value, f"{where}: {prefix}{key}")
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: missing key {prefix}{missing[0]}; write {prefix}{missing[0]} = ...")
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a `UserError`; integers are taken for floats, nothing else is bent."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise UserError(f"{where} = {value!r}; expected one of {', '.join(map(repr, get_args(hint)))}")
+    if get_origin(hint) is tuple:
+        inner, *rest = get_args(hint)
+        if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
+            return tuple(_typed(inner, item, where) for item in value)
+        raise UserError(f"{where} = {value!r}; expected a list of pairs such as [[1000000, 64]]")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+    return value
+
+
+# --- checking and writing ------------------------------------------------------------------------------
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses what can be seen to be impossible without data and devices.
+
+    Raises:
+        UserError: names the key, its value and what to type instead.
+    """
+    values = flatten(config)
+
+    def require(key: str, holds: Callable[[Any], bool], expected: str) -> None:
+        if not holds(values[key]):
+            raise UserError(f"{key} = {values[key]!r}; expected {expected}")
+
+    for key in ("steps", "batch_size", "model.block_size", "model.n_layer", "model.n_head", "model.n_embd"):
+        require(key, lambda value: value >= 1, "at least 1")
+    for key in ("log.every", "checkpoint.keep"):
+        require(key, lambda value: value >= 1, "at least 1")
+    for key in ("micro_batch_size", "seed", "checkpoint.every", "eval.every", "eval.tokens", "eval.sample_tokens"):
+        require(key, lambda value: value >= 0, "0 or more")
+    for key in ("model.vocab_size", "model.loss_chunk", "optimizer.warmup_steps", "optimizer.decay_steps"):
+        require(key, lambda value: value >= 0, "0 or more")
+    for key in ("optimizer.final_learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"):
+        require(key, lambda value: 0 <= value < float("inf"), "a finite number, 0 or more")
+    for key in ("optimizer.learning_rate", "optimizer.epsilon"):
+        require(key, lambda value: 0 < value < float("inf"), "a finite number above 0")
+    for key in ("optimizer.beta1", "optimizer.beta2", "model.dropout"):
+        require(key, lambda value: 0 <= value < 1, "0 or more and below 1")
+    require("data.val_fraction", lambda value: 0 < value < 1, "above 0 and below 1")
+    require("mesh.data", lambda value: value == -1 or value >= 1, "-1 or at least 1")
+    require("mesh.fsdp", lambda value: value == -1 or value >= 1, "-1 or at least 1")
+    require("out", bool, "the name of a run directory")
+
+    model = config.model
+    if model.n_embd % model.n_head:
+        raise UserError(f"model.n_embd = {model.n_embd} is not a multiple of model.n_head = {model.n_head}")
+    if config.mesh.data == -1 and config.mesh.fsdp == -1:
+        raise UserError("mesh.data and mesh.fsdp are both -1; only one can take what is left")
+    decay_steps = config.optimizer.decay_steps or config.steps
+    if config.optimizer.warmup_steps > decay_steps:
+        raise UserError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than the {decay_steps} updates of "
+            f"the schedule; type --optimizer.warmup_steps {decay_steps // 10}"
+        )
+    previous_tokens, previous_size = 0, 1
+    for tokens, size in config.batch_ramp:
+        if tokens <= previous_tokens or size < previous_size or size > config.batch_size:
+            raise UserError(
+                f"batch_ramp = {config.batch_ramp}; expected pairs (tokens, sequences), tokens rising and sequences "
+                f"growing towards batch_size = {config.batch_size}"
+            )
+        previous_tokens, previous_size = tokens, size
+    data = config.data
+    if bool(data.text) == bool(data.train) or bool(data.train) != bool(data.val):
+        raise UserError("no data, or two kinds of it; give either --data.text, or --data.train and --data.val")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The complete config as TOML, which `read_config` reads back to the same values."""
+    lines: list[str] = []
+    section = ""
+    for key, value in flatten(config).items():
+        *path, name = key.split(".")
+        if "".join(path) != section:
+            section = "".join(path)
+            lines.append(f"\n[{section}]")
+        lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Runs a command's `main` on the command line; a `UserError` is one line on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,153 @@
+"""Text to train on: the user's files, or the standard library of the running Python.
+
+The standard library is there wherever this package runs: about 10 MB of real text that needs no download.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax.config import DataConfig, UserError
+from gpt2_jax.data.tokenizer import Tokenizer, encode_document, end_of_text, get_tokenizer
+
+STDLIB = "stdlib"
+# Tests; third-party packages; generated tables (code pages, grammars, help texts, keyword and type tables).
+STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+
+WHERE_TO_GET = {
+    "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text: its name, which decides whether it is held out, and its bytes."""
+
+    name: str
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and held-out ones."""
+
+    train: tuple[Document, ...]
+    val: tuple[Document, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedCorpus:
+    """The two streams of tokens (uint16), their tokenizer, and the held-out bytes that `val` predicts."""
+
+    train: np.ndarray
+    val: np.ndarray
+    val_text: bytes
+    tokenizer: Tokenizer
+
+
+def read_corpus(config: DataConfig) -> Corpus:
+    """The documents of `data.text`, split.
+
+    Of several files those with the smallest hashes of their names are held out, `val_fraction` of them: a
+    file stays on its side when others come and go. Of one file the end is held out.
+
+    Raises:
+        UserError: no file matches, or a file is empty or cannot be read.
+    """
+    if config.text == STDLIB:
+        return split_by_name(_stdlib_documents(), config.val_fraction)
+    pattern = os.path.expanduser(config.text)
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
+        source = WHERE_TO_GET.get(Path(pattern).name)
+        advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"
+        raise UserError(f"data.text = {config.text!r} matches no file; type {advice}")
+    try:
+        documents = [Document(os.path.basename(path), Path(path).read_bytes()) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for path, document in zip(paths, documents, strict=True):
+        if not document.content:
+            raise UserError(f"{path} is empty; data.text needs files with text in them")
+    if len(documents) > 1:
+        return split_by_name(documents, config.val_fraction)
+    return _split_end(documents[0], config)
+
+
+def split_by_name(documents: Sequence[Document], val_fraction: float) -> Corpus:
+    """Holds out the documents whose hashed names fall into the first `val_fraction` of all hashes.
+
+    At least one document is on either side.
+    """
+
+    def share(document: Document) -> float:
+        digest = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    ordered = sorted(documents, key=lambda document: (share(document), document.name))
+    n_val = sum(share(document) < val_fraction for document in ordered)
+    n_val = min(max(n_val, 1), len(ordered) - 1)
+    held_out = set(map(id, ordered[:n_val]))
+    return Corpus(
+        train=tuple(document for document in documents if id(document) not in held_out),
+        val=tuple(document for document in documents if id(document) in held_out),
+    )
+
+
+def _split_end(document: Document, config: DataConfig) -> Corpus:
+    """As nanoGPT splits: the first 90% (of the characters, or of the bytes) train, the rest validates."""
+    if config.tokenizer == "bytes":
+        whole: bytes | str = document.content
+    else:
+        try:
+            whole = document.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{document.name} is not UTF-8 text (byte {error.start}); convert it, or type --data.tokenizer bytes"
+            ) from error
+    cut = int(len(whole) * (1 - config.val_fraction))
+    parts = [part.encode() if isinstance(part, str) else part for part in (whole[:cut], whole[cut:])]
+    train, val = (Document(document.name, part) for part in parts)
+    return Corpus((train,), (val,))
+
+
+def _stdlib_documents() -> list[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path for path in root.rglob("*.py") if not STDLIB_WITHOUT.intersection(path.relative_to(root).parts))
+    documents = [Document(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
+    documents = [document for document in documents if document.content]
+    if not documents:
+        raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")
+    return documents
+
+
+def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
+    """The two token streams of a corpus, end-of-text before each document where the tokenizer has one.
+
+    Raises:
+        UserError: a document is not what the tokenizer takes.
+    """
+    characters = config.characters
+    if config.tokenizer == "chars" and not characters:
+        used: set[str] = set()
+        for document in corpus.train + corpus.val:
+            used.update(document.content.decode("utf-8", "replace"))
+        characters = "".join(sorted(used))
+    tokenizer = get_tokenizer(config.tokenizer, characters)
+
+    def stream(documents: Sequence[Document]) -> np.ndarray:
+        parts = [encode_document(tokenizer, document.content, document.name) for document in documents]
+        return np.concatenate(parts)
+
+    val_text = b"".join(document.content for document in corpus.val)
+    if end_of_text(tokenizer) is None:  # then nothing stands before the first character to predict it from
+        val_text = val_text.decode("utf-8", "replace")[1:].encode()
+    return TokenizedCorpus(stream(corpus.train), stream(corpus.val), val_text, tokenizer)

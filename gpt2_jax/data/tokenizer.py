@@ -1,0 +1,115 @@
+"""Tokenizers: GPT-2's byte pairs, raw bytes, or the characters of one text.
+
+The first two are `tiktoken.Encoding`s. A literal `<|endoftext|>` in a text is always text: only the data
+pipeline writes the end-of-text token.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import tiktoken
+
+from gpt2_jax.config import TokenizerName, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What data preparation and sampling ask of a tokenizer; `tiktoken.Encoding` has it."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Tokens of a text, special tokens taken as text."""
+        ...
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The bytes that tokens stand for; they need not be whole UTF-8 characters."""
+        ...
+
+
+class CharTokenizer:
+    """One token per character of an alphabet, as nanoGPT's `shakespeare_char`; it has no end-of-text token."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self._token = {character: token for token, character in enumerate(characters)}
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self.characters)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        try:
+            return [self._token[character] for character in text]
+        except KeyError as error:
+            raise UserError(
+                f"the text has the character {error.args[0]!r}, which is not among the {self.n_vocab} of "
+                "data.characters; add it there, or leave data.characters empty"
+            ) from None
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return "".join(self.characters[token] for token in tokens).encode()
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """256 bytes, then end-of-text as token 256."""
+    return tiktoken.Encoding(
+        "bytes",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={END_OF_TEXT: 256},
+    )
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """tiktoken's "gpt2": 50,257 tokens. tiktoken downloads the vocabulary at its first use and keeps it.
+
+    Raises:
+        UserError: the vocabulary is neither in tiktoken's cache nor to be downloaded.
+    """
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the HTTP stack raises: tiktoken promises no type
+        raise UserError(
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); on a machine without network set "
+            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another one, or type --data.tokenizer bytes"
+        ) from error
+
+
+def get_tokenizer(name: TokenizerName, characters: str = "") -> Tokenizer:
+    """The tokenizer of a config's `data.tokenizer` and `data.characters`."""
+    if name == "chars":
+        return CharTokenizer(characters)
+    return byte_encoding() if name == "bytes" else gpt2_encoding()
+
+
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The token that stands before each document, None if the tokenizer has none."""
+    return tokenizer.eot_token if isinstance(tokenizer, tiktoken.Encoding) else None
+
+
+def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:
+    """Tokens of one document, uint16, end-of-text before them where the tokenizer has it.
+
+    Raises:
+        UserError: the document is not UTF-8, and the tokenizer is not bytes.
+    """
+    start = end_of_text(tokenizer)
+    prefix = [] if start is None else [start]
+    if isinstance(tokenizer, tiktoken.Encoding) and tokenizer.name == "bytes":
+        # Every byte is its own token, valid UTF-8 or not: the encoding's own loop, at the speed of a copy.
+        tokens = np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
+        return np.concatenate([np.array(prefix, dtype=np.uint16), tokens])
+    try:
+        text = document.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it, or type --data.tokenizer bytes"
+        ) from error
+    return np.array(prefix + tokenizer.encode_ordinary(text), dtype=np.uint16)

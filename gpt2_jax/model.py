@@ -1,0 +1,216 @@
+"""GPT-2 (Radford et al. 2019) as a Flax module, with the parameter names of the released checkpoints.
+
+    wte/embedding [padded_vocab, n_embd]      wpe/embedding [block_size, n_embd]
+    h_N/ln_1, h_N/ln_2, ln_f: scale, bias [n_embd]
+    h_N/attn/c_attn/kernel [n_embd, 3 n_embd]   h_N/attn/c_proj/kernel [n_embd, n_embd]
+    h_N/mlp/c_fc/kernel [n_embd, 4 n_embd]      h_N/mlp/c_proj/kernel [4 n_embd, n_embd]   each with its bias
+
+With `scan_layers` the blocks' parameters are stacked along a leading axis under `h`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gpt2_jax.attention import causal_attention
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.loss import head_logits
+from gpt2_jax.sharding import constrain_batch
+
+Params = dict[str, Any]
+
+INIT_STD = 0.02  # Of every matrix and both embeddings.
+LAYER_NORM_EPSILON = 1e-5  # Flax's default is 1e-6.
+VOCAB_MULTIPLE = 128  # Matrix units want multiples of 128: 50257 becomes 50304.
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def padded_vocab_size(config: GPT2Config) -> int:
+    """Rows of the token embedding: `vocab_size` rounded up to a multiple of 128."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _dense(config: GPT2Config, dtype: jnp.dtype, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name)
+
+
+def _layer_norm(config: GPT2Config, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    # Flax takes the statistics in float32 whatever the dtype; the two-pass variance is torch's.
+    return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype, use_bias=config.bias, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused projection for queries, keys and values."""
+
+    config: GPT2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """[batch, time, n_embd] -> [batch, time, n_embd]."""
+        config = self.config
+        dropout = 0.0 if deterministic else config.dropout
+        heads = (*x.shape[:2], config.n_head, config.n_embd // config.n_head)
+        qkv = _dense(config, self.dtype, 3 * config.n_embd, "c_attn")(x)
+        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        key = self.make_rng("dropout") if dropout else None
+        y = causal_attention(q, k, v, backend=config.attention, dropout=dropout, dropout_key=key)
+        std = INIT_STD / (2 * config.n_layer) ** 0.5  # 2 residual branches per block (GPT-2 paper, section 2.3)
+        y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y.reshape(x.shape))
+        return nn.Dropout(dropout)(y, deterministic)
+
+
+class MLP(nn.Module):
+    """The position-wise network: four times as wide inside, GELU (Hendrycks and Gimpel 2016)."""
+
+    config: GPT2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """[batch, time, n_embd] -> [batch, time, n_embd]."""
+        config = self.config
+        y = nn.gelu(_dense(config, self.dtype, 4 * config.n_embd, "c_fc")(x), approximate=config.gelu == "tanh")
+        std = INIT_STD / (2 * config.n_layer) ** 0.5
+        y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y)
+        return nn.Dropout(config.dropout)(y, deterministic)
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: GPT2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+        """[batch, time, n_embd] -> the same, and nothing for each layer (`nn.scan` wants a pair)."""
+        x = constrain_batch(x)
+        x += Attention(self.config, self.dtype, name="attn")(
+            _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic
+        )
+        x += MLP(self.config, self.dtype, name="mlp")(_layer_norm(self.config, self.dtype, "ln_2")(x), deterministic)
+        return x, None
+
+
+class GPT2(nn.Module):
+    """The language model.
+
+    Attributes:
+        config: the architecture.
+        dtype: of activations and of the operands of matrix products; parameters are float32.
+    """
+
+    config: GPT2Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def hidden(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The output of the final layer norm, from which `loss.cross_entropy` starts.
+
+        Args:
+            tokens: int [batch, time], time at most `block_size`.
+            deterministic: False applies dropout, with the random key "dropout".
+
+        Returns:
+            [batch, time, n_embd] in `dtype`.
+
+        Raises:
+            ValueError: the sequence is longer than `block_size`.
+        """
+        config = self.config
+        time = tokens.shape[-1]
+        if time > config.block_size:
+            raise ValueError(f"{time} tokens are more than the model's block_size of {config.block_size}")
+        init = nn.initializers.normal(INIT_STD)
+        wte = nn.Embed(
+            padded_vocab_size(config), config.n_embd, dtype=self.dtype, embedding_init=_init_wte(config), name="wte"
+        )
+        wpe = nn.Embed(config.block_size, config.n_embd, dtype=self.dtype, embedding_init=init, name="wpe")
+        x = nn.Dropout(config.dropout)(wte(tokens) + wpe(jnp.arange(time))[None], deterministic)
+        block: Any = Block
+        if config.remat != "none":
+            policy = REMAT_POLICIES[config.remat]
+            block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=(2,))
+        if config.scan_layers:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.n_layer,
+            )
+            x, _ = layers(config, self.dtype, name="h")(x, deterministic)
+        else:
+            for layer in range(config.n_layer):
+                x, _ = block(config, self.dtype, name=f"h_{layer}")(x, deterministic)
+        return _layer_norm(config, self.dtype, "ln_f")(x)
+
+    def __call__(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Logits of the next token at every position: int [batch, time] -> float32 [batch, time, vocab_size].
+
+        Raises:
+            ValueError: the sequence is longer than `block_size`.
+        """
+        hidden = self.hidden(tokens, deterministic)
+        embedding = self.get_variable("params", "wte")["embedding"]
+        return head_logits(hidden, embedding, self.config.vocab_size)[..., : self.config.vocab_size]
+
+
+def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
+    """Normal rows for the vocabulary, zeros for the padding: its gradient is zero too, so it stays zero."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        rows = nn.initializers.normal(INIT_STD)(key, (config.vocab_size, config.n_embd), dtype)
+        return jnp.pad(rows, ((0, shape[0] - config.vocab_size), (0, 0)))
+
+    return init
+
+
+def init_params(model: GPT2, key: jax.Array) -> Params:
+    """Initial float32 parameters, the same whether the layers are scanned or not."""
+    unrolled = GPT2(dataclasses.replace(model.config, scan_layers=False, attention="xla"), model.dtype)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params: Params = unrolled.init(key, tokens, method="hidden")["params"]
+    return stack_layers(params) if model.config.scan_layers else params
+
+
+def _is_params(node: Any) -> bool:
+    return isinstance(node, dict) and "wte" in node
+
+
+def stack_layers(tree: Any) -> Any:
+    """Any tree that holds parameter trees (a state with its moments, say) with `h_0`, `h_1`, … stacked into `h`."""
+
+    def stack(params: Params) -> Params:
+        layers = [params[f"h_{layer}"] for layer in range(sum(name.startswith("h_") for name in params))]
+        rest = {name: value for name, value in params.items() if not name.startswith("h_")}
+        return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+    return jax.tree.map(lambda node: stack(node) if _is_params(node) else node, tree, is_leaf=_is_params)
+
+
+def unstack_layers(tree: Any) -> Any:
+    """The inverse of `stack_layers`: checkpoints and exports hold one entry per layer."""
+
+    def unstack(params: Params) -> Params:
+        n_layer = jax.tree.leaves(params["h"])[0].shape[0]
+        rest = {name: value for name, value in params.items() if name != "h"}
+        return rest | {
+            f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(n_layer)
+        }
+
+    return jax.tree.map(lambda node: unstack(node) if _is_params(node) else node, tree, is_leaf=_is_params)
+
+
+def n_params(params: Params, config: GPT2Config) -> int:
+    """Parameters of the model itself: the padding of the vocabulary is not counted."""
+    padding = (padded_vocab_size(config) - config.vocab_size) * config.n_embd
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding

@@ -1,0 +1,78 @@
+"""The device mesh, and where parameters and batches live on it.
+
+Axes: `data` replicates the model and splits the batch; `fsdp` splits the batch too, and the parameters,
+gradients and optimizer state. Plain data parallelism is `fsdp` = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.config import MeshConfig, UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (all by default).
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, fsdp = config.data, config.fsdp
+    if data == -1:
+        data = len(devices) // fsdp
+    elif fsdp == -1:
+        fsdp = len(devices) // data
+    if data * fsdp != len(devices):
+        raise UserError(
+            f"mesh.data = {config.data} × mesh.fsdp = {config.fsdp} does not make the {len(devices)} devices here; "
+            "type --mesh.data -1 --mesh.fsdp 1"
+        )
+    # Auto axes: Flax modules know nothing of explicit ones, and `nn.Embed`'s gather fails under them.
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def state_sharding(mesh: Mesh, shapes: Any) -> Any:
+    """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
+
+    The largest dimension that `fsdp` divides is split. Vectors stay whole: they are small, and a layer norm's
+    gather costs more than its memory.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(leaf: Any) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
+        if fsdp == 1 or len(leaf.shape) < 2 or not divisible:
+            return NamedSharding(mesh, P())
+        largest = max(divisible, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*(None,) * largest, "fsdp"))
+
+    return jax.tree.map(place, shapes)
+
+
+def batch_sharding(mesh: Mesh, *, micro_batches: bool) -> NamedSharding:
+    """Of [batch, time] arrays, or with `micro_batches` of [micro_batches, batch, time] ones."""
+    return NamedSharding(mesh, P(None, BATCH_AXES) if micro_batches else P(BATCH_AXES))
+
+
+def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """This process's slice of a global batch -> the global array, each device with its share."""
+    return jax.make_array_from_process_local_data(sharding, batch)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps the batch of an activation split where the compiler chooses placements.
+
+    Without it GSPMD splits the residual stream by features, after the weights, and moves activations
+    all-to-all in every block.
+    """
+    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().auto_axes if axis in BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
