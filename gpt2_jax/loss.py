@@ -49,7 +49,7 @@ def cross_entropy(
         return total + _nats(*part, embedding, vocab_size)[0], None
 
     parts = _chunks(hidden, targets, chunk)
-    return jax.lax.scan(add, _zeros((), jnp.float32, hidden, embedding), parts)[0]
+    return jax.lax.scan(add, _zeros((), targets), parts)[0]
 
 
 def _nats(
@@ -81,10 +81,7 @@ def _forward(
         d_embedding += jnp.einsum("nv,nc->vc", d_logits, hidden, preferred_element_type=jnp.float32)
         return (total + nats, d_embedding), d_hidden
 
-    start = (
-        _zeros((), jnp.float32, hidden, embedding),
-        _zeros(embedding.shape, jnp.float32, hidden, embedding),
-    )
+    start = _zeros((), targets), _zeros(embedding.shape, targets)
     (total, d_embedding), d_hidden = jax.lax.scan(add, start, _chunks(hidden, targets, chunk))
     d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     return total, (d_hidden, d_embedding.astype(embedding.dtype))
@@ -110,8 +107,9 @@ def _chunks(hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Arra
     return hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array) -> jax.Array:
-    """Zeros to start a loop with, varying over the same manual mesh axes as what the loop adds to them."""
-    axes = tuple(frozenset().union(*(jax.typeof(x).vma for x in like)))
-    zeros = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+def _zeros(shape: tuple[int, ...], targets: jax.Array) -> jax.Array:
+    """Float32 zeros to start a loop with, computed from the targets.
+
+    A constant would not do: under `shard_map` the loop's sums differ per device, and so must its start.
+    """
+    return jnp.broadcast_to((targets.reshape(-1)[0] * 0).astype(jnp.float32), shape)

@@ -1,0 +1,166 @@
+"""The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
+
+The devices of the mesh axis `data` each scan their micro-batches; `optax.MultiSteps` accumulates inside that
+scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer. `fsdp` is left to
+the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.loss import IGNORE, cross_entropy
+from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.optimizer import OncePerUpdateState, once_per_update
+from gpt2_jax.sharding import batch_sharding, state_sharding
+
+
+class TrainState(NamedTuple):
+    """All that changes from update to update. The data position follows from `step`.
+
+    The accumulator of `optax.MultiSteps` is not here: it is zero between updates.
+    """
+
+    step: jax.Array  # int32 [], updates done
+    params: Params
+    opt_state: OncePerUpdateState
+
+
+class Metrics(NamedTuple):
+    """Of one update, over the whole batch and all devices: float32 scalars."""
+
+    loss: jax.Array  # nats per token
+    grad_norm: jax.Array  # global norm of the mean gradient, before clipping
+
+
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Mesh axes that the step handles itself. `fsdp` of 1 joins them, so that kernels see plain local arrays."""
+    return ("data", "fsdp") if mesh.shape["fsdp"] == 1 else ("data",)
+
+
+def init_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A new state, created in place on the devices that hold its parts."""
+
+    def init() -> TrainState:
+        params = init_params(model, jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, once_per_update(optimizer, ()).init(params))
+
+    shardings = state_sharding(mesh, jax.eval_shape(init))
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result."""
+
+    def init() -> TrainState:
+        params = init_params(model, jax.random.key(0))
+        return TrainState(jnp.zeros((), jnp.int32), params, once_per_update(optimizer, ()).init(params))
+
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(mesh, shapes),
+    )
+
+
+def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainStep:
+    """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
+
+    `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences split over the mesh. Each pair of
+    lengths compiles once.
+    """
+    config = model.config
+    axes = _manual_axes(mesh)
+    inner = once_per_update(optimizer, axes)
+
+    def micro_loss(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        """Mean nats per token of one micro-batch on one device."""
+        rngs = {"dropout": key} if config.dropout else None
+        hidden = model.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
+        targets = tokens[:, 1:]
+        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+        return total / targets.size
+
+    def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        micro_batches = tokens.shape[0]
+        multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        # Gradients with respect to parameters that count as different on each device: with respect to shared
+        # ones, differentiation itself would add a reduction to every micro-step.
+        params = jax.lax.pcast(state.params, axes, to="varying")
+
+        def micro_step(
+            carry: tuple[optax.MultiStepsState, jax.Array, Any], batch: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[optax.MultiStepsState, jax.Array, Any], None]:
+            opt_state, total, _ = carry
+            index, tokens = batch
+            loss, grads = jax.value_and_grad(micro_loss)(params, tokens, jax.random.fold_in(key, index))
+            emit = opt_state.mini_step == micro_batches - 1
+            updates, opt_state = multi_steps.update(grads, opt_state, state.params, emit=emit)
+            return (opt_state, total + loss, updates), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        start = optax.MultiStepsState(
+            mini_step=jnp.zeros((), jnp.int32),
+            gradient_step=state.step,
+            inner_opt_state=state.opt_state,
+            acc_grads=jax.lax.pcast(zeros, axes, to="varying"),
+            skip_state=(),
+        )
+        carry = (start, jax.lax.pcast(jnp.zeros((), jnp.float32), axes, to="varying"), zeros)
+        (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
+        new = TrainState(
+            opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state
+        )
+        loss = jax.lax.pmean(total / micro_batches, axes)
+        return new, Metrics(loss, new.opt_state.grad_norm)
+
+    sharded = jax.shard_map(
+        update, mesh=mesh, in_specs=(P(), P(None, axes)), out_specs=(P(), P()), axis_names=set(axes)
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        sharded,
+        in_shardings=(shardings, batch_sharding(mesh, micro_batches=True)),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
+    """The jitted evaluation: (params, tokens) -> (sum of nats, number of targets), float32 and int32 scalars.
+
+    `tokens` is int32 [sequences, block_size + 1], sequences split over the mesh; `IGNORE` fills up.
+    """
+    config = model.config
+    axes = _manual_axes(mesh)
+
+    def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        targets = tokens[:, 1:]
+        hidden = model.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
+        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+        return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
+
+    sharded = jax.shard_map(
+        evaluate, mesh=mesh, in_specs=(P(), P(axes)), out_specs=(P(), P()), axis_names=set(axes)
+    )
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        sharded,
+        in_shardings=(None, batch_sharding(mesh, micro_batches=False)),
+        out_shardings=(replicated, replicated),
+    )
