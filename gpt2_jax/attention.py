@@ -60,7 +60,7 @@ def why_not(
         return f"has no dropout, asked for {dropout:g}"
     if backend == "cudnn":
         if dtype not in (jnp.bfloat16, jnp.float16):
-            return f"needs bfloat16 or float16, found {dtype}"
+            return f"needs bfloat16 or float16, found {jnp.dtype(dtype)}"
         if head_dim % 8 or head_dim > 128:
             return f"needs a head dimension up to 128 and a multiple of 8, found {head_dim}"
     if backend == "splash" and time % SPLASH_BLOCK:
@@ -81,9 +81,7 @@ def choose(
         UserError: `wanted` is a backend that cannot compute this attention.
     """
     reasons = {
-        backend: why_not(
-            backend, platform=platform, dtype=jnp.dtype(dtype), time=time, head_dim=head_dim, dropout=dropout
-        )
+        backend: why_not(backend, platform=platform, dtype=dtype, time=time, head_dim=head_dim, dropout=dropout)
         for backend in PREFERENCE
     }
     if wanted != "auto":

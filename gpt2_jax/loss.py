@@ -55,7 +55,7 @@ def cross_entropy(
 def _nats(
     hidden: jax.Array, targets: jax.Array, embedding: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum of nats, logits and log-normaliser of one chunk: [tokens, n_embd], [tokens] -> (), [tokens, V], [tokens, 1]."""
+    """Of one chunk, [tokens, n_embd] and [tokens]: sum of nats, logits [tokens, V], log-normaliser [tokens, 1]."""
     logits = head_logits(hidden, embedding, vocab_size)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     at_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)

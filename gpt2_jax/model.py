@@ -160,7 +160,7 @@ class GPT2(nn.Module):
             ValueError: the sequence is longer than `block_size`.
         """
         hidden = self.hidden(tokens, deterministic)
-        embedding = self.get_variable("params", "wte")["embedding"]
+        embedding: jax.Array = self.get_variable("params", "wte")["embedding"]
         return head_logits(hidden, embedding, self.config.vocab_size)[..., : self.config.vocab_size]
 
 

@@ -63,6 +63,33 @@ def batch_sharding(mesh: Mesh, *, micro_batches: bool) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES) if micro_batches else P(BATCH_AXES))
 
 
+def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
+    """How many micro-batches each device computes one after the other to make a global batch.
+
+    Args:
+        batch_size: global sequences.
+        micro_batch_size: the most sequences per device at a time; 0 for no limit.
+
+    Raises:
+        UserError: the batch does not divide over devices and micro-batches.
+    """
+    per_device, left = divmod(batch_size, mesh.size)
+    if left:
+        below = batch_size - left
+        choices = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
+        raise UserError(
+            f"a batch of {batch_size} sequences does not divide over {mesh.size} devices; type --batch_size {choices}"
+        )
+    micro = min(micro_batch_size or per_device, per_device)
+    if per_device % micro:
+        divisor = next(size for size in range(micro, 0, -1) if per_device % size == 0)
+        raise UserError(
+            f"micro_batch_size = {micro} does not divide the {per_device} sequences per device of a batch of "
+            f"{batch_size} over {mesh.size} devices; type --micro_batch_size {divisor}"
+        )
+    return per_device // micro
+
+
 def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """This process's slice of a global batch -> the global array, each device with its share."""
     return jax.make_array_from_process_local_data(sharding, batch)

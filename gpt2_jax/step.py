@@ -7,6 +7,7 @@ the compiler.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.config import OptimizerConfig
 from gpt2_jax.loss import IGNORE, cross_entropy
 from gpt2_jax.model import GPT2, Params, init_params
-from gpt2_jax.optimizer import OncePerUpdateState, once_per_update
+from gpt2_jax.optimizer import OncePerUpdateState, learning_rate_schedule, make_optimizer, once_per_update
 from gpt2_jax.sharding import batch_sharding, state_sharding
 
 
@@ -38,6 +40,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
+    learning_rate: jax.Array
 
 
 TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
@@ -49,25 +52,28 @@ def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
     return ("data", "fsdp") if mesh.shape["fsdp"] == 1 else ("data",)
 
 
-def init_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A new state, created in place on the devices that hold its parts."""
+def _manual(function: Callable[..., Any], model: GPT2, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` per device of the manual axes, the compiler taking care of the others."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(_manual_axes(mesh)),
+        # The proof that replicated results are equal everywhere; JAX's Pallas kernels cannot take part in it.
+        check_vma=model.config.attention != "splash",
+    )
 
-    def init() -> TrainState:
-        params = init_params(model, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, once_per_update(optimizer, ()).init(params))
 
-    shardings = state_sharding(mesh, jax.eval_shape(init))
-    return jax.jit(init, out_shardings=shardings)()
+def _new_state(model: GPT2, config: OptimizerConfig, seed: int) -> TrainState:
+    params = init_params(model, jax.random.key(seed))
+    optimizer = once_per_update(make_optimizer(config), mean_over=())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result."""
-
-    def init() -> TrainState:
-        params = init_params(model, jax.random.key(0))
-        return TrainState(jnp.zeros((), jnp.int32), params, once_per_update(optimizer, ()).init(params))
-
-    shapes = jax.eval_shape(init)
+def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    shapes = jax.eval_shape(functools.partial(_new_state, model, config, seed=0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -75,7 +81,19 @@ def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: M
     )
 
 
-def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainStep:
+def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+
+
+def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
+    """A new state, created in place on the devices that hold its parts."""
+    init = functools.partial(_new_state, model, config, seed)
+    state: TrainState = jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+    return state
+
+
+def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences split over the mesh. Each pair of
@@ -83,7 +101,8 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, mesh: 
     """
     config = model.config
     axes = _manual_axes(mesh)
-    inner = once_per_update(optimizer, axes)
+    inner = once_per_update(make_optimizer(optimizer), mean_over=axes)
+    schedule = learning_rate_schedule(optimizer)
 
     def micro_loss(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
         """Mean nats per token of one micro-batch on one device."""
@@ -122,16 +141,12 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, mesh: 
         )
         carry = (start, jax.lax.pcast(jnp.zeros((), jnp.float32), axes, to="varying"), zeros)
         (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
-        new = TrainState(
-            opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state
-        )
+        new = TrainState(opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state)
         loss = jax.lax.pmean(total / micro_batches, axes)
-        return new, Metrics(loss, new.opt_state.grad_norm)
+        return new, Metrics(loss, new.opt_state.grad_norm, schedule(state.step))
 
-    sharded = jax.shard_map(
-        update, mesh=mesh, in_specs=(P(), P(None, axes)), out_specs=(P(), P()), axis_names=set(axes)
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    sharded = _manual(update, model, mesh, in_specs=(P(), P(None, axes)), out_specs=(P(), P()))
+    shardings = state_shardings(model, optimizer, mesh)
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         sharded,
@@ -155,9 +170,7 @@ def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
         total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
         return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
 
-    sharded = jax.shard_map(
-        evaluate, mesh=mesh, in_specs=(P(), P(axes)), out_specs=(P(), P()), axis_names=set(axes)
-    )
+    sharded = _manual(evaluate, model, mesh, in_specs=(P(), P(axes)), out_specs=(P(), P()))
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         sharded,

@@ -9,7 +9,7 @@ from gpt2_jax.config import DataConfig, GPT2Config, TrainConfig, UserError
 from gpt2_jax.data.corpus import read_corpus, tokenize
 from gpt2_jax.data.pipeline import Windows
 from gpt2_jax.data.shards import find_shards, read_shard
-from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer
+from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Data:
     """Training and validation windows.
 
     Attributes:
+        tokenizer: None where nothing is to be decoded.
         val_text: the held-out bytes that `val` predicts; None for token files, whose text is not at hand.
         fingerprint: changes when the training data does; a run does not continue on other data.
     """
@@ -47,14 +48,14 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
         fingerprint = f"{len(corpus.train)} tokens, crc32 {zlib.crc32(corpus.train.tobytes()):08x}"
         opened = Data(windows[0], windows[1], corpus.tokenizer, corpus.val_text, fingerprint)
     else:
-        if data.tokenizer == "chars" and not data.characters:
-            raise UserError("data.tokenizer = 'chars' with token files needs their alphabet in data.characters")
-        tokenizer = get_tokenizer(data.tokenizer, data.characters)
-        model = _with_vocab(model, tokenizer.n_vocab, data)
+        train_files, val_files = find_shards(data.train, "data.train"), find_shards(data.val, "data.val")
+        model = _with_vocab(model, vocab_size(data.tokenizer, data.characters), data)
         train, val = (
             Windows([read_shard(path) for path in paths], list(map(str, paths)), model.block_size, model.vocab_size)
-            for paths in (find_shards(data.train, "data.train"), find_shards(data.val, "data.val"))
+            for paths in (train_files, val_files)
         )
+        # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
+        tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
         sizes = [len(stream) for stream in train.streams]
         fingerprint = f"{sum(sizes)} tokens in {len(sizes)} files, crc32 {zlib.crc32(repr(sizes).encode()):08x}"
         opened = Data(train, val, tokenizer, None, fingerprint)

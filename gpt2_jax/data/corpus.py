@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,11 @@ from gpt2_jax.config import DataConfig, UserError
 from gpt2_jax.data.tokenizer import Tokenizer, encode_document, end_of_text, get_tokenizer
 
 STDLIB = "stdlib"
-# Tests; third-party packages; generated tables (code pages, grammars, help texts, keyword and type tables).
-STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+# Tests, third-party packages, and what programs wrote: code pages, help texts, character tables, build settings.
+STDLIB_WITHOUT = re.compile(
+    r"(.*/)?(test|tests|idle_test|site-packages|dist-packages|lib2to3|encodings|pydoc_data)/.*"
+    r"|html/entities\.py|_sysconfigdata.*"
+)
 
 WHERE_TO_GET = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -121,8 +125,10 @@ def _split_end(document: Document, config: DataConfig) -> Corpus:
 
 def _stdlib_documents() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in root.rglob("*.py") if not STDLIB_WITHOUT.intersection(path.relative_to(root).parts))
-    documents = [Document(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    documents = [
+        Document(name, path.read_bytes()) for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)
+    ]
     documents = [document for document in documents if document.content]
     if not documents:
         raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")

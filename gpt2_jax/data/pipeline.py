@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from gpt2_jax.config import TrainConfig, UserError
+from gpt2_jax.config import UserError
 from gpt2_jax.loss import IGNORE
 
 FEISTEL_ROUNDS = 6
@@ -68,10 +68,6 @@ class BatchSchedule:
     batch_size: int
     ramp: tuple[tuple[int, int], ...]
     block_size: int
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> BatchSchedule:
-        return cls(config.batch_size, config.batch_ramp, config.model.block_size)
 
     def sizes(self) -> list[int]:
         """All batch sizes that occur, in order."""

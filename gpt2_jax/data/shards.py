@@ -1,7 +1,7 @@
 """Token files in llm.c's format, which llm.c and modded-nanogpt read too, little-endian:
 
-    256 int32: magic 20240520, version 1, number of tokens, zeros    (1,024 bytes)
-    number of tokens × uint16
+256 int32: magic 20240520, version 1, number of tokens, zeros    (1,024 bytes)
+number of tokens × uint16
 """
 
 from __future__ import annotations

@@ -42,9 +42,15 @@ class CharTokenizer:
 
     @property
     def n_vocab(self) -> int:
+        """Number of characters."""
         return len(self.characters)
 
     def encode_ordinary(self, text: str) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            UserError: a character is not in the alphabet.
+        """
         try:
             return [self._token[character] for character in text]
         except KeyError as error:
@@ -54,6 +60,7 @@ class CharTokenizer:
             ) from None
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The characters in UTF-8."""
         return "".join(self.characters[token] for token in tokens).encode()
 
 
@@ -87,6 +94,17 @@ def get_tokenizer(name: TokenizerName, characters: str = "") -> Tokenizer:
     if name == "chars":
         return CharTokenizer(characters)
     return byte_encoding() if name == "bytes" else gpt2_encoding()
+
+
+def vocab_size(name: TokenizerName, characters: str = "") -> int:
+    """The size of a tokenizer's vocabulary, without loading it.
+
+    Raises:
+        UserError: the alphabet of "chars" is not given.
+    """
+    if name == "chars" and not characters:
+        raise UserError("data.tokenizer = 'chars' with token files needs their alphabet in data.characters")
+    return {"gpt2": 50257, "bytes": 257, "chars": len(characters)}[name]
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:

@@ -1,0 +1,94 @@
+"""Checkpoints on disk: asynchronous, atomic, sharded; the newest and the best are kept.
+
+The only file that knows Orbax, and it knows no model: it saves and restores trees of arrays. A checkpoint is
+written beside its final name and renamed, so one that can be listed is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from gpt2_jax.config import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, DIRECTORY/STEP each. Close it, or use it in a `with`: saves end in background.
+
+    Args:
+        directory: created if missing; left-overs of interrupted saves in it are removed.
+        keep: how many of the newest stay, beside the one with the lowest validation loss.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(keep),
+                        checkpoint_managers.BestN(
+                            get_metric_fn=lambda metrics: metrics["val_loss"],
+                            reverse=True,  # Orbax keeps the last of the sorted: the lowest loss
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest step that can be restored."""
+        step: int | None = self._manager.latest_step()
+        return step
+
+    def steps(self) -> list[int]:
+        """All steps that can be restored, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, info: dict[str, Any], val_loss: float | None = None) -> None:
+        """Copies `state` off the devices, then writes it in the background.
+
+        Args:
+            state: tree of arrays.
+            info: what JSON can hold.
+            val_loss: at this step, if it is known; ranks the checkpoint.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)),
+            metrics=None if val_loss is None else {"val_loss": val_loss},
+        )
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state saved at `step`, into the shapes, dtypes and shardings of `abstract_state`."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
+        return restored["state"]
+
+    def info(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state at `step`.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        try:
+            info: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))[
+                "info"
+            ]
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            path = self._manager.directory / str(step)
+            raise UserError(f"the checkpoint {path} is damaged; remove it to continue from the one before") from error
+        return info

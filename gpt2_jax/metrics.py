@@ -1,0 +1,207 @@
+"""What a run reports: rows of metrics.jsonl, a progress bar or plain lines, the plot, and throughput accounting."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Row = dict[str, Any]
+
+# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (SXM boards for NVIDIA), by `device_kind`.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
+    """Model FLOPs per token, forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B).
+
+    Args:
+        n_params: N, without the position embeddings (they take part in no product).
+    """
+    return 6 * n_params + 12 * n_layer * n_embd * block_size
+
+
+class Throughput(NamedTuple):
+    """How fast a stretch of training was; `mfu` is None where the chip's peak is unknown."""
+
+    tokens_per_second: float
+    mfu: float | None
+
+
+class ThroughputMeter:
+    """Tokens per second and model FLOPs utilisation of the time between `start` and `read`.
+
+    Args:
+        flops_per_token: see `flops_per_token`.
+        devices: of the mesh.
+        dtype: of the matrix products; the peaks are for bfloat16.
+    """
+
+    def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
+        self._flops = flops_per_token
+        peak = PEAK_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
+        self._peak = peak and peak * len(devices)
+        self._since: float | None = None
+        self._tokens = 0
+
+    def stop(self) -> None:
+        """Stops the clock: what follows is not training."""
+        self._since = None
+
+    def tick(self, tokens: int) -> None:
+        """Starts the clock if it stands: `tokens` were consumed so far."""
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), tokens
+
+    def read(self, tokens: int) -> Throughput | None:
+        """Of the time since the last `read` or the `tick` that started the clock; None if it stood."""
+        now = time.perf_counter()
+        since, before = self._since, self._tokens
+        self._since, self._tokens = now, tokens
+        if since is None:
+            return None
+        rate = (tokens - before) / (now - since)
+        return Throughput(rate, self._peak and rate * self._flops / self._peak)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, in order of steps.
+
+    Args:
+        path: rows beyond `step`, and a last line that was cut off, are dropped: a run that continues from an
+            older checkpoint writes them again.
+        step: the step that the run continues from, 0 for a new one.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(path)
+
+    def write(self, row: Row) -> None:
+        """Appends a row; it is in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class Display:
+    """What the person at the terminal sees: a bar there, a plain line per row elsewhere.
+
+    Args:
+        step: updates done already.
+        steps: updates in total.
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._bar = None
+        if self.console.is_terminal and not os.environ.get("CI"):
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                speed_estimate_period=120,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=step, text="compiling")
+        self._steps = steps
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def show(self, row: Row, *, seconds_left: float | None) -> None:
+        """A training row."""
+        speed = row["tokens_per_second"]
+        parts = [f"loss {row['loss']:.4f}"]
+        parts += [] if speed is None else [f"{_si(speed)} tok/s"]
+        parts += [] if row["mfu"] is None else [f"MFU {row['mfu']:.1%}"]
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], text=" · ".join(parts))
+            return
+        if seconds_left is not None:
+            parts.append(f"{_duration(seconds_left)} left")
+        self.say(f"update {row['step']}/{self._steps}: " + " · ".join(parts))
+
+
+def _si(number: float) -> str:
+    """1234567 -> '1.23M', three digits."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def plot(metrics: Path, image: Path) -> None:
+    """Draws training and validation loss over tokens; the image appears whole or not at all."""
+    # Imported late: it takes a second, and not every process plots.
+    from matplotlib.figure import Figure
+
+    rows = list(read_rows(metrics))
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o"})):
+        points = [(row["tokens"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+        if points:
+            tokens, losses = zip(*points, strict=True)
+            last = f" ({losses[-1]:.4f} at the end)" if key == "val_loss" else ""
+            axes.plot(tokens, losses, label=label + last, markersize=4, linewidth=1.2, **style)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=metrics.absolute().parent.name)
+    axes.xaxis.set_major_formatter(lambda value, _: _si(value))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    partial = image.with_name(image.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(image)

@@ -1,0 +1,57 @@
+"""Eight simulated CPU devices, strict guards, and the fixtures that several files share."""
+
+import os
+
+# Before JAX starts. Single-device tests take the first of the eight.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import GPT2, init_params
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text beside the checkout; tests that want it are skipped elsewhere."""
+    if not (SHARED / "data").exists():
+        pytest.skip(f"no real text in {SHARED / 'data'}")
+    return SHARED / "data"
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Mixing dtypes is an error, as in a model it is nearly always a mistake. Optax does it, so not everywhere."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def gpt2_vocabulary(monkeypatch, tmp_path) -> None:
+    """tiktoken's cache with GPT-2's vocabulary, a copy: tiktoken deletes files that it does not like."""
+    cache = SHARED / "gpt2_vocab" / "tiktoken_cache"
+    if not cache.exists():
+        pytest.skip(f"no GPT-2 vocabulary in {cache}")
+    for file in cache.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> GPT2Config:
+    """Two layers, small and of awkward sizes: a vocabulary to pad, heads that are not a power of two."""
+    return GPT2Config(vocab_size=65, block_size=32, n_layer=2, n_head=3, n_embd=48, attention="xla")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_config):
+    """The tiny model and its initial parameters."""
+    model = GPT2(tiny_config)
+    return model, init_params(model, jax.random.key(0))

@@ -1,0 +1,85 @@
+"""Checkpoints: what is kept, what is restored, and what a kill leaves behind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import MeshConfig, UserError
+from gpt2_jax.sharding import make_mesh
+
+
+def state(value):
+    return {"step": jnp.asarray(value, jnp.int32), "params": {"kernel": jnp.full((8, 4), value, jnp.float32)}}
+
+
+def abstract(sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state(0))
+
+
+SINGLE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step, val_loss in enumerate([3.0, 1.0, None, 2.0, None, 5.0], start=1):
+            checkpoints.save(step, state(step), {"tokens": step}, val_loss)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.steps() == [2, 5, 6]
+        assert checkpoints.latest() == 6
+
+
+def test_restored_is_saved(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(7, state(3), {"tokens": 11, "data": "é"})
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        restored = checkpoints.restore(7, abstract(SINGLE))
+        jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+        assert checkpoints.info(7) == {"tokens": 11, "data": "é"}
+
+
+def test_restores_on_another_mesh(tmp_path):
+    eight = make_mesh(MeshConfig(2, 4))
+    sharded = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(eight, P("fsdp")))
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(1, {"kernel": sharded}, {})
+        for mesh in (make_mesh(MeshConfig(1, 2), jax.devices()[:2]), make_mesh(MeshConfig(1, 1), jax.devices()[:1])):
+            target = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+            restored = checkpoints.restore(1, {"kernel": target})["kernel"]
+            np.testing.assert_array_equal(restored, sharded)
+            assert restored.sharding == target.sharding
+
+
+def test_saving_does_not_wait_for_the_disk_and_copies_first(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        array = jnp.arange(1000.0)
+        checkpoints.save(1, {"x": array}, {})
+        jax.jit(lambda x: x + 1, donate_argnums=0)(array)  # the step donates the state right after a save
+        target = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=SINGLE)}
+        np.testing.assert_array_equal(checkpoints.restore(1, target)["x"], np.arange(1000.0))
+
+
+def test_half_written_checkpoints_are_not_seen_and_go_away(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(1, state(1), {})
+    half = tmp_path / "c" / "2.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_text("half")
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert not half.exists()
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(1, state(1), {"tokens": 1})
+    for file in (tmp_path / "c" / "1" / "info").iterdir():
+        file.unlink()
+    with (
+        Checkpoints(tmp_path / "c", keep=2) as checkpoints,
+        pytest.raises(UserError, match=r"c/1 is damaged; remove it"),
+    ):
+        checkpoints.info(1)

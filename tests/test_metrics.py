@@ -1,0 +1,111 @@
+"""Rows, throughput, MFU, the plain lines and the plot."""
+
+import io
+import json
+
+import jax
+import pytest
+from rich.console import Console
+
+from gpt2_jax.metrics import (
+    PEAK_FLOPS,
+    Display,
+    MetricsFile,
+    Throughput,
+    ThroughputMeter,
+    flops_per_token,
+    plot,
+    read_rows,
+)
+
+
+def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in range(1, 6):
+        file.write({"step": step, "loss": 1 / 3})
+    with path.open("a") as broken:
+        broken.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5]
+    MetricsFile(path, 3).write({"step": 4, "loss": 0.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *({"step": step, "loss": 1 / 3} for step in (1, 2, 3)),
+        {"step": 4, "loss": 0.5},
+    ]
+    MetricsFile(path, 0)
+    assert path.read_text() == ""
+
+
+def test_model_flops_of_gpt2_small():
+    # nanoGPT's estimate_mfu: N without positions 123.65 M, 6 N + 12 L C T = 741.9 M + 113.2 M per token.
+    assert flops_per_token(124_439_808 - 1024 * 768, 12, 768, 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+class Chip:
+    device_kind = "NVIDIA H200"
+
+
+def test_throughput_counts_training_time_only(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = ThroughputMeter(int(PEAK_FLOPS["NVIDIA H200"]) // 1000, [Chip(), Chip()], "bfloat16")
+    assert meter.read(500) is None  # the clock stood: compiling
+    now[0] += 2
+    assert meter.read(2500) == Throughput(1000.0, pytest.approx(0.5))  # 1,000 of the 2 × 1,000 tokens/s at peak
+    now[0] += 1
+    meter.stop()
+    now[0] += 1000  # an evaluation
+    meter.tick(3000)
+    now[0] += 4
+    meter.tick(4000)  # the clock runs: nothing happens
+    assert meter.read(5000).tokens_per_second == pytest.approx(500)
+
+
+@pytest.mark.parametrize(("devices", "dtype"), [([Chip()], "float32"), (jax.devices()[:1], "bfloat16")])
+def test_no_mfu_where_the_peak_is_unknown(devices, dtype, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = ThroughputMeter(1, devices, dtype)
+    meter.tick(0)
+    now[0] = 1.0
+    assert meter.read(10) == Throughput(10.0, None)
+
+
+ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "tokens_per_second": 12345.6, "mfu": 0.512}
+
+
+def test_plain_lines(capsys):
+    with Display(0, 100) as display:
+        display.show(ROW, seconds_left=3725)
+        display.show(ROW | {"tokens_per_second": None, "mfu": None}, seconds_left=None)
+    assert capsys.readouterr().out.splitlines() == [
+        "update 20/100: loss 2.3457 · 12.3k tok/s · MFU 51.2% · 1:02:05 left",
+        "update 20/100: loss 2.3457",
+    ]
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        "gpt2_jax.metrics.Console", lambda **_: Console(file=screen, force_terminal=True, width=100, highlight=False)
+    )
+    with Display(0, 100) as display:
+        display.show(ROW, seconds_left=10)
+        display.say("validation [bold] stays as it is")
+    text = screen.getvalue()
+    assert "20/100" in text
+    assert "loss 2.3457 · 12.3k tok/s · MFU 51.2%" in text
+    assert "validation [bold] stays as it is" in text
+
+
+def test_the_plot_is_a_png(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    image = tmp_path / "loss.png"
+    plot(metrics.path, image)  # nothing yet
+    metrics.write({"step": 1, "tokens": 10, "loss": 3.0})
+    metrics.write({"step": 1, "tokens": 10, "val_loss": 3.1})
+    metrics.write({"step": 2, "tokens": 20, "loss": float("nan")})
+    plot(metrics.path, image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]

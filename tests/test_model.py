@@ -1,0 +1,171 @@
+"""The model against `transformers`, its initial values, and the two ways to lay out its layers."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_gpt2 import as_params, torch_gpt2
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.loss import cross_entropy
+from gpt2_jax.model import GPT2, init_params, n_params, padded_vocab_size, stack_layers, unstack_layers
+
+SMALL = GPT2Config(vocab_size=300, block_size=64, n_layer=3, n_head=4, n_embd=64, attention="xla")
+FULL = GPT2Config(attention="xla")  # 124M
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def tokens_for(config, batch, time):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, time), dtype=np.int32)
+
+
+def relative_error(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, dataclasses.replace(SMALL, gelu="exact"), FULL], ids=["small", "exact-gelu", "124M"]
+)
+def test_logits_equal_transformers(config):
+    theirs = torch_gpt2(config)
+    tokens = tokens_for(config, 2, 64)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    logits = jax.jit(GPT2(config).apply)({"params": as_params(theirs.state_dict(), config)}, tokens)
+    assert logits.shape == expected.shape
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_gradients_equal_transformers():
+    theirs = torch_gpt2(SMALL)
+    tokens = tokens_for(SMALL, 2, 65)
+    theirs(torch.from_numpy(tokens[:, :-1]).long(), labels=None)
+    logits = theirs(torch.from_numpy(tokens[:, :-1]).long()).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).long().flatten())
+    loss.backward()
+    expected = as_params({name: p.grad for name, p in theirs.named_parameters()}, SMALL)
+
+    def our_loss(params):
+        hidden = GPT2(SMALL).apply({"params": params}, tokens[:, :-1], method="hidden")
+        return cross_entropy(hidden, params["wte"]["embedding"], tokens[:, 1:], SMALL.vocab_size, 50) / 128
+
+    ours, grads = jax.jit(jax.value_and_grad(our_loss))(as_params(theirs.state_dict(), SMALL))
+    assert float(ours) == pytest.approx(loss.item(), rel=1e-6)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        target = expected
+        for key in path:
+            target = target[key.key]
+        if [key.key for key in path[-2:]] == ["c_attn", "bias"]:
+            # A bias on the keys adds the same to all scores of a query: its true gradient is zero.
+            width = SMALL.n_embd
+            assert np.abs(grad[width : 2 * width]).max() < 1e-7
+            grad, target = np.delete(grad, slice(width, 2 * width)), np.delete(target, slice(width, 2 * width))
+        # Sums over 128 tokens and 64 to 256 features, both sides in float32.
+        assert relative_error(grad, target) < 1e-5, jax.tree_util.keystr(path)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess(tiny):
+    model, params = tiny
+    logits = model.apply({"params": params}, tokens_for(model.config, 8, 32))
+    targets = tokens_for(model.config, 8, 33)[:, 1:]
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
+    # Logits are sums of n_embd products of a unit-variance hidden value and a weight of deviation 0.02:
+    # deviation 0.02 sqrt(48) = 0.14, which raises the loss by half its square, 0.01.
+    assert float(nats) == pytest.approx(math.log(65), abs=0.05)
+
+
+def test_initial_standard_deviations():
+    config = dataclasses.replace(SMALL, n_layer=4, n_embd=128)
+    params = init_params(GPT2(config), jax.random.key(0))
+    residual = 0.02 / math.sqrt(2 * 4)
+    block = params["h_2"]
+    for array, std in (
+        (params["wte"]["embedding"][: config.vocab_size], 0.02),
+        (params["wpe"]["embedding"], 0.02),
+        (block["attn"]["c_attn"]["kernel"], 0.02),
+        (block["attn"]["c_proj"]["kernel"], residual),
+        (block["mlp"]["c_fc"]["kernel"], 0.02),
+        (block["mlp"]["c_proj"]["kernel"], residual),
+    ):
+        # The estimate of a deviation from n draws is off by 1 / sqrt(2 n); five times that.
+        assert float(array.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * array.size))
+        assert abs(float(array.mean())) < 5 * std / math.sqrt(array.size)
+    for layer in (block["ln_1"], block["ln_2"], params["ln_f"]):
+        np.testing.assert_array_equal(layer["scale"], 1)
+        np.testing.assert_array_equal(layer["bias"], 0)
+    np.testing.assert_array_equal(block["mlp"]["c_fc"]["bias"], 0)
+
+
+def test_the_padding_of_the_vocabulary_is_zero_and_never_predicted(tiny):
+    model, params = tiny
+    assert padded_vocab_size(model.config) == 128
+    assert padded_vocab_size(FULL) == 50304
+    np.testing.assert_array_equal(params["wte"]["embedding"][65:], 0)
+    assert model.apply({"params": params}, jnp.zeros((1, 3), jnp.int32)).shape == (1, 3, 65)
+
+
+def test_number_of_parameters():
+    shapes = jax.eval_shape(lambda: init_params(GPT2(FULL), jax.random.key(0)))
+    assert n_params(shapes, FULL) == 124_439_808  # as `transformers` counts the released model
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scanned_equals_unrolled(tiny, remat):
+    model, params = tiny
+    scanned = GPT2(dataclasses.replace(model.config, scan_layers=True, remat=remat))
+    tokens = tokens_for(model.config, 2, 32)
+    stacked = init_params(scanned, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, stacked, stack_layers(params))
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
+
+    def loss(model, params):
+        return jnp.mean(jnp.square(model.apply({"params": params}, tokens)))
+
+    expected = jax.jit(jax.grad(lambda p: loss(model, p)))(params)
+    grads = unstack_layers(jax.jit(jax.grad(lambda p: loss(scanned, p)))(stacked))
+    # The same products in the same order; the compiler fuses the elementwise work around them differently.
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * np.abs(theirs).max() + 1e-9)
+
+
+def test_dropout_acts_in_training_only(tiny):
+    model, params = tiny
+    model = GPT2(dataclasses.replace(model.config, dropout=0.3))
+    tokens = tokens_for(model.config, 1, 16)
+
+    def logits(seed, deterministic):
+        return model.apply({"params": params}, tokens, deterministic, rngs={"dropout": jax.random.key(seed)})
+
+    np.testing.assert_array_equal(logits(0, True), logits(1, True))
+    np.testing.assert_array_equal(logits(0, False), logits(0, False))
+    assert not np.allclose(logits(0, False), logits(1, False))
+
+
+def test_without_biases_there_are_none(tiny_config):
+    params = init_params(GPT2(dataclasses.replace(tiny_config, bias=False)), jax.random.key(0))
+    assert not any(path[-1].key == "bias" for path, _ in jax.tree_util.tree_leaves_with_path(params))
+
+
+def test_a_sequence_beyond_block_size_is_an_error(tiny):
+    model, params = tiny
+    with pytest.raises(ValueError, match="33 tokens are more than the model's block_size of 32"):
+        model.apply({"params": params}, jnp.zeros((1, 33), jnp.int32))
+
+
+def test_bfloat16_logits_are_summed_in_float32(tiny):
+    model, params = tiny
+    tokens = tokens_for(model.config, 2, 32)
+    exact = model.apply({"params": params}, tokens)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's layer norm mixes bfloat16 values and float32 statistics
+        rounded = model.clone(dtype=jnp.bfloat16).apply({"params": params}, tokens)
+    assert rounded.dtype == jnp.float32
+    # Not rounded to bfloat16 at the end: more distinct values than 8 bits of mantissa can hold in this range.
+    assert len(np.unique(rounded)) > 3000
+    # bfloat16 keeps 8 bits: each of some 10 roundings on the way costs up to 0.4% of the logits' spread.
+    np.testing.assert_allclose(rounded, exact, atol=0.04 * float(exact.std()))
