@@ -98,9 +98,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [row for row in read_rows(path) if row["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Row) -> None:
         """Appends a row; it is in the file when this returns."""
@@ -114,6 +112,13 @@ def read_rows(path: Path) -> Iterator[Row]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it: readers see the old text or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 class Display:

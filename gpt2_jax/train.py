@@ -6,10 +6,13 @@ Started again with the same config, a run continues from its newest checkpoint, 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import importlib.metadata
 import math
+import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -28,7 +31,7 @@ from gpt2_jax.data.corpus import STDLIB
 from gpt2_jax.data.pipeline import BatchSchedule, TrainBatches, eval_batches, read_ahead
 from gpt2_jax.data.tokenizer import end_of_text
 from gpt2_jax.generate import sample
-from gpt2_jax.metrics import Display, MetricsFile, Row, ThroughputMeter, flops_per_token, plot
+from gpt2_jax.metrics import Display, MetricsFile, Row, ThroughputMeter, flops_per_token, plot, replace_text
 from gpt2_jax.model import GPT2, n_params, stack_layers, unstack_layers
 from gpt2_jax.sharding import batch_sharding, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import (
@@ -55,7 +58,7 @@ def main(args: Sequence[str]) -> int:
     try:
         return train(config)
     except DivergedError as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 
@@ -138,7 +141,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, attention.Choice]:
 
 
 def open_run(config: TrainConfig) -> Path:
-    """Creates the run directory, or checks that the one there belongs to this config.
+    """Makes sure of the run directory: that it belongs to this config, if it is there, and can be written.
 
     Raises:
         UserError: it belongs to another config, or cannot be written.
@@ -152,9 +155,8 @@ def open_run(config: TrainConfig) -> Path:
                 "--out"
             )
         out.mkdir(parents=True, exist_ok=True)
-        partial = written.with_name(written.name + ".partial")
-        partial.write_text(to_toml(config), encoding="utf-8")
-        partial.replace(written)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
     except OSError as error:
         raise UserError(f"the run directory {out} cannot be written: {error.strerror}; give another --out") from error
     return out
@@ -227,6 +229,7 @@ class Run:
         self.config, self.data, self.model, self.mesh, self.schedule = config, data, model, mesh, schedule
         self.out, self.checkpoints, self.start, self.state = out, checkpoints, start, state
         self.n_params = n_params(state.params, model.config)
+        replace_text(out / "config.toml", to_toml(config))
         self.metrics = MetricsFile(out / "metrics.jsonl", start)
         self.display = Display(start, config.steps)
         shape = model.config

@@ -1,0 +1,293 @@
+"""The training command as a user runs it: the quickstart, kills and restarts, and what it refuses."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax import train as training
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import UserError, parse_args, read_config
+from gpt2_jax.data.shards import write_shard
+from gpt2_jax.metrics import read_rows
+from gpt2_jax.model import GPT2
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.step import abstract_state
+
+TINY = """
+out = "unset"
+steps = 40
+batch_size = 4
+micro_batch_size = 2
+batch_ramp = [[320, 2]]
+
+[model]
+vocab_size = 0
+block_size = 16
+n_layer = 2
+n_head = 2
+n_embd = 16
+dropout = 0.1
+
+[data]
+text = "unset"
+tokenizer = "bytes"
+
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 5
+decay_steps = 40
+
+[checkpoint]
+every = 10
+
+[eval]
+every = 10
+
+[log]
+every = 1
+"""
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """The command line of a tiny run on a text of its own, in its own directory."""
+    config, text = tmp_path / "tiny.toml", tmp_path / "text.txt"
+    config.write_text(TINY)
+    text.write_text("".join(f"{number} squared is {number * number}\n" for number in range(300)))
+    return ["--config", str(config), "--data.text", str(text)]
+
+
+def command(args, **keywords):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpt2_jax.train", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        **keywords,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def rows(out, key):
+    return {row["step"]: row[key] for row in read_rows(out / "metrics.jsonl") if key in row}
+
+
+def final_state(out):
+    """Every array of the last checkpoint."""
+    config = read_config(str(out / "config.toml"))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    model = GPT2(dataclasses.replace(config.model, attention="xla"))
+    with Checkpoints(out / "checkpoints", 9) as checkpoints:
+        assert checkpoints.latest() == config.steps
+        return checkpoints.restore(config.steps, abstract_state(model, config.optimizer, mesh))
+
+
+def wait_for_update(process, step):
+    for line in process.stdout:
+        if line.startswith(f"update {step}/"):
+            return
+    raise AssertionError("the run ended too early")
+
+
+def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(tiny_run, tmp_path):
+    code, output = finish(command([*tiny_run, "--out", tmp_path / "whole"]))
+    assert code == 0, output
+
+    # Half of the updates by a run that ends, then one that is asked to stop, one that is killed, one to the end.
+    args = [*tiny_run, "--out", tmp_path / "parts"]
+    code, output = finish(command([*args, "--steps", "20"]))
+    assert code == 0, output
+    asked = command(args)
+    wait_for_update(asked, 23)
+    asked.send_signal(signal.SIGTERM)
+    code, output = finish(asked)
+    assert code == 128 + signal.SIGTERM
+    assert "the same command continues it" in output
+    killed = command(args)
+    wait_for_update(killed, 33)
+    killed.kill()
+    killed.communicate()
+    code, output = finish(command(args))
+    assert code == 0, output
+    assert "continued after update 3" in output or "continued after update 2" in output
+
+    for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
+        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
+    assert list(rows(tmp_path / "whole", "loss")) == list(range(1, 41))
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
+    out = tmp_path / "run"
+    args = ["--config", "quickstart", "--out", out, "--steps", "40", "--optimizer.warmup_steps", "5"]
+    code, output = finish(command([*args, "--log.every", "5", "--eval.every", "20"], cwd=tmp_path))
+    assert code == 0, output
+    losses = list(rows(out, "loss").values())
+    assert losses[0] > 4  # ln 257 = 5.5 before the first update
+    assert losses[-1] < 3.2  # the order of bytes by frequency alone gives 3.3
+    (final,) = rows(out, "bits_per_byte").values()
+    assert final == pytest.approx(rows(out, "val_loss")[40] / np.log(2), rel=0.01)
+    for expected in ("bits per byte; gzip -9 makes", "written by the model", str(out), "--data.text"):
+        assert expected in output
+    assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_here(args, devices=1):
+    config = parse_args("train", "", list(map(str, args)))
+    return training.train(config, jax.devices()[:devices])
+
+
+def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path):
+    args = [*tiny_run, "--steps", 3, "--model.dropout", 0, "--batch_size", 16, "--batch_ramp"]
+    assert run_here([*args, "--out", tmp_path / "one", "--micro_batch_size", 0]) == 0
+    assert run_here([*args, "--out", tmp_path / "eight", "--micro_batch_size", 1], devices=8) == 0
+    for key in ("loss", "grad_norm", "val_loss"):
+        one, eight = rows(tmp_path / "one", key), rows(tmp_path / "eight", key)
+        assert list(one) == list(eight)
+        np.testing.assert_allclose(list(one.values()), list(eight.values()), rtol=1e-5)
+    assert rows(tmp_path / "one", "tokens") == {1: 256, 2: 512, 3: 768}
+
+
+def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path):
+    args = [*tiny_run, "--out", tmp_path / "run", "--model.dropout", 0, "--batch_size", 8, "--batch_ramp"]
+    assert run_here([*args, "--steps", 10]) == 0
+    before = rows(tmp_path / "run", "loss")
+    assert run_here([*args, "--steps", 12, "--model.scan_layers", "true", "--micro_batch_size", 1], devices=4) == 0
+    assert run_here([*args, "--steps", 14], devices=2) == 0
+    after = rows(tmp_path / "run", "loss")
+    assert list(after) == list(range(1, 15))
+    assert {step: after[step] for step in before} == before
+    assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14]) == 0
+    np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
+
+
+def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys):
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 10]
+    assert run_here(args) == 0
+    content = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert run_here(args) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == content
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_metrics_are_fetched_after_the_next_update_was_dispatched(tiny_run, tmp_path, monkeypatch):
+    events = []
+    make_train_step, report = training.make_train_step, training.Run.report
+
+    def make(*args):
+        step = make_train_step(*args)
+
+        def dispatch(state, batch):
+            events.append("dispatch")
+            return step(state, batch)
+
+        return dispatch
+
+    def reported(self):
+        if self.pending:
+            events.append(f"fetch {self.pending[0]}")
+        report(self)
+
+    monkeypatch.setattr(training, "make_train_step", make)
+    monkeypatch.setattr(training.Run, "report", reported)
+    assert run_here([*tiny_run, "--out", tmp_path / "run", "--steps", 4, "--eval.every", 0]) == 0
+    assert events == ["dispatch", "dispatch", "fetch 1", "dispatch", "fetch 2", "dispatch", "fetch 3", "fetch 4"]
+
+
+def test_a_diverged_run_stops_with_the_update_and_keeps_what_was_good(tiny_run, tmp_path, capsys):
+    args = [*tiny_run, "--out", tmp_path / "run", "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", 0]
+    assert training.main([*map(str, args), "--batch_size", "8", "--batch_ramp"]) == 1
+    assert "has loss nan" in capsys.readouterr().err
+    assert not any((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--batch_size", "6", "--batch_ramp"], "does not divide over 4 devices; type --batch_size 4 or 8"),
+        (["--batch_size", "16", "--micro_batch_size", "3", "--batch_ramp"], "type --micro_batch_size 2"),
+        (["--data.text", "/nonexistent/*.txt"], "matches no file"),
+        (["--model.block_size", "100000"], "too few for one window"),
+        (["--model.attention", "cudnn"], "needs cuda, found cpu"),
+        (["--mesh.data", "3"], "does not make the 4 devices"),
+        (["--out", "/proc/run", "--batch_ramp"], "cannot be written"),
+    ],
+)
+def test_impossible_runs_write_nothing(tiny_run, tmp_path, change, message):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        run_here([*tiny_run, "--out", tmp_path / "run", *change], devices=4)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_directory_of_another_run_is_left_alone(tiny_run, tmp_path):
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 2]
+    assert run_here(args) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"another config \(seed: 1337 -> 7; model.n_layer: 2 -> 1\)"):
+        run_here([*args, "--seed", 7, "--model.n_layer", 1])
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text() + "one more line")
+    with pytest.raises(UserError, match=r"the training data of .* has changed"):
+        run_here([*args, "--steps", 4])
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
+    tokens = np.zeros(1 << 18, dtype=np.uint16)
+    tokens[(1 << 17) :: 4000] = 999
+    write_shard(tmp_path / "train.bin", tokens)
+    write_shard(tmp_path / "val.bin", tokens[:1000])
+    args = [
+        *tiny_run[:2],
+        "--data.train",
+        tmp_path / "train.bin",
+        "--data.val",
+        tmp_path / "val.bin",
+        "--data.text",
+        "",
+    ]
+    config = parse_args("train", "", list(map(str, [*args, "--out", tmp_path / "run", "--steps", 2000])))
+    with pytest.raises(UserError, match=r"train.bin has the token 999, beyond model.vocab_size = 257"):
+        training.train(config, jax.devices()[:1])
+    done = list(rows(tmp_path / "run", "loss"))
+    assert done == list(range(1, len(done) + 1))
+    with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
+        assert checkpoints.latest() == len(done) > 0
+
+
+def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+    code, output = finish(command(["--config", "quickstart", "--stepz", "3"], cwd=tmp_path))
+    assert (code, output) == (2, "error: unknown flag --stepz; did you mean --steps?\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_starts_no_backend():
+    """`--help` and errors must not wait for, or take, an accelerator."""
+    check = "import gpt2_jax.train, jax._src.xla_bridge as bridge; assert not bridge._backends"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_the_package_imports_in_time():
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import gpt2_jax.config"], check=True)
+    assert time.perf_counter() - started < 30
