@@ -1,25 +1,19 @@
-"""Every knob of a training run: frozen dataclasses, read from TOML and flags.
+"""Every knob of a training run: frozen dataclasses, read from TOML, validated, written back.
 
-A preset or a TOML file gives the values, flags override them, `validate` checks what does not need the
-data or the devices. Whatever the user got wrong is a `UserError`: one line that says what was found,
-what was expected and what to type.
+Whatever the user got wrong is a `UserError`: one line that says what was found, what was expected and
+what to type.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import io
 import json
 import re
-import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import tyro
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -232,72 +226,7 @@ def read_config(name: str) -> TrainConfig:
     return _from_table(TrainConfig, table, str(path))
 
 
-def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
-    """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
-
-    Raises:
-        UserError: for everything that can be found wrong before looking at data and devices.
-        SystemExit: code 0 after `--help`; without `--config`, the presets are listed.
-    """
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    name, rest = "", []
-    remaining = iter(args)
-    for arg in remaining:
-        if arg == "--config":
-            name = next(remaining, "")
-        else:
-            rest.append(arg)
-    if not name:
-        asks_help = "--help" in rest or "-h" in rest
-        print(f"{description}\n\nusage: {prog} --config NAME|FILE.toml [--section.key value ...]\n\npresets:")
-        print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
-        print(f"\nevery key, with its meaning: {prog} --config NAME --help")
-        raise SystemExit(0 if asks_help else 2)
-    config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
-    validate(config)
-    return config
-
-
-def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
-    """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
-    known = flatten(config)
-    words = []
-    for arg in args:
-        if arg.startswith("--") and arg != "--help":
-            key = arg[2:].replace("-", "_")
-            if key not in known:
-                raise UserError(f"unknown flag {arg}; {_nearest(key, known, prefix='--')}")
-            arg = "--" + key
-        elif arg in ("true", "false"):  # as TOML spells them
-            arg = arg.capitalize()
-        words.append(arg)
-    printed = io.StringIO()
-    try:
-        if "--help" in words or "-h" in words:
-            return _tyro(config, words, prog, description)
-        with redirect_stderr(printed), redirect_stdout(printed):
-            return _tyro(config, words, prog, description)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
-        parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
-        raise UserError(" ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())) from None
-
-
-def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:
-    return tyro.cli(
-        TrainConfig,
-        default=config,
-        args=args,
-        prog=prog,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-
-def _nearest(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
+def nearest_key(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
     """What to type instead of an unknown key: the closest spelling, or the same name in another section."""
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same_name[:1]
@@ -311,7 +240,7 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
     for key, value in table.items():
         if key not in hints:
             known = [prefix + name for name in hints]
-            raise UserError(f"{where}: unknown key {prefix}{key}; {_nearest(prefix + key, dict.fromkeys(known))}")
+            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, dict.fromkeys(known))}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")
@@ -425,13 +354,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
-
-
-def run_command(main: Callable[[list[str]], int]) -> None:
-    """Runs a command's `main` on the command line; a `UserError` is one line on stderr and exit code 2."""
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)

@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 
 from gpt2_jax import attention
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import TrainConfig, UserError, differences, parse_args, read_config, run_command, to_toml
+from gpt2_jax.cli import parse_args, run_command
+from gpt2_jax.config import TrainConfig, UserError, differences, read_config, to_toml
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.data.corpus import STDLIB
 from gpt2_jax.data.pipeline import BatchSchedule, TrainBatches, eval_batches, read_ahead

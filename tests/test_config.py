@@ -6,13 +6,13 @@ import tomllib
 
 import pytest
 
+from gpt2_jax.cli import parse_args
 from gpt2_jax.config import (
     PRESETS,
     TrainConfig,
     UserError,
     differences,
     flatten,
-    parse_args,
     preset_names,
     read_config,
     to_toml,

@@ -13,7 +13,8 @@ import pytest
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import UserError, parse_args, read_config
+from gpt2_jax.cli import parse_args
+from gpt2_jax.config import UserError, read_config
 from gpt2_jax.data.shards import write_shard
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2

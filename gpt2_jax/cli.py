@@ -1,0 +1,88 @@
+"""Command lines: a preset or a TOML file gives the config, flags override it, mistakes get one line."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+
+import tyro
+
+from gpt2_jax.config import TrainConfig, UserError, flatten, nearest_key, preset_names, read_config, validate
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Runs a command's `main` on the command line; a `UserError` is one line on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
+    """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
+
+    Raises:
+        UserError: for everything that can be found wrong before looking at data and devices.
+        SystemExit: code 0 after `--help`; without `--config`, the presets are listed.
+    """
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    name, rest = "", []
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == "--config":
+            name = next(remaining, "")
+        else:
+            rest.append(arg)
+    if not name:
+        asks_help = "--help" in rest or "-h" in rest
+        print(f"{description}\n\nusage: {prog} --config NAME|FILE.toml [--section.key value ...]\n\npresets:")
+        print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
+        print(f"\nevery key, with its meaning: {prog} --config NAME --help")
+        raise SystemExit(0 if asks_help else 2)
+    config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
+    validate(config)
+    return config
+
+
+def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
+    """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
+    known = flatten(config)
+    words = []
+    for arg in args:
+        if arg.startswith("--") and arg != "--help":
+            key = arg[2:].replace("-", "_")
+            if key not in known:
+                raise UserError(f"unknown flag {arg}; {nearest_key(key, known, prefix='--')}")
+            arg = "--" + key
+        elif arg in ("true", "false"):  # as TOML spells them
+            arg = arg.capitalize()
+        words.append(arg)
+    printed = io.StringIO()
+    try:
+        if "--help" in words or "-h" in words:
+            return _tyro(config, words, prog, description)
+        with redirect_stderr(printed), redirect_stdout(printed):
+            return _tyro(config, words, prog, description)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
+        parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
+        raise UserError(" ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())) from None
+
+
+def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:
+    return tyro.cli(
+        TrainConfig,
+        default=config,
+        args=args,
+        prog=prog,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
