@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,26 +39,37 @@ class Choice:
         return "; ".join([self.backend, *(f"not {name}: {reason}" for name, reason in self.against.items())])
 
 
-def current_platform() -> Platform:
-    """The platform that jitted functions run on by default."""
+class Hardware(NamedTuple):
+    """What a program is compiled for; `capability` is the compute capability of an NVIDIA GPU."""
+
+    platform: Platform
+    capability: float = 0.0
+
+
+def current_hardware() -> Hardware:
+    """The hardware that jitted functions run on by default."""
     device = jax.devices()[0]
     if device.platform == "gpu":
-        return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-    return "tpu" if device.platform == "tpu" else "cpu"
+        if "rocm" in device.client.platform_version.lower():
+            return Hardware("rocm")
+        return Hardware("cuda", float(device.compute_capability))
+    return Hardware("tpu" if device.platform == "tpu" else "cpu")
 
 
 def why_not(
-    backend: AttentionBackend, *, platform: Platform, dtype: jnp.dtype, time: int, head_dim: int, dropout: float
+    backend: AttentionBackend, *, hardware: Hardware, dtype: jnp.dtype, time: int, head_dim: int, dropout: float
 ) -> str | None:
     """What keeps `backend` from computing this attention, or None."""
     if backend == "xla":
         return None
     needs = {"cudnn": "cuda", "splash": "tpu"}[backend]
-    if platform != needs:
-        return f"needs {needs}, found {platform}"
+    if hardware.platform != needs:
+        return f"needs {needs}, found {hardware.platform}"
     if dropout:
         return f"has no dropout, asked for {dropout:g}"
     if backend == "cudnn":
+        if hardware.capability < 8.0:
+            return f"needs compute capability 8.0 (Ampere), found {hardware.capability}"
         if dtype not in (jnp.bfloat16, jnp.float16):
             return f"needs bfloat16 or float16, found {jnp.dtype(dtype)}"
         if head_dim % 8 or head_dim > 128:
@@ -69,7 +80,7 @@ def why_not(
 
 
 def choose(
-    wanted: AttentionBackend, *, platform: Platform, dtype: jnp.dtype, time: int, head_dim: int, dropout: float
+    wanted: AttentionBackend, *, hardware: Hardware, dtype: jnp.dtype, time: int, head_dim: int, dropout: float
 ) -> Choice:
     """The backend for `wanted`, which may be "auto".
 
@@ -81,7 +92,7 @@ def choose(
         UserError: `wanted` is a backend that cannot compute this attention.
     """
     reasons = {
-        backend: why_not(backend, platform=platform, dtype=dtype, time=time, head_dim=head_dim, dropout=dropout)
+        backend: why_not(backend, hardware=hardware, dtype=dtype, time=time, head_dim=head_dim, dropout=dropout)
         for backend in PREFERENCE
     }
     if wanted != "auto":
@@ -114,7 +125,7 @@ def causal_attention(
     if backend == "auto":
         _, time, _, head_dim = q.shape
         backend = choose(
-            "auto", platform=current_platform(), dtype=q.dtype, time=time, head_dim=head_dim, dropout=dropout
+            "auto", hardware=current_hardware(), dtype=q.dtype, time=time, head_dim=head_dim, dropout=dropout
         ).backend
     if backend == "xla":
         return xla_attention(q, k, v, dropout=dropout, dropout_key=dropout_key)

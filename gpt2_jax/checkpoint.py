@@ -16,6 +16,10 @@ from orbax.checkpoint import checkpoint_managers
 from gpt2_jax.config import UserError
 
 
+def _val_loss(metrics: dict[str, float]) -> float:
+    return metrics["val_loss"]
+
+
 class Checkpoints:
     """The checkpoints of one run, DIRECTORY/STEP each. Close it, or use it in a `with`: saves end in background.
 
@@ -30,11 +34,15 @@ class Checkpoints:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
+                # The policy below decides; but only with a best_fn does Orbax write the metrics down, without
+                # which a run that is continued would forget which checkpoint was the best.
+                best_fn=_val_loss,
+                best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(keep),
                         checkpoint_managers.BestN(
-                            get_metric_fn=lambda metrics: metrics["val_loss"],
+                            get_metric_fn=_val_loss,
                             reverse=True,  # Orbax keeps the last of the sorted: the lowest loss
                             n=1,
                             keep_checkpoints_without_metrics=False,

@@ -20,6 +20,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 
@@ -52,28 +55,28 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
 def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
     """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
     known = flatten(config)
-    words = []
+    words: list[str] = []
+    key = ""
     for arg in args:
-        if arg.startswith("--") and arg != "--help":
+        if arg in ("--help", "-h"):
+            _tyro(config, ["--help"], prog, description)
+        if arg.startswith("--"):
             key = arg[2:].replace("-", "_")
             if key not in known:
                 raise UserError(f"unknown flag {arg}; {nearest_key(key, known, prefix='--')}")
             arg = "--" + key
-        elif arg in ("true", "false"):  # as TOML spells them
+        elif isinstance(known.get(key), bool):  # true and false, as TOML spells them
             arg = arg.capitalize()
         words.append(arg)
     printed = io.StringIO()
     try:
-        if "--help" in words or "-h" in words:
-            return _tyro(config, words, prog, description)
         with redirect_stderr(printed), redirect_stdout(printed):
             return _tyro(config, words, prog, description)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
+    except SystemExit:
         # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
         parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
-        raise UserError(" ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())) from None
+        message = " ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())
+        raise UserError(f"{message} (the meaning of every key: {prog} --help)") from None
 
 
 def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:

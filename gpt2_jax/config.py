@@ -115,7 +115,7 @@ class CheckpointConfig:
     every: int = 1000
     """Updates between checkpoints; 0 for the last one only."""
     keep: int = 2
-    """Newest checkpoints to keep, beside the one with the best validation loss."""
+    """Newest checkpoints to keep, beside the best of those that were saved right after an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class EvalConfig:
     every: int = 250
     """Updates between evaluations; 0 for the last one only."""
     tokens: int = 0
-    """Validation tokens per evaluation, from the first on; 0 for all of them."""
+    """Validation tokens per evaluation, from the first on; 0 for all. The end of a run on text takes all too."""
     sample_tokens: int = 0
     """Tokens that the finished model writes at the end of the run."""
 
@@ -165,21 +165,19 @@ class TrainConfig:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
-# Keys that change speed, memory or what is written, but not the sequence of updates. (Of the layout of a
-# batch over devices and micro-batches only the order of float additions and the dropout masks depend.)
+# Keys that change speed, memory or what is written, but not what is computed: at most the order of float
+# additions and, with dropout, which of the equally likely masks are drawn.
 NOT_MATHEMATICS = re.compile(
     r"out|steps|micro_batch_size|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
 )
 
 
-def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """The keys that change the mathematics of a run, as `key: theirs -> ours` lines."""
-    mine, other = flatten(ours), flatten(theirs)
-    return [
-        f"{key}: {other[key]!r} -> {mine[key]!r}"
-        for key in mine
-        if mine[key] != other[key] and not NOT_MATHEMATICS.fullmatch(key)
-    ]
+def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys that change the mathematics of a run, each with its value there and here."""
+    here, there = flatten(ours), flatten(theirs)
+    return {
+        key: (there[key], here[key]) for key in here if here[key] != there[key] and not NOT_MATHEMATICS.fullmatch(key)
+    }
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -229,8 +227,8 @@ def read_config(name: str) -> TrainConfig:
 def nearest_key(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
     """What to type instead of an unknown key: the closest spelling, or the same name in another section."""
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same_name[:1]
-    return f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+    close = same_name or difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"did you mean {prefix}{close[0]}?"
 
 
 def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
@@ -296,7 +294,7 @@ def validate(config: TrainConfig) -> None:
         require(key, lambda value: value >= 1, "at least 1")
     for key in ("log.every", "checkpoint.keep"):
         require(key, lambda value: value >= 1, "at least 1")
-    for key in ("micro_batch_size", "seed", "checkpoint.every", "eval.every", "eval.tokens", "eval.sample_tokens"):
+    for key in ("micro_batch_size", "checkpoint.every", "eval.every", "eval.tokens", "eval.sample_tokens"):
         require(key, lambda value: value >= 0, "0 or more")
     for key in ("model.vocab_size", "model.loss_chunk", "optimizer.warmup_steps", "optimizer.decay_steps"):
         require(key, lambda value: value >= 0, "0 or more")
@@ -306,6 +304,7 @@ def validate(config: TrainConfig) -> None:
         require(key, lambda value: 0 < value < float("inf"), "a finite number above 0")
     for key in ("optimizer.beta1", "optimizer.beta2", "model.dropout"):
         require(key, lambda value: 0 <= value < 1, "0 or more and below 1")
+    require("seed", lambda value: 0 <= value < 2**32, "0 or more and below 2**32")
     require("data.val_fraction", lambda value: 0 < value < 1, "above 0 and below 1")
     require("mesh.data", lambda value: value == -1 or value >= 1, "-1 or at least 1")
     require("mesh.fsdp", lambda value: value == -1 or value >= 1, "-1 or at least 1")

@@ -15,7 +15,7 @@ from gpt2_jax.model import GPT2, Params
 
 
 def sample(
-    model: GPT2, params: Params, prompt: Sequence[int], n_tokens: int, *, seed: int, temperature: float = 1.0
+    model: GPT2, params: Params, prompt: Sequence[int], n_tokens: int, *, vocab_size: int, seed: int
 ) -> np.ndarray:
     """Draws `n_tokens` tokens after a prompt, one at a time, each from the model's distribution.
 
@@ -23,7 +23,7 @@ def sample(
 
     Args:
         prompt: tokens, at least one.
-        temperature: divides the logits; 0 takes the most likely token.
+        vocab_size: only tokens below it are drawn; the model may have room for more than its tokenizer has.
 
     Returns:
         int32 [n_tokens].
@@ -35,7 +35,7 @@ def sample(
     length = min(len(prompt), block_size)
     window[:length] = prompt[-length:]
     state = jnp.asarray(window), jnp.asarray(length)
-    draw = jax.jit(functools.partial(_draw, model, temperature=temperature))
+    draw = jax.jit(functools.partial(_draw, model, vocab_size))
     drawn = []
     for index in range(n_tokens):
         token, state = draw(params, state, jax.random.fold_in(jax.random.key(seed), index))
@@ -44,12 +44,12 @@ def sample(
 
 
 def _draw(
-    model: GPT2, params: Params, state: tuple[jax.Array, jax.Array], key: jax.Array, *, temperature: float
+    model: GPT2, vocab_size: int, params: Params, state: tuple[jax.Array, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One token from a window of which `length` are filled, and the window with the token in it."""
     window, length = state
     logits = cast(jax.Array, model.apply({"params": params}, window[None]))[0, length - 1]
-    token = jax.random.categorical(key, logits / temperature) if temperature else jnp.argmax(logits)
+    token = jax.random.categorical(key, logits[:vocab_size])
     full = length == window.size
     window = jnp.where(full, jnp.roll(window, -1), window)
     length = jnp.minimum(length + 1, window.size)

@@ -91,7 +91,8 @@ def _backward(
     vocab_size: int, chunk: int, kept: tuple[jax.Array, jax.Array], d_total: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     d_hidden, d_embedding = kept
-    return d_hidden * d_total.astype(d_hidden.dtype), d_embedding * d_total, None
+    # In float32: a factor of 1 / tokens, rounded to bfloat16, would scale all gradients but the head's.
+    return (d_hidden.astype(jnp.float32) * d_total).astype(d_hidden.dtype), d_embedding * d_total, None
 
 
 cross_entropy.defvjp(_forward, _backward)

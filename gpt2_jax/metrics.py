@@ -51,7 +51,7 @@ class Throughput(NamedTuple):
 
 
 class ThroughputMeter:
-    """Tokens per second and model FLOPs utilisation of the time between `start` and `read`.
+    """Tokens per second and model FLOPs utilisation, of training time only: the clock can be stopped.
 
     Args:
         flops_per_token: see `flops_per_token`.
@@ -130,7 +130,7 @@ class Display:
     """
 
     def __init__(self, step: int, steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._bar = None
         if self.console.is_terminal and not os.environ.get("CI"):
             self._bar = Progress(

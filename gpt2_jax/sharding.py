@@ -78,7 +78,8 @@ def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
         below = batch_size - left
         choices = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
         raise UserError(
-            f"a batch of {batch_size} sequences does not divide over {mesh.size} devices; type --batch_size {choices}"
+            f"a batch of {batch_size} sequences does not divide over {mesh.size} devices; take {choices} in batch_size "
+            "or batch_ramp"
         )
     micro = min(micro_batch_size or per_device, per_device)
     if per_device % micro:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import causal_attention, choose, splash_attention, why_not, xla_attention
+from gpt2_jax.attention import Hardware, causal_attention, choose, splash_attention, why_not, xla_attention
 from gpt2_jax.config import UserError
 
-CASE = {"platform": "cuda", "dtype": jnp.bfloat16, "time": 1024, "head_dim": 64, "dropout": 0.0}
+CASE = {"hardware": Hardware("cuda", 9.0), "dtype": jnp.bfloat16, "time": 1024, "head_dim": 64, "dropout": 0.0}
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -76,14 +76,15 @@ def test_dropout_without_a_key_is_an_error():
     ("change", "backend"),
     [
         ({}, "cudnn"),
-        ({"platform": "tpu"}, "splash"),
-        ({"platform": "tpu", "dtype": jnp.float32}, "splash"),
-        ({"platform": "cpu"}, "xla"),
-        ({"platform": "rocm"}, "xla"),
+        ({"hardware": Hardware("tpu")}, "splash"),
+        ({"hardware": Hardware("tpu"), "dtype": jnp.float32}, "splash"),
+        ({"hardware": Hardware("cpu")}, "xla"),
+        ({"hardware": Hardware("rocm")}, "xla"),
         ({"dtype": jnp.float32}, "xla"),
+        ({"hardware": Hardware("cuda", 7.5)}, "xla"),  # a T4
         ({"dropout": 0.1}, "xla"),
         ({"head_dim": 100}, "xla"),
-        ({"platform": "tpu", "time": 1000}, "xla"),
+        ({"hardware": Hardware("tpu"), "time": 1000}, "xla"),
     ],
 )
 def test_auto_takes_the_fastest_that_can(change, backend):
@@ -103,9 +104,9 @@ def test_the_choice_says_why():
     ("wanted", "change", "message"),
     [
         ("splash", {}, "'splash' needs tpu, found cuda; type --model.attention auto"),
-        ("cudnn", {"platform": "cpu"}, "needs cuda, found cpu"),
+        ("cudnn", {"hardware": Hardware("cpu")}, "needs cuda, found cpu"),
         ("cudnn", {"dtype": jnp.float32}, "needs bfloat16 or float16, found float32"),
-        ("splash", {"platform": "tpu", "time": 100}, "multiple of 128, found 100"),
+        ("splash", {"hardware": Hardware("tpu"), "time": 100}, "multiple of 128, found 100"),
     ],
 )
 def test_an_explicit_choice_that_cannot_work_is_an_error(wanted, change, message):

@@ -94,6 +94,9 @@ def test_without_a_config_the_presets_are_listed(capsys):
         (["--config", "nope"], "--config nope: No such file.*quickstart"),
         (["--config", "quickstart", "--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
         (["--config", "quickstart", "--n_layer", "3"], "did you mean --model.n_layer"),
+        (["--config", "quickstart", "--lr", "3"], "unknown flag --lr; did you mean --"),
+        (["--config", "quickstart", "--batch_ramp", "1"], "batch_ramp"),
+        (["--config", "quickstart", "--seed", "4294967296"], "seed = 4294967296; expected .* below"),
         (["--config", "quickstart", "--steps", "many"], "--steps: invalid literal"),
         (["--config", "quickstart", "--steps"], "Missing value for argument '--steps'"),
         (["--config", "quickstart", "--model.attention", "flash"], "invalid choice 'flash'.*'splash'"),
@@ -153,10 +156,10 @@ def test_differences_are_those_of_the_mathematics():
         return new
 
     same = changed(out="x", steps=9, micro_batch_size=1, model={"scan_layers": True, "remat": "full"}, log={"every": 3})
-    assert differences(same, config) == []
+    assert differences(same, config) == {}
     other = changed(seed=3, model={"n_layer": 9}, optimizer={"beta1": 0.5})
-    assert differences(other, config) == [
-        "seed: 1337 -> 3",
-        f"model.n_layer: {config.model.n_layer} -> 9",
-        "optimizer.beta1: 0.9 -> 0.5",
-    ]
+    assert differences(other, config) == {
+        "seed": (1337, 3),
+        "model.n_layer": (config.model.n_layer, 9),
+        "optimizer.beta1": (0.9, 0.5),
+    }

@@ -186,8 +186,8 @@ def test_shards_are_what_llm_c_describes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a token file: it is empty"),
-        (b"once upon a time, there was a file", "is not a token file: it starts with"),
+        (b"", "is not a token file: it has only 0 bytes"),
+        (b"once upon a time" * 100, "is not a token file: it starts with"),
         (struct.pack("<3i", 20240520, 1, 5) + bytes(1012 + 8), "is cut off or damaged: its header says 5 tokens"),
         (struct.pack("<3i", 20240520, 7, 4) + bytes(1012 + 8), "has version 7 .* expected 1"),
     ],
@@ -197,6 +197,8 @@ def test_damaged_shards_say_so(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_shard(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_shard(tmp_path)
 
 
 def test_a_glob_without_files_is_an_error(tmp_path):
@@ -214,7 +216,8 @@ def test_training_reads_token_files(tmp_path):
     assert resolved.model.vocab_size == 257
     assert (opened.train.n_tokens, opened.val.n_tokens) == (10000, 5000)
     assert opened.val_text is None
-    (tmp_path / "train_1.bin").unlink()
+    other = np.random.default_rng(3).integers(0, 257, 5000).astype(np.uint16)
+    write_shard(tmp_path / "train_1.bin", other)  # of the same size
     assert open_data(config)[0].fingerprint != opened.fingerprint
 
 
@@ -272,6 +275,13 @@ def test_a_single_file_is_split_at_its_end(tmp_path):
         assert (len(corpus.train[0].content), len(corpus.val[0].content)) == (cut, 20 - cut)
 
 
+def test_empty_files_among_others_are_passed_over(tmp_path):
+    for name, content in (("a", "x" * 50), ("b", ""), ("c", "y" * 50), ("d", "z" * 50)):
+        (tmp_path / name).write_text(content)
+    corpus = read_corpus(DataConfig(text=str(tmp_path / "*"), tokenizer="bytes"))
+    assert {document.name for document in corpus.train + corpus.val} == {"a", "c", "d"}
+
+
 def test_files_keep_their_side_when_others_come():
     documents = [Document(f"{index}.py", b"x") for index in range(400)]
     few, many = split_by_name(documents[:200], 0.1), split_by_name(documents, 0.1)
@@ -296,7 +306,7 @@ def test_the_standard_library_is_a_corpus():
     [
         ("missing", None, "bytes", "matches no file; type --data.text FILE_OR_GLOB"),
         ("tinyshakespeare.txt", None, "chars", "type curl -o tinyshakespeare.txt https://"),
-        ("empty", b"", "bytes", "empty is empty"),
+        ("empty", b"", "bytes", "empty' is empty; give files with text"),
         ("latin1", b"caf\xe9 " * 100, "gpt2", "is not UTF-8 text"),
         ("latin1", b"caf\xe9 " * 100, "chars", "is not UTF-8 text"),
     ],

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gpt2_jax import attention
@@ -81,7 +82,10 @@ def test_however_a_batch_is_cut_up_the_updates_are_equal(
     assert max(expected_norms) > 0.5  # clipping is at work
     # 1e-6 is 8 units in the last place of float32: means over 16 × 32 tokens in another order.
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    # Under fsdp the norm's own sum over all parameters is split over devices as well.
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-6 if fsdp == 1 else 3e-6)
+    clipped, expected_clipped = (np.minimum(x, OPTIMIZER.clip_norm) for x in (norms, expected_norms))
+    np.testing.assert_allclose(clipped, expected_clipped, rtol=1e-6)
     difference = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), params, expected_params)
     total = jax.tree.map(lambda b: np.sum(np.square(b)), expected_params)
     assert np.sqrt(sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(total))) < 1e-6
@@ -96,6 +100,35 @@ def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch):
     losses, norms, _ = run(dataclasses.replace(config, attention="splash"), mesh_of(4), batches, 2)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)  # another order of sums in every attention row
     np.testing.assert_allclose(norms, expected[1], rtol=1e-4)
+
+
+def test_the_gradient_that_adamw_sees_has_the_clipped_norm(tiny_config, batches):
+    mesh = mesh_of(2)
+    model = GPT2(tiny_config)
+    state = init_state(model, OPTIMIZER, mesh, seed=0)
+    batch = put_batch(batches[0].reshape(2, 8, -1), batch_sharding(mesh, micro_batches=True))
+    state, metrics = make_train_step(model, OPTIMIZER, mesh, seed=0)(state, batch)
+    assert float(metrics.grad_norm) > OPTIMIZER.clip_norm
+    first_moment = optax.tree.get(state.opt_state.inner, "mu")  # after one update (1 − β₁) times the gradient
+    norm = float(optax.global_norm(first_moment)) / (1 - OPTIMIZER.beta1)
+    assert norm == pytest.approx(OPTIMIZER.clip_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_bfloat16_step_for_cuda_calls_cudnn(tiny_config, scan_layers, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is none here
+    config = dataclasses.replace(
+        tiny_config, n_head=2, n_embd=128, block_size=128, attention="cudnn", scan_layers=scan_layers
+    )
+    mesh = mesh_of(8)
+    model = GPT2(config, jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 16, 129), jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
+    traced = make_train_step(model, OPTIMIZER, mesh, seed=0).trace(abstract_state(model, OPTIMIZER, mesh), tokens)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(__cudnn\$\w+)", program)
+    assert set(calls) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 
 
 def test_dropout_differs_by_micro_batch_and_device_and_is_reproducible(tiny_config, batches):

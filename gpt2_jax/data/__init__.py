@@ -11,6 +11,8 @@ from gpt2_jax.data.pipeline import Windows
 from gpt2_jax.data.shards import find_shards, read_shard
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, vocab_size
 
+EDGE = 4096  # Tokens at either end of a token file that its fingerprint covers.
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -19,7 +21,7 @@ class Data:
     Attributes:
         tokenizer: None where nothing is to be decoded.
         val_text: the held-out bytes that `val` predicts; None for token files, whose text is not at hand.
-        fingerprint: changes when the training data does; a run does not continue on other data.
+        fingerprint: of the training data (of token files: sizes and edges); a run does not continue on other data.
     """
 
     train: Windows
@@ -56,8 +58,10 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
         )
         # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
         tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
-        sizes = [len(stream) for stream in train.streams]
-        fingerprint = f"{sum(sizes)} tokens in {len(sizes)} files, crc32 {zlib.crc32(repr(sizes).encode()):08x}"
+        crc = 0
+        for stream in train.streams:  # sizes, beginnings and ends: what can be read at once, however large it all is
+            crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
+        fingerprint = f"{train.n_tokens} tokens in {len(train_files)} files, crc32 {crc:08x}"
         opened = Data(train, val, tokenizer, None, fingerprint)
     return opened, dataclasses.replace(config, data=data, model=model)
 

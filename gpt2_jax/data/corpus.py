@@ -60,8 +60,8 @@ class TokenizedCorpus:
 def read_corpus(config: DataConfig) -> Corpus:
     """The documents of `data.text`, split.
 
-    Of several files those with the smallest hashes of their names are held out, `val_fraction` of them: a
-    file stays on its side when others come and go. Of one file the end is held out.
+    Of several files those with the smallest hashes of their names (below their common folder) are held out,
+    `val_fraction` of them: a file stays on its side when others come and go. Of one file the end is held out.
 
     Raises:
         UserError: no file matches, or a file is empty or cannot be read.
@@ -74,22 +74,28 @@ def read_corpus(config: DataConfig) -> Corpus:
         source = WHERE_TO_GET.get(Path(pattern).name)
         advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"
         raise UserError(f"data.text = {config.text!r} matches no file; type {advice}")
-    try:
-        documents = [Document(os.path.basename(path), Path(path).read_bytes()) for path in paths]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    for path, document in zip(paths, documents, strict=True):
-        if not document.content:
-            raise UserError(f"{path} is empty; data.text needs files with text in them")
+    root = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
+    documents = _read({os.path.relpath(path, root): path for path in paths})
+    if not documents:
+        raise UserError(f"data.text = {config.text!r} is empty; give files with text in them")
     if len(documents) > 1:
         return split_by_name(documents, config.val_fraction)
     return _split_end(documents[0], config)
 
 
+def _read(paths: dict[str, str]) -> list[Document]:
+    """The documents of {name: path} that have content."""
+    try:
+        documents = [Document(name, Path(path).read_bytes()) for name, path in paths.items()]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return [document for document in documents if document.content]
+
+
 def split_by_name(documents: Sequence[Document], val_fraction: float) -> Corpus:
     """Holds out the documents whose hashed names fall into the first `val_fraction` of all hashes.
 
-    At least one document is on either side.
+    At least one document is on either side, whatever its hash.
     """
 
     def share(document: Document) -> float:
@@ -107,7 +113,7 @@ def split_by_name(documents: Sequence[Document], val_fraction: float) -> Corpus:
 
 
 def _split_end(document: Document, config: DataConfig) -> Corpus:
-    """As nanoGPT splits: the first 90% (of the characters, or of the bytes) train, the rest validates."""
+    """As nanoGPT splits: the first characters (or bytes) train, the last `val_fraction` of them validates."""
     if config.tokenizer == "bytes":
         whole: bytes | str = document.content
     else:
@@ -125,11 +131,8 @@ def _split_end(document: Document, config: DataConfig) -> Corpus:
 
 def _stdlib_documents() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
-    documents = [
-        Document(name, path.read_bytes()) for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)
-    ]
-    documents = [document for document in documents if document.content]
+    paths = {path.relative_to(root).as_posix(): str(path) for path in sorted(root.rglob("*.py")) if path.is_file()}
+    documents = _read({name: path for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)})
     if not documents:
         raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")
     return documents
@@ -146,6 +149,11 @@ def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
         used: set[str] = set()
         for document in corpus.train + corpus.val:
             used.update(document.content.decode("utf-8", "replace"))
+        if len(used) > 1 << 16:
+            raise UserError(
+                f"the text has {len(used):,} different characters, more than 16 bits can number; type "
+                "--data.tokenizer bytes"
+            )
         characters = "".join(sorted(used))
     tokenizer = get_tokenizer(config.tokenizer, characters)
 

@@ -26,10 +26,13 @@ def read_shard(path: str | Path) -> np.ndarray:
     Raises:
         UserError: not such a file, or header and size disagree.
     """
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if header.size < HEADER_INTS or header[0] != MAGIC:
-        found = f"it starts with {header[0]}" if header.size else "it is empty"
+        found = f"it starts with {header[0]}" if header.size == HEADER_INTS else f"it has only {size} bytes"
         raise UserError(f"{path} is not a token file: {found}; expected llm.c's header with the magic {MAGIC}")
     if header[1] != VERSION:
         raise UserError(f"{path} has version {header[1]} of the token file format; expected {VERSION}")
@@ -63,7 +66,10 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     Raises:
         UserError: no file matches.
     """
-    paths = sorted(Path(path) for path in glob.glob(os.path.expanduser(pattern)))
+    paths = sorted(Path(path) for path in glob.glob(os.path.expanduser(pattern), recursive=True))
     if not paths:
-        raise UserError(f"{key} = {pattern!r} matches no file; give a glob of token files, as in 'data/train_*.bin'")
+        raise UserError(
+            f"{key} = {pattern!r} matches no file; give a glob of token files in llm.c's format (FineWeb is there "
+            "in it as the Hugging Face dataset kjj0/fineweb10B-gpt2)"
+        )
     return paths

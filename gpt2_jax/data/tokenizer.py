@@ -85,7 +85,8 @@ def gpt2_encoding() -> tiktoken.Encoding:
     except Exception as error:  # whatever the HTTP stack raises: tiktoken promises no type
         raise UserError(
             f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); on a machine without network set "
-            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another one, or type --data.tokenizer bytes"
+            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another one (token files need it only to write a "
+            "sample: --eval.sample_tokens 0)"
         ) from error
 
 
