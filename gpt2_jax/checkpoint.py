@@ -82,9 +82,12 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state saved at `step`, into the shapes, dtypes and shardings of `abstract_state`."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
-        return restored["state"]
+        """The state saved at `step`, into the shapes, dtypes and shardings of `abstract_state`.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return self._read(step, state=ocp.args.StandardRestore(abstract_state))
 
     def info(self, step: int) -> dict[str, Any]:
         """What was saved beside the state at `step`.
@@ -92,11 +95,15 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        try:
-            info: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))[
-                "info"
-            ]
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            path = self._manager.directory / str(step)
-            raise UserError(f"the checkpoint {path} is damaged; remove it to continue from the one before") from error
+        info: dict[str, Any] = self._read(step, info=ocp.args.JsonRestore())
         return info
+
+    def _read(self, step: int, **item: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
+        except (OSError, KeyError, ValueError) as error:
+            path = self._manager.directory / str(step)
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the checkpoint {path} is damaged ({reason}); remove it to go on from an older one"
+            ) from error

@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Row = dict[str, Any]
 
+SECONDS_BETWEEN_LINES = 5.0
+PLOT_POINTS = 100  # The training curve is the mean of about as many stretches of rows.
+
 # Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (SXM boards for NVIDIA), by `device_kind`.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -122,7 +125,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 class Display:
-    """What the person at the terminal sees: a bar there, a plain line per row elsewhere.
+    """What the person at the terminal sees: a bar there, plain lines elsewhere, one in five seconds at most.
 
     Args:
         step: updates done already.
@@ -142,7 +145,7 @@ class Display:
                 speed_estimate_period=120,
             )
             self._task = self._bar.add_task("", total=steps, completed=step, text="compiling")
-        self._steps = steps
+        self._steps, self._last_line = steps, -math.inf
 
     def __enter__(self) -> Display:
         if self._bar:
@@ -160,7 +163,7 @@ class Display:
         self.console.print(text, markup=False)
 
     def show(self, row: Row, *, seconds_left: float | None) -> None:
-        """A training row."""
+        """A training row; the last one is always shown."""
         speed = row["tokens_per_second"]
         parts = [f"loss {row['loss']:.4f}"]
         parts += [] if speed is None else [f"{_si(speed)} tok/s"]
@@ -168,6 +171,10 @@ class Display:
         if self._bar:
             self._bar.update(self._task, completed=row["step"], text=" · ".join(parts))
             return
+        now = time.perf_counter()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and row["step"] < self._steps:
+            return
+        self._last_line = now
         if seconds_left is not None:
             parts.append(f"{_duration(seconds_left)} left")
         self.say(f"update {row['step']}/{self._steps}: " + " · ".join(parts))
@@ -195,12 +202,17 @@ def plot(metrics: Path, image: Path) -> None:
     rows = list(read_rows(metrics))
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o"})):
-        points = [(row["tokens"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-        if points:
-            tokens, losses = zip(*points, strict=True)
-            last = f" ({losses[-1]:.4f} at the end)" if key == "val_loss" else ""
-            axes.plot(tokens, losses, label=label + last, markersize=4, linewidth=1.2, **style)
+    points = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    if points:
+        length = -(-len(points) // PLOT_POINTS)
+        stretches = [points[start : start + length] for start in range(0, len(points), length)]
+        means = [[sum(column) / len(stretch) for column in zip(*stretch, strict=True)] for stretch in stretches]
+        label = "training" + (f" (means of {length} rows)" if length > 1 else "")
+        axes.plot(*zip(*means, strict=True), label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
+    points = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if points:
+        label = f"validation ({points[-1][1]:.4f} at the end)"
+        axes.plot(*zip(*points, strict=True), label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=metrics.absolute().parent.name)
     axes.xaxis.set_major_formatter(lambda value, _: _si(value))
     axes.grid(alpha=0.3)

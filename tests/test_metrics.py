@@ -77,10 +77,11 @@ ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "tokens_per_second": 12345.6
 def test_plain_lines(capsys):
     with Display(0, 100) as display:
         display.show(ROW, seconds_left=3725)
-        display.show(ROW | {"tokens_per_second": None, "mfu": None}, seconds_left=None)
+        display.show(ROW | {"step": 21}, seconds_left=3720)  # too soon after the first
+        display.show(ROW | {"step": 100, "tokens_per_second": None, "mfu": None}, seconds_left=None)
     assert capsys.readouterr().out.splitlines() == [
         "update 20/100: loss 2.3457 · 12.3k tok/s · MFU 51.2% · 1:02:05 left",
-        "update 20/100: loss 2.3457",
+        "update 100/100: loss 2.3457",
     ]
 
 
@@ -105,7 +106,8 @@ def test_the_plot_is_a_png(tmp_path):
     plot(metrics.path, image)  # nothing yet
     metrics.write({"step": 1, "tokens": 10, "loss": 3.0})
     metrics.write({"step": 1, "tokens": 10, "val_loss": 3.1})
-    metrics.write({"step": 2, "tokens": 20, "loss": float("nan")})
+    for step in range(2, 250):
+        metrics.write({"step": step, "tokens": 10 * step, "loss": 3.0 - step / 100})
     plot(metrics.path, image)
     assert image.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
