@@ -162,7 +162,7 @@ class Run:
         left = self.tokens(self.config.steps) - tokens
         self.display.show(row, seconds_left=left / speed.tokens_per_second if speed else None)
 
-    def validate(self, limit: int) -> tuple[float, int]:
+    def validation_nats(self, limit: int) -> tuple[float, int]:
         """Sum of nats over the first `limit` validation targets (0: all), and how many they are."""
         per_device = self.config.batch_size // self.mesh.size
         batch_size = min(self.config.micro_batch_size or per_device, per_device) * self.mesh.size
@@ -179,7 +179,7 @@ class Run:
         """Logs the validation loss, and draws the plot anew."""
         self.report()
         self.meter.stop()
-        nats, targets = self.validate(self.config.eval.tokens)
+        nats, targets = self.validation_nats(self.config.eval.tokens)
         loss = nats / targets
         self.val_loss = (step, loss)
         self.metrics.write({"step": step, "tokens": self.tokens(step), "val_loss": loss})
@@ -226,7 +226,7 @@ class Run:
     def summarize(self) -> None:
         """What the finished run reached, a sample of what it writes, and what to type next."""
         config, data, say = self.config, self.data, self.display.say
-        nats, targets = self.validate(0 if data.val_text else config.eval.tokens)
+        nats, targets = self.validation_nats(0 if data.val_text else config.eval.tokens)
         say("")
         say(f"{'loss':10}{nats / targets:.4f} nats per token over {targets:,} held-out tokens")
         if data.val_text:

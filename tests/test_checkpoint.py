@@ -74,16 +74,21 @@ def test_half_written_checkpoints_are_not_seen_and_go_away(tmp_path):
     (half / "state").write_text("half")
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest() == 1
-    assert not half.exists()
+        checkpoints.save(2, state(2), {})  # waits until the left-overs are gone
+        assert not half.exists()
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path):
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         checkpoints.save(1, state(1), {"tokens": 1})
-    for file in (tmp_path / "c" / "1" / "info").iterdir():
-        file.unlink()
-    with (
-        Checkpoints(tmp_path / "c", keep=2) as checkpoints,
-        pytest.raises(UserError, match=r"c/1 is damaged; remove it"),
-    ):
-        checkpoints.info(1)
+    for item in ("info", "state"):
+        for file in (tmp_path / "c" / "1" / item).rglob("*"):
+            if file.is_file():
+                file.unlink()
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        with pytest.raises(UserError, match=r"c/1 is damaged \(.*\); remove it"):
+            checkpoints.info(1)
+        with pytest.raises(UserError, match=r"c/1 is damaged \(.*\); remove it"):
+            checkpoints.restore(1, abstract(SINGLE))
