@@ -9,6 +9,9 @@ import importlib.metadata
 import math
 import os
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -55,6 +58,33 @@ def open_directory(config: TrainConfig) -> Path:
     except OSError as error:
         raise UserError(f"the run directory {out} cannot be written: {error.strerror}; give another --out") from error
     return out
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Holds the run directory for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process trains in it. (A requeued job can start while the old one still saves.)
+    """
+    if sys.platform == "win32":  # has no flock
+        yield
+        return
+    import fcntl
+
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {out}; wait for it, stop it, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks, as some network ones: there the user has to take care
+            pass
+        yield
+    finally:
+        os.close(directory)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -22,7 +22,7 @@ from gpt2_jax.config import TrainConfig, UserError
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import BatchSchedule, TrainBatches, read_ahead
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import TRAIN, DivergedError, Run, is_due, open_directory
+from gpt2_jax.run import TRAIN, DivergedError, Run, exclusive, is_due, open_directory
 from gpt2_jax.sharding import batch_sharding, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import make_train_step
 
@@ -68,6 +68,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
 
     with (
         jax.default_matmul_precision(precision),
+        exclusive(out),
         stop_signals() as received,
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):

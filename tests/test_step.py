@@ -46,7 +46,8 @@ def run(config, mesh, batches, accumulation, optimizer=OPTIMIZER):
     rows = []
     for batch in batches:
         micro = batch.reshape(accumulation, -1, batch.shape[-1])
-        state, metrics = step(state, put_batch(micro, sharding))
+        with jax.transfer_guard("disallow"):  # as in training: nothing else goes to the devices
+            state, metrics = step(state, put_batch(micro, sharding))
         rows.append(jax.device_get(metrics))
     params = unstack_layers(state.params) if config.scan_layers else state.params
     assert int(state.step) == len(batches)

@@ -1,7 +1,9 @@
 """The training command as a user runs it: the quickstart, kills and restarts, and what it refuses."""
 
+import contextlib
 import dataclasses
 import os
+import random
 import re
 import shlex
 import signal
@@ -132,6 +134,26 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
     assert list(rows(tmp_path / "whole", "loss")) == list(range(1, 41))
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(tiny_run, tmp_path):
+    """Saves are frequent here, so that some kills fall into the middle of one."""
+    args = [*tiny_run, "--steps", "300", "--checkpoint.every", "3", "--eval.every", "50"]
+    code, output = finish(command([*args, "--out", tmp_path / "whole"]))
+    assert code == 0, output
+    seconds = random.Random(0)
+    for _ in range(10):
+        process = command([*args, "--out", tmp_path / "parts"])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=seconds.uniform(3, 10))
+        process.kill()
+        process.communicate()
+    code, output = finish(command([*args, "--out", tmp_path / "parts"]))
+    assert code == 0, output
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
@@ -270,6 +292,19 @@ def test_the_directory_of_another_run_is_left_alone(tiny_run, tmp_path):
         run_here([*args, "--steps", 4])
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_two_processes_do_not_train_in_one_directory(tiny_run, tmp_path):
+    args = [*tiny_run, "--out", tmp_path / "run"]
+    first = command([*args, "--steps", "100000", "--optimizer.decay_steps", "40"])
+    wait_for_update(tmp_path / "run", 1)
+    content = (tmp_path / "run" / "config.toml").read_bytes()
+    code, output = finish(command([*args, "--steps", "50"]))
+    first.kill()
+    first.communicate()
+    assert code == 2
+    assert "another process is training in" in output
+    assert (tmp_path / "run" / "config.toml").read_bytes() == content
 
 
 def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
