@@ -15,6 +15,9 @@ from gpt2_jax.config import TrainConfig, UserError, flatten, nearest_key, preset
 
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Runs a command's `main` on the command line; a `UserError` is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 gets a "?", not a traceback
+            stream.reconfigure(errors="replace")
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -63,7 +66,7 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
         if arg.startswith("--"):
             key = arg[2:].replace("-", "_")
             if key not in known:
-                raise UserError(f"unknown flag {arg}; {nearest_key(key, known, prefix='--')}")
+                raise UserError(f"unknown flag {arg}; {nearest_key(key, list(known), prefix='--')}")
             arg = "--" + key
         elif isinstance(known.get(key), bool):  # true and false, as TOML spells them
             arg = arg.capitalize()

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -169,6 +169,7 @@ class TrainConfig:
 # additions and, with dropout, which of the equally likely masks are drawn.
 NOT_MATHEMATICS = re.compile(
     r"out|steps|micro_batch_size|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
+    r"|data\.(text|train|val)"  # files may move; that they are the same is seen from their fingerprint
 )
 
 
@@ -224,11 +225,16 @@ def read_config(name: str) -> TrainConfig:
     return _from_table(TrainConfig, table, str(path))
 
 
-def nearest_key(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    """What to type instead of an unknown key: the closest spelling, or the same name in another section."""
+def nearest_key(key: str, known: Sequence[str], prefix: str = "") -> str:
+    """What to type instead of an unknown key: the same name in another section, or the closest spelling."""
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    close = same_name or difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"did you mean {prefix}{close[0]}?"
+
+
+def all_keys() -> list[str]:
+    """Every key of a config, in the order of its declaration."""
+    return list(flatten(TrainConfig(out="", steps=1, batch_size=1)))
 
 
 def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
@@ -237,8 +243,7 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in hints:
-            known = [prefix + name for name in hints]
-            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, dict.fromkeys(known))}")
+            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, all_keys())}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")

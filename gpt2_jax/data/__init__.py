@@ -21,7 +21,7 @@ class Data:
     Attributes:
         tokenizer: None where nothing is to be decoded.
         val_text: the held-out bytes that `val` predicts; None for token files, whose text is not at hand.
-        fingerprint: of the training data (of token files: sizes and edges); a run does not continue on other data.
+        fingerprint: of all tokens (of token files: sizes and edges); a run does not continue on other data.
     """
 
     train: Windows
@@ -47,7 +47,8 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
             Windows([stream], [f"the {side} part of {data.text!r}"], model.block_size, model.vocab_size)
             for side, stream in (("training", corpus.train), ("validation", corpus.val))
         ]
-        fingerprint = f"{len(corpus.train)} tokens, crc32 {zlib.crc32(corpus.train.tobytes()):08x}"
+        crc = zlib.crc32(corpus.val.tobytes(), zlib.crc32(corpus.train.tobytes()))
+        fingerprint = f"{len(corpus.train)} + {len(corpus.val)} tokens, crc32 {crc:08x}"
         opened = Data(windows[0], windows[1], corpus.tokenizer, corpus.val_text, fingerprint)
     else:
         train_files, val_files = find_shards(data.train, "data.train"), find_shards(data.val, "data.val")
@@ -59,9 +60,12 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
         # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
         tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
         crc = 0
-        for stream in train.streams:  # sizes, beginnings and ends: what can be read at once, however large it all is
+        for stream in (
+            *train.streams,
+            *val.streams,
+        ):  # sizes, beginnings and ends: what can be read at once, however large it all is
             crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
-        fingerprint = f"{train.n_tokens} tokens in {len(train_files)} files, crc32 {crc:08x}"
+        fingerprint = f"{train.n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}"
         opened = Data(train, val, tokenizer, None, fingerprint)
     return opened, dataclasses.replace(config, data=data, model=model)
 

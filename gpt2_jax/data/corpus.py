@@ -69,7 +69,8 @@ def read_corpus(config: DataConfig) -> Corpus:
     if config.text == STDLIB:
         return split_by_name(_stdlib_documents(), config.val_fraction)
     pattern = os.path.expanduser(config.text)
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    paths = sorted(path for path in found if os.path.isfile(path))
     if not paths:
         source = WHERE_TO_GET.get(Path(pattern).name)
         advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"

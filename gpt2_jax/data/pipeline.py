@@ -98,21 +98,25 @@ class Windows:
         vocab_size: tokens must be below it.
 
     Raises:
-        UserError: a stream is shorter than a window, or starts with a token beyond the vocabulary.
+        UserError: no stream is as long as a window, or one starts with a token beyond the vocabulary.
     """
 
     def __init__(self, streams: Sequence[np.ndarray], names: Sequence[str], block_size: int, vocab_size: int) -> None:
         self.streams, self.names, self.block_size, self.vocab_size = streams, names, block_size, vocab_size
+        longest = max(map(len, streams))
+        if longest <= block_size:
+            raise UserError(
+                f"{', '.join(names)}: {longest:,} tokens are too few for one window of model.block_size + 1 = "
+                f"{block_size + 1:,}; give more text, or type --model.block_size {max(longest // 4, 1)}"
+            )
         for stream, name in zip(streams, names, strict=True):
-            if len(stream) <= block_size:
-                raise UserError(
-                    f"{name} has {len(stream):,} tokens, too few for one window of model.block_size + 1 = "
-                    f"{block_size + 1:,}; give more text, or type --model.block_size {max(len(stream) // 4, 1)}"
-                )
             self._check(stream[:PEEK_TOKENS], name)
         self.n_tokens = sum(map(len, streams))
         self._views = [
-            np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)[::block_size] for stream in streams
+            np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)[::block_size]
+            if len(stream) > block_size
+            else np.empty((0, block_size + 1), dtype=np.uint16)
+            for stream in streams
         ]
         self._starts = np.cumsum([0, *map(len, self._views)])
 
@@ -120,7 +124,7 @@ class Windows:
         return int(self._starts[-1])
 
     def _check(self, tokens: np.ndarray, name: str) -> None:
-        if (largest := int(tokens.max())) >= self.vocab_size:
+        if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
             raise UserError(
                 f"{name} has the token {largest}, beyond model.vocab_size = {self.vocab_size}; it was made with "
                 "another tokenizer"
