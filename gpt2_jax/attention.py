@@ -15,8 +15,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import AttentionBackend, UserError
@@ -74,8 +72,11 @@ def why_not(
             return f"needs bfloat16 or float16, found {jnp.dtype(dtype)}"
         if head_dim % 8 or head_dim > 128:
             return f"needs a head dimension up to 128 and a multiple of 8, found {head_dim}"
-    if backend == "splash" and time % SPLASH_BLOCK:
-        return f"needs a length that is a multiple of {SPLASH_BLOCK}, found {time}"
+    if backend == "splash":
+        if time % SPLASH_BLOCK:
+            return f"needs a length that is a multiple of {SPLASH_BLOCK}, found {time}"
+        if head_dim % 64:
+            return f"needs a head dimension that is a multiple of 64, found {head_dim}"
     return None
 
 
@@ -157,6 +158,10 @@ def xla_attention(
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
     """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests."""
+    # Not at the top: whoever has no TPU can do without it, and it is experimental.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     _, time, n_head, head_dim = q.shape
     block = next(size for size in (512, 256, SPLASH_BLOCK) if time % size == 0)
     kernel = splash_kernel.make_splash_mha_single_device(

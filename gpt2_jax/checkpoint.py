@@ -58,9 +58,18 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._manager.close()
 
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        self._manager.wait_until_finished()
+
     def latest(self) -> int | None:
         """The newest step that can be restored."""
         step: int | None = self._manager.latest_step()
+        return step
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss, of those that can be restored and have one."""
+        step: int | None = self._manager.best_step()
         return step
 
     def steps(self) -> list[int]:
@@ -85,7 +94,7 @@ class Checkpoints:
         """The state saved at `step`, into the shapes, dtypes and shardings of `abstract_state`.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: the checkpoint cannot be read.
         """
         return self._read(step, state=ocp.args.StandardRestore(abstract_state))
 
@@ -93,7 +102,7 @@ class Checkpoints:
         """What was saved beside the state at `step`.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: the checkpoint cannot be read.
         """
         info: dict[str, Any] = self._read(step, info=ocp.args.JsonRestore())
         return info
@@ -105,5 +114,6 @@ class Checkpoints:
             path = self._manager.directory / str(step)
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"the checkpoint {path} is damaged ({reason}); remove it to go on from an older one"
+                f"the checkpoint {path} cannot be read ({reason}); if it is damaged, move it away to go on from an "
+                "older one"
             ) from error

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gpt2_jax.config import UserError
 
 Row = dict[str, Any]
 
@@ -96,11 +98,17 @@ class MetricsFile:
         path: rows beyond `step`, and a last line that was cut off, are dropped: a run that continues from an
             older checkpoint writes them again.
         step: the step that the run continues from, 0 for a new one.
+
+    Raises:
+        UserError: the file holds something else.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        try:
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not hold rows of a run; move it away") from error
         replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Row) -> None:
@@ -140,9 +148,7 @@ class Display:
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(compact=True),
                 console=self.console,
-                speed_estimate_period=120,
             )
             self._task = self._bar.add_task("", total=steps, completed=step, text="compiling")
         self._steps, self._last_line = steps, -math.inf
@@ -168,16 +174,13 @@ class Display:
         parts = [f"loss {row['loss']:.4f}"]
         parts += [] if speed is None else [f"{_si(speed)} tok/s"]
         parts += [] if row["mfu"] is None else [f"MFU {row['mfu']:.1%}"]
+        parts += [] if seconds_left is None else [f"{_duration(seconds_left)} left"]
+        now = time.perf_counter()
         if self._bar:
             self._bar.update(self._task, completed=row["step"], text=" · ".join(parts))
-            return
-        now = time.perf_counter()
-        if now - self._last_line < SECONDS_BETWEEN_LINES and row["step"] < self._steps:
-            return
-        self._last_line = now
-        if seconds_left is not None:
-            parts.append(f"{_duration(seconds_left)} left")
-        self.say(f"update {row['step']}/{self._steps}: " + " · ".join(parts))
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._steps:
+            self._last_line = now
+            self.say(f"update {row['step']}/{self._steps}: " + " · ".join(parts))
 
 
 def _si(number: float) -> str:

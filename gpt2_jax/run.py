@@ -44,17 +44,19 @@ def open_directory(config: TrainConfig) -> Path:
         UserError: it belongs to another config, or cannot be written.
     """
     out = Path(config.out).expanduser()
-    written = out / "config.toml"
+    written, checkpoints = out / "config.toml", out / "checkpoints"
     try:
-        if written.exists() and (changed := differences(config, read_config(str(written)))):
+        has_checkpoints = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        if has_checkpoints and written.exists() and (changed := differences(config, read_config(str(written)))):
             listed = "; ".join(f"{key}: {there!r} -> {here!r}" for key, (there, here) in changed.items())
             advice = "go back to its values, or give another --out"
             if list(changed) == ["optimizer.decay_steps"]:  # which follows from `steps`, if it is not given
                 advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
             raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission")
+        for path in (out, written, checkpoints, out / "metrics.jsonl", out / "loss.png"):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:
         raise UserError(f"the run directory {out} cannot be written: {error.strerror}; give another --out") from error
     return out
@@ -105,7 +107,7 @@ class Run:
         checkpoints: those in it; the run starts from the newest, or anew.
 
     Raises:
-        UserError: the newest checkpoint is beyond `config.steps`, or was trained on other data.
+        UserError: the newest checkpoint is beyond `config.steps`, or the data is not that of the run.
     """
 
     def __init__(
@@ -145,14 +147,14 @@ class Run:
         before = self.checkpoints.info(step)["data"]
         if before != self.data.fingerprint:
             raise UserError(
-                f"the training data of {self.out} has changed ({before} -> {self.data.fingerprint}); bring the old "
+                f"the data of {self.out} has changed ({before} -> {self.data.fingerprint}); bring the old "
                 "data back, or give another --out"
             )
         unrolled = GPT2(dataclasses.replace(model.config, scan_layers=False), model.dtype)
         state: TrainState = self.checkpoints.restore(step, abstract_state(unrolled, config.optimizer, self.mesh))
         if model.config.scan_layers:
             shardings = state_shardings(model, config.optimizer, self.mesh)
-            state = jax.jit(stack_layers, out_shardings=shardings)(state)
+            state = jax.jit(stack_layers, out_shardings=shardings, donate_argnums=0)(state)
         return state
 
     def tokens(self, step: int) -> int:
@@ -170,9 +172,10 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         loss, grad_norm, learning_rate = map(float, jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            saved = f"checkpoints/{self._saved} is from before" if self._saved else "nothing was saved"
             raise DivergedError(
-                f"update {step} has loss {loss} and gradient norm {grad_norm}; the checkpoints in {self.out} are from "
-                f"before; type --optimizer.learning_rate {self.config.optimizer.learning_rate / 2:g} and another --out"
+                f"update {step} has loss {loss} and gradient norm {grad_norm}; {saved}; type --optimizer.learning_rate "
+                f"{self.config.optimizer.learning_rate / 2:g} and another --out"
             )
         tokens = self.tokens(step)
         if not is_due(step, self.config.log.every) and step != self.config.steps:
@@ -223,7 +226,9 @@ class Run:
         if step == self._saved:
             return
         self._saved = step
-        state = unstack_layers(self.state) if self.model.config.scan_layers else self.state
+        state = self.state
+        if self.model.config.scan_layers:  # taken apart on the host: the device may have no room for a second copy
+            state = unstack_layers(jax.device_get(state))
         val_loss = self.val_loss[1] if self.val_loss and self.val_loss[0] == step else None
         self.checkpoints.save(step, state, {"data": self.data.fingerprint}, val_loss)
 
@@ -276,7 +281,9 @@ class Run:
             )
             say(f"{'sample':10}{n_tokens} tokens that the model writes:\n")
             say("    " + text.replace("\n", "\n    ") + "\n")
-        say(f"{'run':10}{self.out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}")
+        best = self.checkpoints.best()
+        others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
+        say(f"{'run':10}{self.out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
         say(f"{'next':10}{self._next_command()}")
 
     def _next_command(self) -> str:

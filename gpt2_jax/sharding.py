@@ -43,8 +43,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
 
-    The largest dimension that `fsdp` divides is split. Vectors stay whole: they are small, and a layer norm's
-    gather costs more than its memory.
+    The largest dimension that `fsdp` divides is split. Vectors stay whole (unless layers are stacked): they are
+    small, and a layer norm's gather costs more than its memory.
     """
     fsdp = mesh.shape["fsdp"]
 

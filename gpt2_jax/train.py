@@ -51,6 +51,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         UserError: config, data, devices and run directory do not fit together.
         DivergedError: the loss is not finite any more.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"training runs in one process so far, found {jax.process_count()}; start it on one host")
     config, choice = resolve(config)
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
@@ -69,13 +71,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     with (
         jax.default_matmul_precision(precision),
         exclusive(out),
-        stop_signals() as received,
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         run = Run(config, data, model, mesh, schedule, out, checkpoints)
         done = run.start
         run.say_hello(choice)
-        with run.display, closing(read_ahead(source, run.start, config.steps)) as batches:
+        with stop_signals() as received, run.display, closing(read_ahead(source, run.start, config.steps)) as batches:
             try:
                 while done < config.steps and not received:
                     batch = next(batches)
@@ -92,11 +93,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 run.save(done)
                 raise
             run.save(done)
-        if done == config.steps:
-            run.summarize()
-            return 0
-    print(f"stopped after update {done} of {config.steps}; the same command continues it")
-    return 128 + received[0]
+            if done < config.steps:
+                checkpoints.wait()
+                run.display.say(f"stopped after update {done} of {config.steps}; the same command continues it")
+                return 128 + received[0]
+        run.summarize()
+    return 0
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, attention.Choice]:

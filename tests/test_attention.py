@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import Hardware, causal_attention, choose, splash_attention, why_not, xla_attention
+from gpt2_jax.attention import Hardware, causal_attention, choose, splash_attention, xla_attention
 from gpt2_jax.config import UserError
 
 CASE = {"hardware": Hardware("cuda", 9.0), "dtype": jnp.bfloat16, "time": 1024, "head_dim": 64, "dropout": 0.0}
@@ -90,7 +90,6 @@ def test_dropout_without_a_key_is_an_error():
 def test_auto_takes_the_fastest_that_can(change, backend):
     choice = choose("auto", **(CASE | change))
     assert choice.backend == backend
-    assert all(why_not(other, **(CASE | change)) == reason for other, reason in choice.against.items())
     assert set(choice.against) == {"splash", "cudnn", "xla"} - {backend, "xla"}
 
 
@@ -107,6 +106,7 @@ def test_the_choice_says_why():
         ("cudnn", {"hardware": Hardware("cpu")}, "needs cuda, found cpu"),
         ("cudnn", {"dtype": jnp.float32}, "needs bfloat16 or float16, found float32"),
         ("splash", {"hardware": Hardware("tpu"), "time": 100}, "multiple of 128, found 100"),
+        ("splash", {"hardware": Hardware("tpu"), "head_dim": 32}, "multiple of 64, found 32"),
     ],
 )
 def test_an_explicit_choice_that_cannot_work_is_an_error(wanted, change, message):

@@ -33,7 +33,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             checkpoints.__exit__()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.steps() == [2, 5, 6]
-        assert checkpoints.latest() == 6
+        assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
 
 
 def test_restored_is_saved(tmp_path):
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
             if file.is_file():
                 file.unlink()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
-        with pytest.raises(UserError, match=r"c/1 is damaged \(.*\); remove it"):
+        with pytest.raises(UserError, match=r"c/1 cannot be read \(.*\); if it is damaged"):
             checkpoints.info(1)
-        with pytest.raises(UserError, match=r"c/1 is damaged \(.*\); remove it"):
+        with pytest.raises(UserError, match=r"c/1 cannot be read \(.*\); if it is damaged"):
             checkpoints.restore(1, abstract(SINGLE))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 
 import pytest
@@ -32,9 +33,11 @@ def test_presets_are_valid_and_survive_the_round_trip(name, tmp_path):
     assert read_config(str(tmp_path / "config.toml")) == config
 
 
-def test_every_preset_header_says_what_it_is():
+def test_every_preset_header_shows_its_arithmetic_and_the_loss_to_expect():
     for path in PRESETS.glob("*.toml"):
-        assert path.read_text().startswith("# "), path
+        header = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert re.search(r"^# .* × .*", header, re.MULTILINE), path
+        assert "Loss:" in header, path
 
 
 def test_toml_holds_every_key_and_every_kind_of_value(tmp_path):
@@ -122,6 +125,8 @@ def test_mistakes_on_the_command_line_are_one_clear_line(args, message):
         ("steps = ", "not TOML"),
         ("out = 'x'\nsteps = 3", "missing key batch_size; write batch_size ="),
         ("stepz = 3", "unknown key stepz; did you mean steps?"),
+        ("n_layer = 3", "unknown key n_layer; did you mean model.n_layer?"),
+        ("[model]\nlearning_rate = 3", "unknown key model.learning_rate; did you mean optimizer.learning_rate?"),
         ("[model]\nn_leyer = 3", "unknown key model.n_leyer; did you mean model.n_layer?"),
         ("model = 3", "model is a section; write \\[model\\]"),
         ("steps = '3'", "steps = '3'; expected int, found str"),

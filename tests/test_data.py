@@ -101,6 +101,12 @@ def test_a_batch_is_a_function_of_seed_and_number():
     assert not np.array_equal(source[0], TrainBatches(windows, schedule, {8: 2}, seed=4)[0])
 
 
+def test_a_stream_without_a_whole_window_is_passed_over():
+    streams = [np.arange(3, dtype=np.uint16), np.arange(100, 109, dtype=np.uint16)]
+    windows = Windows(streams, ["short", "long"], 4, 1000)
+    assert windows[np.arange(len(windows))][:, 0].tolist() == [100, 104]
+
+
 def test_windows_do_not_cross_streams():
     streams = [np.arange(start, start + size, dtype=np.uint16) for start, size in ((0, 9), (100, 5), (200, 14))]
     windows = Windows(streams, ["a", "b", "c"], 4, 1000)
@@ -150,7 +156,7 @@ def test_evaluation_covers_every_token_but_the_first_once():
 
 
 def test_too_short_a_text_says_so():
-    with pytest.raises(UserError, match=r"stream has 4 tokens, too few for one window of .* 5; .*--model.block_size 1"):
+    with pytest.raises(UserError, match=r"stream: 4 tokens are too few for one window of .* 5; .*--model.block_size 1"):
         windows_of(4)
 
 
@@ -245,6 +251,7 @@ def test_bytes_need_not_be_utf8():
 def test_gpt2_documents_start_with_end_of_text_and_never_contain_it(gpt2_vocabulary):
     encoding = gpt2_encoding()
     assert encoding.n_vocab == vocab_size("gpt2")
+    assert encode_document(encoding, b"hello world").tolist() == [50256, 31373, 995]
     for text in STRINGS:
         tokens = encode_document(encoding, text.encode()).tolist()
         assert tokens[0] == 50256

@@ -7,6 +7,7 @@ import jax
 import pytest
 from rich.console import Console
 
+from gpt2_jax.config import UserError
 from gpt2_jax.metrics import (
     PEAK_FLOPS,
     Display,
@@ -34,6 +35,9 @@ def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path
     ]
     MetricsFile(path, 0)
     assert path.read_text() == ""
+    path.write_text("not json\n")
+    with pytest.raises(UserError, match="does not hold rows of a run"):
+        MetricsFile(path, 0)
 
 
 def test_model_flops_of_gpt2_small():
@@ -96,7 +100,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
         display.say("validation [bold] stays as it is")
     text = screen.getvalue()
     assert "20/100" in text
-    assert "loss 2.3457 · 12.3k tok/s · MFU 51.2%" in text
+    assert "loss 2.3457 · 12.3k tok/s · MFU 51.2% · 0:10 left" in text
     assert "validation [bold] stays as it is" in text
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,9 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
     assert list(rows(tmp_path / "whole", "loss")) == list(range(1, 41))
+    val_losses = rows(tmp_path / "whole", "val_loss")
+    kept = {int(path.name) for path in (tmp_path / "whole" / "checkpoints").glob("[0-9]*")}
+    assert kept == {30, 40} | {min(val_losses, key=val_losses.get)}
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
@@ -172,7 +176,7 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     total = float(nats) / np.log(2) * int(targets.replace(",", ""))
     assert float(bits) == pytest.approx(total / int(n_bytes.replace(",", "")), abs=1e-3)
     assert 1.5 < float(zipped) < 3
-    for expected in ("300 tokens that the model writes", str(out), "--data.text"):
+    for expected in ("not cudnn: needs cuda, found cpu", "300 tokens that the model writes", str(out), "--data.text"):
         assert expected in output
     assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -210,9 +214,12 @@ def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path):
     np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
 
 
-def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys):
-    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 10]
+def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys, monkeypatch):
+    plots = []
+    monkeypatch.setattr("gpt2_jax.run.plot", lambda metrics, image: plots.append(image))
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 10, "--eval.every", 4]
     assert run_here(args) == 0
+    assert plots == [tmp_path / "run" / "loss.png"] * 3  # after updates 4, 8 and 10
     content = (tmp_path / "run" / "metrics.jsonl").read_text()
     capsys.readouterr()
     assert run_here(args) == 0
@@ -288,7 +295,7 @@ def test_the_directory_of_another_run_is_left_alone(tiny_run, tmp_path):
         run_here([*args, "--steps", 1])
     text = tmp_path / "text.txt"
     text.write_text(text.read_text() + "one more line")
-    with pytest.raises(UserError, match=r"the training data of .* has changed"):
+    with pytest.raises(UserError, match=r"the data of .* has changed"):
         run_here([*args, "--steps", 4])
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert after == before
@@ -348,10 +355,28 @@ def test_data_that_cannot_be_used_writes_nothing(tiny_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_ends_with_one_line_and_code_2(tmp_path):
-    code, output = finish(command(["--config", "quickstart", "--stepz", "3"], cwd=tmp_path))
-    assert (code, output) == (2, "error: unknown flag --stepz; did you mean --steps?\n")
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--config", "quickstart", "--stepz", "3"], "error: unknown flag --stepz; did you mean --steps?"),
+        (["--config", "mine.toml"], "error: --config mine.toml: No such file or directory; give a .toml file or"),
+        (["--config", "quickstart", "--out", "/proc/run"], "error: the run directory /proc/run cannot be written:"),
+    ],
+)
+def test_the_command_ends_with_one_line_and_code_2(args, line, tmp_path):
+    code, output = finish(command(args, cwd=tmp_path))
+    assert code == 2
+    assert output.startswith(line)
+    assert output.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_without_checkpoints_takes_another_config(tiny_run, tmp_path):
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 2]
+    assert run_here(args) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert run_here([*args, "--seed", 7]) == 0
+    assert read_config(str(tmp_path / "run" / "config.toml")).seed == 7
 
 
 def test_importing_the_package_starts_no_backend():

@@ -60,10 +60,7 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
         # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
         tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
         crc = 0
-        for stream in (
-            *train.streams,
-            *val.streams,
-        ):  # sizes, beginnings and ends: what can be read at once, however large it all is
+        for stream in (*train.streams, *val.streams):  # sizes and edges: read at once, however large it all is
             crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
         fingerprint = f"{train.n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}"
         opened = Data(train, val, tokenizer, None, fingerprint)
