@@ -154,7 +154,7 @@ class Run:
         state: TrainState = self.checkpoints.restore(step, abstract_state(unrolled, config.optimizer, self.mesh))
         if model.config.scan_layers:
             shardings = state_shardings(model, config.optimizer, self.mesh)
-            state = jax.jit(stack_layers, out_shardings=shardings, donate_argnums=0)(state)
+            state = jax.jit(stack_layers, out_shardings=shardings)(state)
         return state
 
     def tokens(self, step: int) -> int:
