@@ -143,7 +143,7 @@ def xla_attention(
     """`causal_attention` in jax.numpy, softmax in float32."""
     time, head_dim = q.shape[1], q.shape[3]
     # Heads before time, as real transposes: XLA's CPU backend runs batched products only in this order
-    # (measured: 2.3 times as fast forward as the einsum over [batch, time, heads, head_dim] as it comes).
+    # (measured forward at 16 × 256 tokens, 6 heads of 64: 28 ms, against 65 ms without).
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
     causal = jnp.tril(jnp.ones((time, time), dtype=bool))
