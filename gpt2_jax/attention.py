@@ -4,7 +4,8 @@
     cudnn   cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
     splash  the Pallas flash-attention kernel for TPU that ships with JAX.
 
-All compute softmax(q kᵀ / √head_dim + causal mask) v (Vaswani et al. 2017, section 3.2.1).
+All compute softmax(q kᵀ / √head_dim + causal mask) v (Vaswani et al. 2017, section 3.2.1). `cached_attention` is
+the same for generation, where keys and values of earlier tokens are kept.
 """
 
 from __future__ import annotations
@@ -154,6 +155,44 @@ def xla_attention(
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
     return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).swapaxes(1, 2)
+
+
+class KeyValues(NamedTuple):
+    """What one layer keeps of the tokens that it has seen. Sequences are padded on the left, to end together."""
+
+    keys: jax.Array  # [batch · heads, slots, head_dim]
+    values: jax.Array  # the same
+    slot: jax.Array  # int32 [], where the next token goes
+    pad: jax.Array  # int32 [batch], slots before the first token of each sequence
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
+    """Each new token attends to those in the cache and to the new ones up to itself; softmax in float32.
+
+    Args:
+        q, k, v: [batch, time, heads, head_dim] of the new tokens, which fill the next `time` slots.
+        cache: with room for them.
+
+    Returns:
+        [batch, time, heads, head_dim] in the dtype of `q`, and the cache with the new tokens in it.
+    """
+    batch, time, n_head, head_dim = q.shape
+
+    # Batch and heads are one axis, in the cache too: with two, XLA's CPU backend reshapes the updated cache for the
+    # products, and so copies all of it for every token.
+    def flat(x: jax.Array) -> jax.Array:
+        return x.swapaxes(1, 2).reshape(batch * n_head, time, head_dim)
+
+    keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, flat(k), cache.slot, axis=1)
+    values = jax.lax.dynamic_update_slice_in_dim(cache.values, flat(v), cache.slot, axis=1)
+    scores = jnp.einsum("nqd,nsd->nqs", flat(q) * head_dim**-0.5, keys, preferred_element_type=jnp.float32)
+    slots = jnp.arange(keys.shape[1])
+    seen = slots <= cache.slot + jnp.arange(time)[:, None]  # [time, slots]
+    seen = seen & (slots >= cache.pad[:, None, None])  # [batch, time, slots]
+    weights = jax.nn.softmax(jnp.where(jnp.repeat(seen, n_head, axis=0), scores, jnp.finfo(jnp.float32).min), axis=-1)
+    y = jnp.einsum("nqs,nsd->nqd", weights.astype(values.dtype), values)
+    y = y.reshape(batch, n_head, time, head_dim).swapaxes(1, 2)
+    return y, KeyValues(keys, values, cache.slot + time, cache.pad)
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -6,10 +6,14 @@ written beside its final name and renamed, so one that can be listed is whole.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -18,6 +22,50 @@ from gpt2_jax.config import UserError
 
 def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
+
+
+class SavedState:
+    """One checkpoint, to read parts of: nothing in its directory is touched.
+
+    Args:
+        path: DIRECTORY/STEP of a `Checkpoints`.
+
+    Raises:
+        UserError: it is not a whole checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._path = path.absolute() / "state"
+        self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        self._tree = self._safely(lambda: self._reader.metadata(self._path).item_metadata.tree)
+
+    def read(self, *path: str) -> Any:
+        """The tree of NumPy arrays below the keys of `path`.
+
+        Raises:
+            KeyError: there is nothing.
+            UserError: it cannot be read.
+        """
+        part = functools.reduce(lambda tree, key: tree[key], path, self._tree)
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+
+        def nested(tree: Any) -> Any:
+            return functools.reduce(lambda inner, key: {key: inner}, reversed(path), tree)
+
+        args = ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(how), partial_restore=True)
+        state = self._safely(lambda: self._reader.restore(self._path, args=args))
+        return functools.reduce(lambda tree, key: tree[key], path, state)
+
+    def _safely(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (OSError, KeyError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the checkpoint {self._path.parent} cannot be read ({reason}); take another one"
+            ) from error
 
 
 class Checkpoints:

@@ -7,10 +7,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from typing import TypeVar
 
 import tyro
 
 from gpt2_jax.config import TrainConfig, UserError, flatten, nearest_key, preset_names, read_config, validate
+
+Flags = TypeVar("Flags")
+Parsed = TypeVar("Parsed")
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
@@ -71,15 +75,36 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
         elif isinstance(known.get(key), bool):  # true and false, as TOML spells them
             arg = arg.capitalize()
         words.append(arg)
+    return _quietly(lambda: _tyro(config, words, prog, description), prog)
+
+
+def parse_flags(kind: type[Flags], args: Sequence[str], *, prog: str, description: str) -> Flags:
+    """The flags of a command as the dataclass `kind`, `--field-name value` each; `--help` prints them and exits with 0.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or a bad value.
+    """
+
+    def parse(args: Sequence[str]) -> Flags:
+        config = (tyro.conf.FlagCreatePairsOff,)
+        return tyro.cli(kind, args=args, prog=prog, description=description, config=config)
+
+    if {"--help", "-h"} & set(args):
+        parse(["--help"])
+    return _quietly(lambda: parse(args), prog)
+
+
+def _quietly(parse: Callable[[], Parsed], prog: str) -> Parsed:
+    """What `parse` returns; what tyro prints and exits with becomes a `UserError` of one line."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed), redirect_stdout(printed):
-            return _tyro(config, words, prog, description)
+            return parse()
     except SystemExit:
         # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
         parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
         message = " ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())
-        raise UserError(f"{message} (the meaning of every key: {prog} --help)") from None
+        raise UserError(f"{message} (the meaning of every flag: {prog} --help)") from None
 
 
 def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:

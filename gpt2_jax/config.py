@@ -152,6 +152,8 @@ class TrainConfig:
     """Sequences per device per forward pass; 0 for all at once. Accumulation follows from the two sizes."""
     batch_ramp: tuple[tuple[int, int], ...] = ()
     """Smaller batches at the start: pairs (until this many tokens, this many sequences), then batch_size."""
+    init_from: str = ""
+    """MODEL to start from (fine-tuning), as `gpt2_jax.load` takes it; empty for random initial parameters."""
     seed: int = 1337
     """Seeds the initial parameters, the data order and dropout."""
     dtype: Dtype = "auto"
@@ -163,6 +165,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The part of a `TrainConfig` that a trained model needs: the architecture, and in `data` the tokenizer."""
+
+    model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
 
 # Keys that change speed, memory or what is written, but not what is computed: at most the order of float
@@ -211,18 +221,31 @@ def read_config(name: str) -> TrainConfig:
         UserError: no such preset or file, not TOML, an unknown key, a missing key, a wrong type.
     """
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
+    presets = f"give a .toml file or a preset: {', '.join(preset_names())}"
+    table = _read_toml(path, f"--config {name}", presets)
+    return _from_table(TrainConfig, table, str(path))
+
+
+def _read_toml(path: Path, where: str, advice: str = "give the file of a run") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(
-            f"--config {name}: {reason}; give a .toml file or a preset: {', '.join(preset_names())}"
-        ) from error
+        raise UserError(f"{where}: {reason}; {advice}") from error
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
-    return _from_table(TrainConfig, table, str(path))
+
+
+def read_model(path: Path) -> ModelConfig:
+    """The model and the tokenizer of a run's config.toml.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    table = _read_toml(path, str(path))
+    return _from_table(ModelConfig, {key: table[key] for key in ("model", "data") if key in table}, str(path))
 
 
 def nearest_key(key: str, known: Sequence[str], prefix: str = "") -> str:
@@ -339,8 +362,8 @@ def validate(config: TrainConfig) -> None:
         raise UserError("no data, or two kinds of it; give either --data.text, or --data.train and --data.val")
 
 
-def to_toml(config: TrainConfig) -> str:
-    """The complete config as TOML, which `read_config` reads back to the same values."""
+def to_toml(config: TrainConfig | ModelConfig) -> str:
+    """The complete config as TOML, which `read_config` or `read_model` reads back to the same values."""
     lines: list[str] = []
     section = ""
     for key, value in flatten(config).items():

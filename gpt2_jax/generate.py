@@ -1,56 +1,143 @@
-"""Sampling text from a model."""
+"""Writes text: `python -m gpt2_jax.generate --model MODEL --prompt TEXT`. The work is done by `decode.py`."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import functools
+import sys
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.attention import current_hardware
+from gpt2_jax.cli import parse_flags, run_command
+from gpt2_jax.config import Dtype, UserError
+from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.decode import Sampling, stream
+from gpt2_jax.interop import KINDS, open_model
 
-
-def sample(
-    model: GPT2, params: Params, prompt: Sequence[int], n_tokens: int, *, vocab_size: int, seed: int
-) -> np.ndarray:
-    """Draws `n_tokens` tokens after a prompt, one at a time, each from the model's distribution.
-
-    Beyond `block_size` tokens the model sees the last `block_size` of them.
-
-    Args:
-        prompt: tokens, at least one.
-        vocab_size: only tokens below it are drawn; the model may have room for more than its tokenizer has.
-
-    Returns:
-        int32 [n_tokens].
-    """
-    # Kernels want their own lengths and placements; one sequence at a time gains nothing from them.
-    model = model.clone(config=dataclasses.replace(model.config, attention="xla"))
-    block_size = model.config.block_size
-    window = np.zeros(block_size, np.int32)
-    length = min(len(prompt), block_size)
-    window[:length] = prompt[-length:]
-    state = jnp.asarray(window), jnp.asarray(length)
-    draw = jax.jit(functools.partial(_draw, model, vocab_size))
-    drawn = []
-    for index in range(n_tokens):
-        token, state = draw(params, state, jax.random.fold_in(jax.random.key(seed), index))
-        drawn.append(token)
-    return np.array(jax.device_get(drawn), np.int32)
+PROG = "python -m gpt2_jax.generate"
 
 
-def _draw(
-    model: GPT2, vocab_size: int, params: Params, state: tuple[jax.Array, jax.Array], key: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One token from a window of which `length` are filled, and the window with the token in it."""
-    window, length = state
-    logits = cast(jax.Array, model.apply({"params": params}, window[None]))[0, length - 1]
-    token = jax.random.categorical(key, logits[:vocab_size])
-    full = length == window.size
-    window = jnp.where(full, jnp.roll(window, -1), window)
-    length = jnp.minimum(length + 1, window.size)
-    return token, (window.at[length - 1].set(token), length)
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of the command."""
+
+    model: Annotated[str, tyro.conf.arg(help=f"MODEL: {KINDS}.")]
+    prompt: str | None = None
+    """Text to continue; empty starts a new one."""
+    prompt_file: Path | None = None
+    """File with the text to continue. Without this and --prompt it is read from standard input."""
+    max_new_tokens: int = 200
+    """Tokens to write, at most: the model may end its text before."""
+    samples: int = 1
+    """Continuations to write, all at the same time. The first is shown as it comes."""
+    temperature: float = 1.0
+    """Below 1 for more probable text, above for more daring, 0 for always the most probable token."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that reach this probability together."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    slide: bool = False
+    """Go on past the model's block_size, seeing the last block_size tokens; each then takes a full pass."""
+    dtype: Dtype = "auto"
+    """Of the matrix products: auto is bfloat16 on accelerators and float32 on CPU."""
+
+
+def main(args: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    flags = parse_flags(Flags, args, prog=PROG, description="Continue a text.")
+    if flags.samples < 1:
+        raise UserError(f"--samples {flags.samples}; expected at least 1")
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    text = _prompt(flags)
+    stored = open_model(flags.model)
+    tokenizer = stored.tokenizer()
+    if tokenizer is None:
+        raise UserError(
+            f"the tokenizer of {flags.model} is not known: there are no files of one, or none of byte pairs or "
+            "characters; put its vocab.json and merges.txt (or nanoGPT's meta.pkl) beside the model"
+        )
+    stop = end_of_text(tokenizer)
+    prompt = tokenizer.encode_ordinary(text)
+    if not prompt:
+        if stop is None:
+            raise UserError("the prompt is empty, and this model has no end-of-text token to start from; type --prompt")
+        prompt = [stop]
+    dtype = flags.dtype
+    if dtype == "auto":
+        dtype = "float32" if current_hardware().platform == "cpu" else "bfloat16"
+    model, params = stored.load(None, jnp.dtype(dtype))
+    chunks = stream(
+        model,
+        params,
+        [prompt],
+        flags.max_new_tokens,
+        samples=flags.samples,
+        sampling=sampling,
+        seed=flags.seed,
+        stop=stop,
+        vocab_size=tokenizer.n_vocab,
+        slide=flags.slide,
+    )
+    writers = [TextStream(tokenizer, stop) for _ in range(flags.samples)]
+    texts = [text] * flags.samples
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    for chunk in chunks:
+        new = [writer.add(row) for writer, row in zip(writers, chunk, strict=True)]
+        texts = [text + more for text, more in zip(texts, new, strict=True)]
+        sys.stdout.write(new[0])
+        sys.stdout.flush()
+    ends = [writer.end() for writer in writers]
+    print(ends[0])
+    for number in range(1, flags.samples):
+        print(f"\n--- sample {number + 1} ---\n{texts[number]}{ends[number]}")
+    return 0
+
+
+def _prompt(flags: Flags) -> str:
+    if flags.prompt is not None and flags.prompt_file is not None:
+        raise UserError("--prompt and --prompt-file are both given; take one")
+    if flags.prompt is not None:
+        return flags.prompt
+    try:
+        if flags.prompt_file is not None:
+            return flags.prompt_file.read_bytes().decode("utf-8")
+        if sys.stdin.isatty():
+            raise UserError("no prompt; type --prompt TEXT or --prompt-file FILE, or pipe a text in")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--prompt-file {flags.prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+class TextStream:
+    """Text from tokens as they come, held back while a UTF-8 character is not whole."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: int | None) -> None:
+        self._tokenizer, self._stop, self._ended = tokenizer, stop, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: np.ndarray) -> str:
+        """The text that int32 [some] adds, nothing from `stop` on."""
+        ends = np.flatnonzero(tokens == self._stop)
+        if ends.size or self._ended:
+            tokens = tokens[: 0 if self._ended else ends[0]]
+            self._ended = True
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens.tolist()))
+
+    def end(self) -> str:
+        """What is left: a replacement character for an unfinished one."""
+        return self._decoder.decode(b"", final=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -11,18 +11,27 @@ With `scan_layers` the blocks' parameters are stacked along a leading axis under
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gpt2_jax.attention import causal_attention
+from gpt2_jax.attention import KeyValues, cached_attention, causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.loss import head_logits
 from gpt2_jax.sharding import constrain_batch
 
 Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens that a batch has read, padded on the left so that all sequences end together."""
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each: [batch · n_head, slots, head_dim]
+    slot: jax.Array  # int32 [], where the next token goes
+    pad: jax.Array  # int32 [batch], slots before the first token of each sequence
+
 
 INIT_STD = 0.02  # Of every matrix and both embeddings.
 LAYER_NORM_EPSILON = 1e-5  # Flax's default is 1e-6.
@@ -53,18 +62,23 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """[batch, time, n_embd] -> [batch, time, n_embd]."""
+    def __call__(
+        self, x: jax.Array, deterministic: bool, cache: KeyValues | None
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
         config = self.config
         dropout = 0.0 if deterministic else config.dropout
         heads = (*x.shape[:2], config.n_head, config.n_embd // config.n_head)
         qkv = _dense(config, self.dtype, 3 * config.n_embd, "c_attn")(x)
         q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-        key = self.make_rng("dropout") if dropout else None
-        y = causal_attention(q, k, v, backend=config.attention, dropout=dropout, dropout_key=key)
+        if cache is None:
+            key = self.make_rng("dropout") if dropout else None
+            y = causal_attention(q, k, v, backend=config.attention, dropout=dropout, dropout_key=key)
+        else:
+            y, cache = cached_attention(q, k, v, cache)
         std = INIT_STD / (2 * config.n_layer) ** 0.5  # 2 residual branches per block (GPT-2 paper, section 2.3)
         y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y.reshape(x.shape))
-        return nn.Dropout(dropout)(y, deterministic)
+        return nn.Dropout(dropout)(y, deterministic), cache
 
 
 class MLP(nn.Module):
@@ -90,14 +104,17 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
-        """[batch, time, n_embd] -> the same, and nothing for each layer (`nn.scan` wants a pair)."""
+    def __call__(
+        self, x: jax.Array, deterministic: bool, cache: KeyValues | None = None
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
         x = constrain_batch(x)
-        x += Attention(self.config, self.dtype, name="attn")(
-            _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic
+        y, cache = Attention(self.config, self.dtype, name="attn")(
+            _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache
         )
+        x += y
         x += MLP(self.config, self.dtype, name="mlp")(_layer_norm(self.config, self.dtype, "ln_2")(x), deterministic)
-        return x, None
+        return x, cache
 
 
 class GPT2(nn.Module):
@@ -111,7 +128,6 @@ class GPT2(nn.Module):
     config: GPT2Config
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def hidden(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
         """The output of the final layer norm, from which `loss.cross_entropy` starts.
 
@@ -125,16 +141,23 @@ class GPT2(nn.Module):
         Raises:
             ValueError: the sequence is longer than `block_size`.
         """
-        config = self.config
         time = tokens.shape[-1]
-        if time > config.block_size:
-            raise ValueError(f"{time} tokens are more than the model's block_size of {config.block_size}")
+        if time > self.config.block_size:
+            raise ValueError(f"{time} tokens are more than the model's block_size of {self.config.block_size}")
+        return self._trunk(tokens, jnp.arange(time)[None], deterministic, None)[0]
+
+    @nn.compact
+    def _trunk(
+        self, tokens: jax.Array, positions: jax.Array, deterministic: bool, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """All but the head. Positions broadcast against the tokens; with a cache, layers must not be scanned."""
+        config = self.config
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(
             padded_vocab_size(config), config.n_embd, dtype=self.dtype, embedding_init=_init_wte(config), name="wte"
         )
         wpe = nn.Embed(config.block_size, config.n_embd, dtype=self.dtype, embedding_init=init, name="wpe")
-        x = nn.Dropout(config.dropout)(wte(tokens) + wpe(jnp.arange(time))[None], deterministic)
+        x = nn.Dropout(config.dropout)(wte(tokens) + wpe(positions), deterministic)
         block: Any = Block
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
@@ -149,9 +172,34 @@ class GPT2(nn.Module):
             )
             x, _ = layers(config, self.dtype, name="h")(x, deterministic)
         else:
+            kept = []
             for layer in range(config.n_layer):
-                x, _ = block(config, self.dtype, name=f"h_{layer}")(x, deterministic)
-        return _layer_norm(config, self.dtype, "ln_f")(x)
+                before = cache and KeyValues(*cache.layers[layer], cache.slot, cache.pad)
+                x, after = block(config, self.dtype, name=f"h_{layer}")(x, deterministic, before)
+                kept.append(after and (after.keys, after.values))
+            cache = cache and Cache(tuple(kept), cache.slot + tokens.shape[1], cache.pad)
+        return _layer_norm(config, self.dtype, "ln_f")(x), cache
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads tokens after those in the cache, for generation; layers must not be scanned.
+
+        Args:
+            tokens: int [batch, time], `time` at most the free slots; in slots before a sequence's first token
+                (`pad`) any token.
+            cache: from `init_cache`, or from the call before.
+
+        Returns:
+            Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens.
+        """
+        slots = cache.slot + jnp.arange(tokens.shape[1])
+        positions = jnp.maximum(slots - cache.pad[:, None], 0)
+        hidden, after = self._trunk(tokens, positions, True, cache)
+        assert after is not None
+        return self._head(hidden[:, -1]), after
+
+    def _head(self, hidden: jax.Array) -> jax.Array:
+        embedding: jax.Array = self.get_variable("params", "wte")["embedding"]
+        return head_logits(hidden, embedding, self.config.vocab_size)[..., : self.config.vocab_size]
 
     def __call__(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
         """Logits of the next token at every position: int [batch, time] -> float32 [batch, time, vocab_size].
@@ -159,9 +207,7 @@ class GPT2(nn.Module):
         Raises:
             ValueError: the sequence is longer than `block_size`.
         """
-        hidden = self.hidden(tokens, deterministic)
-        embedding: jax.Array = self.get_variable("params", "wte")["embedding"]
-        return head_logits(hidden, embedding, self.config.vocab_size)[..., : self.config.vocab_size]
+        return self._head(self.hidden(tokens, deterministic))
 
 
 def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
@@ -172,6 +218,19 @@ def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
         return jnp.pad(rows, ((0, shape[0] - config.vocab_size), (0, 0)))
 
     return init
+
+
+def init_cache(model: GPT2, pad: jax.Array, slots: int) -> Cache:
+    """An empty cache for `GPT2.decode`.
+
+    Args:
+        pad: int32 [batch], empty slots before the first token of each sequence.
+        slots: room for this many tokens, `pad` included.
+    """
+    config = model.config
+    shape = (pad.size * config.n_head, slots, config.n_embd // config.n_head)
+    zeros = jnp.zeros(shape, model.dtype)
+    return Cache(((zeros, zeros),) * config.n_layer, jnp.zeros((), jnp.int32), pad)
 
 
 def init_params(model: GPT2, key: jax.Array) -> Params:

@@ -24,7 +24,8 @@ from gpt2_jax.config import TrainConfig, UserError, differences, read_config, to
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
 from gpt2_jax.data.pipeline import BatchSchedule, eval_batches
-from gpt2_jax.generate import sample
+from gpt2_jax.decode import generate
+from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.metrics import Display, MetricsFile, ThroughputMeter, flops_per_token, plot, replace_text
 from gpt2_jax.model import GPT2, n_params, stack_layers, unstack_layers
 from gpt2_jax.sharding import batch_sharding, micro_batches, put_batch
@@ -37,6 +38,26 @@ class DivergedError(Exception):
     """The loss is no longer a number."""
 
 
+def saved_config(config: TrainConfig) -> TrainConfig | None:
+    """The config of the run that `config.out` holds, None if that has no checkpoint yet.
+
+    Raises:
+        UserError: it has checkpoints, but no run.
+    """
+    out = Path(config.out).expanduser()
+    try:
+        if not any(path.name.isdigit() for path in (out / "checkpoints").iterdir()):
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"the run directory {out} cannot be read: {error.strerror}; give another --out") from error
+    try:
+        return read_config(str(out / "config.toml"))
+    except UserError as error:
+        raise UserError(f"{out} has checkpoints, but not the config of a run ({error}); give another --out") from error
+
+
 def open_directory(config: TrainConfig) -> Path:
     """Makes sure of the run directory: that it belongs to this config, if it is there, and can be written.
 
@@ -44,17 +65,16 @@ def open_directory(config: TrainConfig) -> Path:
         UserError: it belongs to another config, or cannot be written.
     """
     out = Path(config.out).expanduser()
-    written, checkpoints = out / "config.toml", out / "checkpoints"
+    written = saved_config(config)
+    if written and (changed := differences(config, written)):
+        listed = "; ".join(f"{key}: {there!r} -> {here!r}" for key, (there, here) in changed.items())
+        advice = "go back to its values, or give another --out"
+        if list(changed) == ["optimizer.decay_steps"]:  # which follows from `steps`, if it is not given
+            advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
+        raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        has_checkpoints = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
-        if has_checkpoints and written.exists() and (changed := differences(config, read_config(str(written)))):
-            listed = "; ".join(f"{key}: {there!r} -> {here!r}" for key, (there, here) in changed.items())
-            advice = "go back to its values, or give another --out"
-            if list(changed) == ["optimizer.decay_steps"]:  # which follows from `steps`, if it is not given
-                advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
-            raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out, written, checkpoints, out / "metrics.jsonl", out / "loss.png"):
+        for path in (out, *(out / name for name in ("config.toml", "checkpoints", "metrics.jsonl", "loss.png"))):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:
@@ -105,6 +125,7 @@ class Run:
         schedule: sequences per update.
         out: the run directory, which exists.
         checkpoints: those in it; the run starts from the newest, or anew.
+        initial: the model that a new run starts from; None for random parameters.
 
     Raises:
         UserError: the newest checkpoint is beyond `config.steps`, or the data is not that of the run.
@@ -119,11 +140,12 @@ class Run:
         schedule: BatchSchedule,
         out: Path,
         checkpoints: Checkpoints,
+        initial: StoredModel | None = None,
     ) -> None:
         self.config, self.data, self.model, self.mesh = config, data, model, mesh
         self.schedule, self.out, self.checkpoints = schedule, out, checkpoints
         self.start = checkpoints.latest() or 0
-        self.state = self._restored() if self.start else init_state(model, config.optimizer, mesh, config.seed)
+        self.state = self._restored() if self.start else self._new(initial)
         self.n_params = n_params(self.state.params, model.config)
         self.pending: tuple[int, Metrics] | None = None  # the update whose metrics are still on the device
         self._saved = self.start
@@ -137,6 +159,11 @@ class Run:
         per_token = flops_per_token(in_products, shape.n_layer, shape.n_embd, shape.block_size)
         self.meter = ThroughputMeter(per_token, list(mesh.devices.flat), config.dtype)
         self._eval_step = make_eval_step(model, mesh)
+
+    def _new(self, initial: StoredModel | None) -> TrainState:
+        optimizer = self.config.optimizer
+        params = initial.place(abstract_state(self.model, optimizer, self.mesh).params) if initial else None
+        return init_state(self.model, optimizer, self.mesh, self.config.seed, params)
 
     def _restored(self) -> TrainState:
         config, model, step = self.config, self.model, self.start
@@ -253,6 +280,7 @@ class Run:
             f"({config.data.tokenizer})",
             "batch": ramp + batch,
             "run": f"{self.out}, {config.steps:,} updates"
+            + (f", from {config.init_from}" if config.init_from else "")
             + (f", continued after update {self.start:,}" if self.start else ""),
         }
         for name, text in lines.items():
@@ -274,7 +302,9 @@ class Run:
         if config.eval.sample_tokens and data.tokenizer:
             prompt = [int(data.val.streams[0][0])]  # end-of-text, or what a text without it starts with
             n_vocab, n_tokens = data.tokenizer.n_vocab, config.eval.sample_tokens
-            tokens = sample(self.model, self.state.params, prompt, n_tokens, vocab_size=n_vocab, seed=config.seed)
+            (tokens,) = generate(
+                self.model, self.state.params, [prompt], n_tokens, seed=config.seed, vocab_size=n_vocab, slide=True
+            )
             text = data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
             text = "".join(
                 char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text

@@ -65,8 +65,8 @@ def _manual(function: Callable[..., Any], model: GPT2, mesh: Mesh, in_specs: Any
     )
 
 
-def _new_state(model: GPT2, config: OptimizerConfig, seed: int) -> TrainState:
-    params = init_params(model, jax.random.key(seed))
+def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
+    params = params or init_params(model, jax.random.key(seed))
     optimizer = once_per_update(make_optimizer(config), mean_over=())
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -86,10 +86,15 @@ def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainSt
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
 
 
-def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
-    """A new state, created in place on the devices that hold its parts."""
+def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None) -> TrainState:
+    """A new state, created in place on the devices that hold its parts.
+
+    Args:
+        params: initial parameters, which are donated; drawn from `seed` by default.
+    """
     init = functools.partial(_new_state, model, config, seed)
-    state: TrainState = jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+    shardings = state_shardings(model, config, mesh)
+    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
     return state
 
 

@@ -21,8 +21,9 @@ from gpt2_jax.cli import parse_args, run_command
 from gpt2_jax.config import TrainConfig, UserError
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import BatchSchedule, TrainBatches, read_ahead
+from gpt2_jax.interop.initial import open_initial
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import TRAIN, DivergedError, Run, exclusive, is_due, open_directory
+from gpt2_jax.run import TRAIN, DivergedError, Run, exclusive, is_due, open_directory, saved_config
 from gpt2_jax.sharding import batch_sharding, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import make_train_step
 
@@ -54,6 +55,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     if jax.process_count() > 1:
         raise UserError(f"training runs in one process so far, found {jax.process_count()}; start it on one host")
     config, choice = resolve(config)
+    initial, config = open_initial(config, saved_config(config))
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
     accumulation = {size: micro_batches(size, config.micro_batch_size, mesh) for size in schedule.sizes()}
@@ -73,7 +75,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         exclusive(out),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        run = Run(config, data, model, mesh, schedule, out, checkpoints)
+        run = Run(config, data, model, mesh, schedule, out, checkpoints, initial)
         done = run.start
         run.say_hello(choice)
         with stop_signals() as received, run.display, closing(read_ahead(source, run.start, config.steps)) as batches:

@@ -14,6 +14,7 @@ import tiktoken
 from gpt2_jax.config import TokenizerName, UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257
 
 
 class Tokenizer(Protocol):
@@ -105,12 +106,22 @@ def vocab_size(name: TokenizerName, characters: str = "") -> int:
     """
     if name == "chars" and not characters:
         raise UserError("data.tokenizer = 'chars' with token files needs their alphabet in data.characters")
-    return {"gpt2": 50257, "bytes": 257, "chars": len(characters)}[name]
+    return {"gpt2": GPT2_VOCAB_SIZE, "bytes": 257, "chars": len(characters)}[name]
+
+
+def tokenizer_name(tokenizer: Tokenizer) -> TokenizerName | None:
+    """What `data.tokenizer` calls it; None for one that `get_tokenizer` does not make."""
+    if isinstance(tokenizer, CharTokenizer):
+        return "chars"
+    names: dict[str, TokenizerName] = {"gpt2": "gpt2", "bytes": "bytes"}
+    return names.get(tokenizer.name) if isinstance(tokenizer, tiktoken.Encoding) else None
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
     """The token that stands before each document, None if the tokenizer has none."""
-    return tokenizer.eot_token if isinstance(tokenizer, tiktoken.Encoding) else None
+    if isinstance(tokenizer, tiktoken.Encoding) and END_OF_TEXT in tokenizer.special_tokens_set:
+        return tokenizer.eot_token
+    return None
 
 
 def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:

@@ -1,0 +1,104 @@
+"""Takes a model elsewhere: `python -m gpt2_jax.convert --from MODEL --to FORMAT --out DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gpt2_jax.cli import parse_flags, run_command
+from gpt2_jax.config import UserError
+from gpt2_jax.interop import KINDS, open_model
+from gpt2_jax.interop.huggingface import write_huggingface
+from gpt2_jax.interop.llmc import write_llmc
+from gpt2_jax.interop.nanogpt import write_nanogpt
+from gpt2_jax.interop.runs import write_orbax
+from gpt2_jax.interop.stored import describe
+
+PROG = "python -m gpt2_jax.convert"
+NEXT = {
+    "huggingface": 'AutoModelForCausalLM.from_pretrained("{out}")',
+    "llmc": "llm.c: ./train_gpt2cu -e {out}/{file}",
+    "nanogpt": "nanoGPT: python sample.py --out_dir={out}",
+    "orbax": "python -m gpt2_jax.generate --model {out}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of the command."""
+
+    source: Annotated[str, tyro.conf.arg(name="from", help=f"MODEL: {KINDS}.")]
+    to: Literal["huggingface", "llmc", "nanogpt", "orbax"]
+    """Format to write."""
+    out: str
+    """Directory to write; it must not exist."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the tensors, for huggingface and llmc; bfloat16 rounds. (llm.c's train_gpt2cu wants bfloat16 by default.)"""
+
+
+def main(args: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    flags = parse_flags(Flags, args, prog=PROG, description="Take a model elsewhere.")
+    out = convert(flags.source, flags.to, flags.out, flags.dtype)
+    files = sorted(str(path.relative_to(out)) for path in out.iterdir())
+    print(f"wrote     {out}: {', '.join(files)}")
+    print(f"next      {NEXT[flags.to].format(out=out, file=files[0])}")
+    return 0
+
+
+def convert(
+    source: str,
+    to: Literal["huggingface", "llmc", "nanogpt", "orbax"],
+    out: str | Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Path:
+    """Writes any MODEL in another format, under a temporary name beside `out` that is renamed at the end.
+
+    Raises:
+        UserError: the model cannot be read, the format has no such model, or `out` cannot be written.
+    """
+    out = Path(out).expanduser()
+    if dtype != "float32" and to in ("nanogpt", "orbax"):
+        raise UserError(f"--dtype {dtype} is for huggingface and llmc; {to} keeps float32")
+    model = open_model(source)
+    print(f"from      {model.where}: {describe(model.config)}")
+    if out.exists():
+        raise UserError(f"{out} exists; give another --out, or move it away")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
+    try:
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's are closed to everyone else
+        if to == "huggingface":
+            write_huggingface(model, partial, dtype)
+        elif to == "llmc":
+            write_llmc(model, partial, dtype)
+        elif to == "nanogpt":
+            write_nanogpt(model, partial)
+        else:
+            write_orbax(model, partial)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Models of any origin: `load` one, or `open_model` to see what it is, read its tokenizer, or convert it.
+
+MODEL is one thing in every command: a run directory or one checkpoint in it, a directory of Hugging Face's
+`transformers` or a name on its hub, a nanoGPT `ckpt.pt`, or an llm.c `model_*.bin`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gpt2_jax.config import UserError
+from gpt2_jax.interop.huggingface import in_directory, on_hub, open_huggingface
+from gpt2_jax.interop.llmc import open_llmc
+from gpt2_jax.interop.nanogpt import open_nanogpt
+from gpt2_jax.interop.runs import newest_checkpoint, open_checkpoint
+from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.model import GPT2, Params
+
+KINDS = (
+    "a run directory or a checkpoint in it, a directory with config.json, a name on the Hugging Face hub, nanoGPT's "
+    "ckpt.pt, or llm.c's model_*.bin"
+)
+
+
+def open_model(name: str) -> StoredModel:
+    """Finds out what a MODEL is, and reads all but its parameters.
+
+    Raises:
+        UserError: there is no such model, or it is damaged or none of ours.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return open_nanogpt(path) if path.suffix in (".pt", ".pth") else open_llmc(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return open_huggingface(name, in_directory(path))
+        if (path / "checkpoints").is_dir():
+            return open_checkpoint(newest_checkpoint(path))
+        if path.resolve().parent.name == "checkpoints":
+            return open_checkpoint(path.resolve())
+        if (path / "ckpt.pt").is_file():
+            return open_nanogpt(path / "ckpt.pt")
+        raise UserError(f"{name} is a directory without config.json, checkpoints or ckpt.pt; expected {KINDS}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (".pt", ".bin"):
+        raise UserError(f"{name} does not exist; expected {KINDS}")
+    return open_huggingface(name, on_hub(name))
+
+
+def load(name: str, *, mesh: Mesh | None = None, dtype: jnp.dtype | type = jnp.float32) -> tuple[GPT2, Params]:
+    """A model and its parameters, float32, each tensor straight to where it belongs.
+
+    Args:
+        name: any MODEL.
+        mesh: of `sharding.make_mesh`, to split or replicate the parameters over; one device by default.
+        dtype: of activations and matrix products.
+
+    Returns:
+        The model, whose attention kernel is the best where it runs, and its parameters.
+
+    Raises:
+        UserError: there is no such model, or it is damaged or none of ours.
+    """
+    return open_model(name).load(mesh, jnp.dtype(dtype))

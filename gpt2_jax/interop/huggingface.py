@@ -1,0 +1,237 @@
+"""Models as `transformers` keeps them, in a directory or on the Hugging Face hub: `config.json`, safetensors (or the
+older `pytorch_model.bin`), tokenizer files. Conv1D is [in, out], as a Flax kernel is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.data.tokenizer import end_of_text
+from gpt2_jax.interop.stored import StoredModel, parameter_shapes, torch_name
+from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
+from gpt2_jax.interop.torch_files import as_array, load_torch
+from gpt2_jax.model import LAYER_NORM_EPSILON
+
+Find = Callable[[str], Path | None]  # a file of a model by its name, or None
+Tensors = dict[str, Callable[[], np.ndarray]]  # by their names in the files, each read when called
+
+# Files that may hold the weights; an index names those that hold parts of them.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "exact"}
+# Values under which GPT-2 is another model than ours.
+FIXED = {
+    "layer_norm_epsilon": LAYER_NORM_EPSILON,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
+
+
+def in_directory(directory: Path) -> Find:
+    """The files of a directory."""
+    return lambda name: path if (path := directory / name).is_file() else None
+
+
+def on_hub(repository: str) -> Find:
+    """The files of a repository, downloaded into huggingface_hub's cache when they are asked for.
+
+    Raises:
+        UserError: (when called) there is no such repository, or it is neither in the cache nor to be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it reports every attempt
+    unreachable = False
+
+    def find(name: str) -> Path | None:
+        nonlocal unreachable
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=unreachable))
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+            unreachable = True
+            if name != "config.json":
+                return None  # what there is in the cache may do without it
+            raise UserError(
+                f"{repository} is no file or directory here, it is not in the cache {HF_HUB_CACHE}, and the hub cannot "
+                "be reached; give a directory with config.json and model.safetensors, or set HF_HOME to a copy of "
+                "another machine's cache"
+            ) from error
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+            raise UserError(
+                f"{repository} is no file or directory here, and no model that can be read from the hub "
+                f"({type(error).__name__}); give a path, or a name such as gpt2 or openai-community/gpt2-xl"
+            ) from error
+
+    return find
+
+
+def open_huggingface(where: str, find: Find) -> StoredModel:
+    """Reads the config; tensors are mapped and read on demand.
+
+    Raises:
+        UserError: not a GPT-2, or files that are missing, damaged or not of one model.
+    """
+    config = _read_config(where, find)
+    tensors = _open_weights(where, find)
+    # transformers' GPT2Model, and the files of the released models, have no prefix.
+    tensors = {name.removeprefix("transformer."): read for name, read in tensors.items() if not name.endswith(MASKS)}
+    names = {torch_name(name) for name in parameter_shapes(config)}
+    zeros = set() if config.bias else {name for name in tensors if name.endswith(".bias")}
+    if unknown := sorted(tensors.keys() - names - zeros - {"lm_head.weight"}):
+        raise UserError(f"{where} has the tensor {unknown[0]}, which a GPT-2 of its config does not have")
+    if "lm_head.weight" in tensors and "wte.weight" in tensors:
+        head, embedding = tensors["lm_head.weight"](), tensors["wte.weight"]()
+        if not np.array_equal(head, embedding):
+            raise UserError(f"{where} has a head of its own, lm_head.weight; GPT-2's is the token embedding")
+    for name in sorted(zeros):
+        if np.any(tensors[name]()):
+            raise UserError(f"{where}: config.json says that there are no biases, and {name} is not zero; correct one")
+
+    def read(name: str) -> np.ndarray:
+        return tensors[torch_name(name)]()
+
+    return StoredModel(where, config, read, functools.partial(read_tokenizer, find, config.vocab_size))
+
+
+def _read_config(where: str, find: Find) -> GPT2Config:
+    path = find("config.json")
+    if path is None:
+        raise UserError(f"{where} has no config.json; expected a model as transformers saves it")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); copy it again") from error
+    kind = table.get("model_type") if isinstance(table, dict) else None
+    if kind != "gpt2":
+        raise UserError(f"{where} is of the architecture {kind!r} (model_type in config.json); expected 'gpt2'")
+    for key, value in FIXED.items():
+        if table.get(key, value) != value:
+            raise UserError(f"{where} has {key} = {table[key]} in config.json; GPT-2 has {value}")
+    activation = table.get("activation_function", "gelu_new")
+    if activation not in GELUS:
+        raise UserError(
+            f"{where} has activation_function = {activation!r} in config.json; expected one of {', '.join(GELUS)}"
+        )
+    try:
+        config = GPT2Config(
+            vocab_size=int(table["vocab_size"]),
+            block_size=int(table["n_positions"] if "n_positions" in table else table["n_ctx"]),
+            n_layer=int(table["n_layer"]),
+            n_head=int(table["n_head"]),
+            n_embd=int(table["n_embd"]),
+            gelu="exact" if GELUS[activation] == "exact" else "tanh",
+            bias=bool(table.get("bias", True)),  # our own key: transformers' GPT-2 always has them, then as zeros
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: config.json lacks a size of the model, or it is no number ({error})") from error
+    if min(config.vocab_size, config.block_size, config.n_layer, config.n_head) < 1 or config.n_embd % config.n_head:
+        raise UserError(f"{where}: config.json has impossible sizes: {config.n_embd} wide with {config.n_head} heads")
+    if table.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{where} has n_inner = {table['n_inner']} in config.json; GPT-2 has 4 × {config.n_embd}")
+    return config
+
+
+def _open_weights(where: str, find: Find) -> Tensors:
+    for name in WEIGHTS:
+        path = find(name)
+        if path is None:
+            continue
+        if not name.endswith(".json"):
+            return _open_file(path)
+        try:
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not an index of weights ({error!r}); copy it again") from error
+        tensors: Tensors = {}
+        for part in parts:
+            found = find(part)
+            if found is None:
+                raise UserError(f"{where} has no {part}, which {name} names; copy it again")
+            tensors |= _open_file(found)
+        return tensors
+    raise UserError(f"{where} has no weights among the files at hand; expected one of {', '.join(WEIGHTS)}")
+
+
+def _open_file(path: Path) -> Tensors:
+    if path.suffix == ".bin":
+        state = load_torch(path)
+        if not isinstance(state, dict):
+            raise UserError(f"{path} holds {type(state).__name__}; expected a dict of tensors")
+        return {name: functools.partial(as_array, tensor) for name, tensor in state.items()}
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut off, damaged or not safetensors ({error}); copy it again") from error
+    return {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def write_huggingface(model: StoredModel, directory: Path, dtype: str) -> None:
+    """Writes what `transformers` (`AutoModelForCausalLM`, `AutoTokenizer`), lm-eval and llama.cpp's converter read.
+
+    Raises:
+        UserError: the tokenizer's vocabulary is needed and cannot be had.
+    """
+    config = model.config
+    tokenizer = model.tokenizer()
+    numpy_dtype = jnp.dtype(jnp.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
+    tensors = {f"transformer.{torch_name(name)}": array.astype(numpy_dtype) for name, array in model.parameters()}
+    if not config.bias:  # transformers has no GPT-2 without biases; zeros compute the same
+        for name, shape in parameter_shapes(dataclasses.replace(config, bias=True)).items():
+            tensors.setdefault(f"transformer.{torch_name(name)}", np.zeros(shape, numpy_dtype))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # transformers asks for the format
+    if tokenizer:
+        write_tokenizer(tokenizer, directory, config.block_size)
+    end = end_of_text(tokenizer) if tokenizer else None
+    (directory / "config.json").write_text(json.dumps(_config_json(config, end, dtype), indent=2) + "\n")
+    generation = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _config_json(config: GPT2Config, end_of_text: int | None, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # transformers has dropped it, llama.cpp's converter asks for it
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        **FIXED,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    } | ({} if config.bias else {"bias": False})

@@ -1,0 +1,104 @@
+"""nanoGPT's `ckpt.pt`: torch's format, tensors named as the released ones but matrices [out, in] (nanoGPT,
+`train.py`, `model.py`). Only plain containers and tensors are unpickled. nanoGPT's GELU is the exact one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer, gpt2_encoding
+from gpt2_jax.interop.stored import StoredModel, parameter_shapes, torch_name
+from gpt2_jax.interop.torch_files import as_array, import_torch, load_torch
+
+COMPILED = "_orig_mod."  # torch.compile's prefix
+GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)  # nanoGPT pads the vocabulary of a model from scratch, and trains the padding
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+
+
+def open_nanogpt(path: Path) -> StoredModel:
+    """Reads everything but the tensors, which are mapped.
+
+    Raises:
+        UserError: not a checkpoint of nanoGPT.
+    """
+    checkpoint = load_torch(path)
+    keys = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} is not nanoGPT's: it holds {keys}; expected model and model_args among them")
+    sizes = checkpoint["model_args"]
+    if missing := [key for key in SIZES if key not in sizes]:
+        raise UserError(f"{path}: model_args has no {missing[0]}; expected {', '.join(SIZES)}")
+    config = GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact")
+    state = {name.removeprefix(COMPILED): tensor for name, tensor in checkpoint["model"].items()}
+    known = {f"transformer.{torch_name(name)}" for name in parameter_shapes(config)} | {"lm_head.weight"}
+    # Without PyTorch 2's attention nanoGPT keeps the causal mask as a buffer.
+    if unknown := [name for name in state if name not in known and not name.endswith(".attn.bias")]:
+        raise UserError(f"{path} has {unknown[0]}, which a GPT-2 of its model_args does not have")
+
+    def read(name: str) -> np.ndarray:
+        array = as_array(state[f"transformer.{torch_name(name)}"])
+        return array.T if name.endswith("kernel") else array
+
+    def tokenizer() -> Tokenizer | None:
+        """GPT-2's, or the characters in the dataset's `meta.pkl`: beside the checkpoint, or where nanoGPT has it."""
+        if config.vocab_size in GPT2_VOCABS:
+            return gpt2_encoding()
+        dataset = (checkpoint.get("config") or {}).get("dataset", "")
+        places = (path.parent / "meta.pkl", path.parent.parent / "data" / str(dataset) / "meta.pkl")
+        return next((read_characters(meta) for meta in places if meta.is_file()), None)
+
+    return StoredModel(str(path), config, read, tokenizer, int(checkpoint.get("iter_num", 0)))
+
+
+class _Plain(pickle.Unpickler):
+    """Takes numbers, strings and containers, for which pickle imports nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_characters(meta: Path) -> Tokenizer:
+    """The alphabet of a nanoGPT `meta.pkl`.
+
+    Raises:
+        UserError: it is no such file, or would run code to be read.
+    """
+    try:
+        with open(meta, "rb") as file:
+            characters: dict[int, str] = _Plain(file).load()["itos"]
+        return CharTokenizer("".join(characters[token] for token in range(len(characters))))
+    except (pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{meta} is not nanoGPT's table of characters ({error}); prepare it again") from error
+
+
+def write_nanogpt(model: StoredModel, directory: Path) -> None:
+    """Writes `ckpt.pt` as nanoGPT's `sample.py` reads it; of characters, `meta.pkl` too. Without optimizer state.
+
+    Raises:
+        UserError: nanoGPT has no such model, or torch is not installed.
+    """
+    torch = import_torch("writing nanoGPT's ckpt.pt")
+    config = model.config
+    if config.gelu != "exact":
+        raise UserError(
+            f"{model.where} uses the tanh GELU, nanoGPT only the exact one: its logits would be others; take "
+            "--to huggingface or llmc (or train with --model.gelu exact)"
+        )
+    state = {}
+    for name, array in model.parameters():
+        array = array.T if name.endswith("kernel") else array
+        state[f"transformer.{torch_name(name)}"] = torch.from_numpy(np.ascontiguousarray(array))
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    sizes = {key: getattr(config, key) for key in SIZES} | {"dropout": config.dropout}
+    saved = {"model": state, "model_args": sizes, "iter_num": model.step, "best_val_loss": float("inf"), "config": {}}
+    tokenizer = model.tokenizer()
+    if isinstance(tokenizer, CharTokenizer):
+        itos = dict(enumerate(tokenizer.characters))
+        table = {"vocab_size": len(itos), "itos": itos, "stoi": {char: token for token, char in itos.items()}}
+        (directory / "meta.pkl").write_bytes(pickle.dumps(table))
+    torch.save(saved, directory / "ckpt.pt")

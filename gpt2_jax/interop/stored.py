@@ -1,0 +1,137 @@
+"""A model on disk in any format: what it is, its tokenizer, and its parameters, one at a time.
+
+Names of parameters are ours with slashes, layers apart and the vocabulary not padded, whatever the file has:
+
+    wte/embedding [vocab_size, n_embd], h_3/attn/c_attn/kernel [n_embd, 3 n_embd], …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.data.tokenizer import Tokenizer
+from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.sharding import state_sharding
+
+# How the released checkpoints, transformers and nanoGPT call the leaves of ours.
+_TORCH_LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model that can be loaded or converted.
+
+    Attributes:
+        where: what the user knows it by, for errors.
+        config: its architecture.
+        read: an array of the file by our name of the parameter; KeyError if there is none.
+        tokenizer: makes its tokenizer, or None where that is not known.
+        step: updates that it was trained for, where the format says so.
+    """
+
+    where: str
+    config: GPT2Config
+    read: Callable[[str], np.ndarray]
+    tokenizer: Callable[[], Tokenizer | None]
+    step: int = 0
+
+    def parameter(self, name: str) -> np.ndarray:
+        """One parameter, float32, in memory of its own.
+
+        Raises:
+            UserError: it is missing, or not of the shape that the config says, or not of floats.
+        """
+        expected = parameter_shapes(self.config)[name]
+        try:
+            array = self.read(name)
+        except KeyError as error:
+            raise UserError(
+                f"{self.where} has no {error.args[0]}, which a GPT-2 of its config ({describe(self.config)}) needs; "
+                "the file is not whole or not of this config"
+            ) from error
+        if array.shape != expected:
+            raise UserError(
+                f"{self.where}: {name} has the shape {list(array.shape)}, its config ({describe(self.config)}) says "
+                f"{list(expected)}; correct the config or the file"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
+        return np.array(array, np.float32)
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All parameters with their names, in the order of the model."""
+        for name in parameter_shapes(self.config):
+            yield name, self.parameter(name)
+
+    def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> tuple[GPT2, Params]:
+        """The model and its parameters: see `interop.load`."""
+        model = GPT2(dataclasses.replace(self.config, attention="auto", scan_layers=False, remat="none"), dtype)
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        one_device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
+        return model, self.place(
+            jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                shapes,
+                shardings,
+            )
+        )
+
+    def place(self, abstract: Params) -> Params:
+        """The parameters on the devices, each read, placed and forgotten before the next.
+
+        Args:
+            abstract: shapes and shardings to fill. Layers may be stacked, the vocabulary padded, positions fewer.
+        """
+
+        def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            first, *rest = [key.key for key in path]
+            if first == "h":
+                layers = [self.parameter("/".join([f"h_{layer}", *rest])) for layer in range(self.config.n_layer)]
+                array = np.stack(layers)
+            else:
+                array = self.parameter("/".join([first, *rest]))
+            if first in ("wte", "wpe"):
+                array = np.pad(array[: leaf.shape[0]], ((0, max(0, leaf.shape[0] - len(array))), (0, 0)))
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+        return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+@functools.cache
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its name, the vocabulary not padded."""
+    model = GPT2(dataclasses.replace(config, scan_layers=False, attention="xla"))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    by_name = {
+        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    order = sorted(by_name, key=lambda name: (name[0] != "w", name[0] == "l", _layer(name)))
+    return {name: by_name[name] for name in order} | {"wte/embedding": (config.vocab_size, config.n_embd)}
+
+
+def _layer(name: str) -> int:
+    return int(name[2:].split("/")[0]) if name.startswith("h_") else 0
+
+
+def torch_name(name: str) -> str:
+    """h_3/attn/c_attn/kernel -> h.3.attn.c_attn.weight, the released checkpoints' name."""
+    *path, leaf = name.split("/")
+    return ".".join([*path, _TORCH_LEAVES[leaf]]).replace("h_", "h.", 1)
+
+
+def describe(config: GPT2Config) -> str:
+    """The sizes, for messages."""
+    return (
+        f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.block_size} positions, "
+        f"vocabulary {config.vocab_size:,}" + ("" if config.bias else ", no biases")
+    )

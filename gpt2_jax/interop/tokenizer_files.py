@@ -1,0 +1,173 @@
+"""Tokenizers as `transformers` keeps them: `vocab.json` with `merges.txt`, or `tokenizer.json`.
+
+In these files a token of bytes is a string with one printable character for each byte (GPT-2's `encoder.py`,
+`bytes_to_unicode`): bytes that are printable in Latin-1 stand for themselves, the others for the characters from
+U+0100 on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from gpt2_jax.config import UserError
+from gpt2_jax.data.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    CharTokenizer,
+    Tokenizer,
+    byte_encoding,
+    end_of_text,
+    gpt2_encoding,
+)
+
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
+BYTE = {character: byte for byte, character in CHARACTER.items()}
+
+# Of all its tokens in order, each after its length: tells GPT-2's vocabulary from another one.
+GPT2_SHA256 = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
+
+
+def read_tokenizer(find: Callable[[str], Path | None], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer among the files of a model, None if there is none of a kind known here: byte pairs, or characters.
+
+    A model of GPT-2's vocabulary size without tokenizer files is taken to have GPT-2's.
+
+    Args:
+        find: gives a file by its name, or None.
+        vocab_size: of the model.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    vocab, merges = find("vocab.json"), find("merges.txt")
+    if vocab and merges:
+        lines = _read(merges).splitlines()
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return _byte_pairs(_parse(vocab), pairs)
+    if path := find("tokenizer.json"):
+        table = _parse(path)
+        try:
+            return _from_table(table)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a tokenizer of transformers ({error!r}); copy it again") from error
+    return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
+
+
+def _from_table(table: Mapping[str, Any]) -> Tokenizer | None:
+    """Of a `tokenizer.json`."""
+    model, before = table["model"], table["pre_tokenizer"]
+    if model["type"] != "BPE" or table["normalizer"]:
+        return None
+    if before is None and not model["merges"]:
+        characters = sorted(model["vocab"], key=model["vocab"].get)
+        return CharTokenizer("".join(characters)) if all(len(character) == 1 for character in characters) else None
+    if not before or before["type"] != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
+        return None
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    added = {token["content"]: token["id"] for token in table["added_tokens"]}
+    return _byte_pairs(model["vocab"] | added, pairs)
+
+
+def _byte_pairs(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktoken.Encoding | None:
+    """Byte pairs with GPT-2's pattern; what is neither a byte nor merged from two tokens is a special token."""
+    merged = ["".join(pair) for pair in merges]
+    special = vocab.keys() - BYTE.keys() - set(merged)
+    # tiktoken merges in the order of the tokens: it must be that of the merges.
+    order = [vocab.get(piece, -1) for piece in merged]
+    if not BYTE.keys() <= vocab.keys() or -1 in order or order != sorted(order):
+        return None
+    ranks = {bytes(BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - special}
+    if ranks == {bytes([byte]): byte for byte in range(256)} and special == {END_OF_TEXT}:
+        return byte_encoding()
+    name = "gpt2" if _fingerprint(ranks) == GPT2_SHA256 else "byte pairs"
+    return tiktoken.Encoding(
+        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={token: vocab[token] for token in special}
+    )
+
+
+def _fingerprint(ranks: Mapping[bytes, int]) -> str:
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    return hashlib.sha256(b"".join(bytes([len(token)]) + token for token in ordered)).hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds {type(table).__name__}; expected a JSON object")
+    return table
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
+    """Writes the files from which `AutoTokenizer` makes the same tokenizer."""
+    settings: dict[str, Any] = {"model_max_length": block_size}
+    if isinstance(tokenizer, tiktoken.Encoding):
+        vocab, merges = _vocab_and_merges(tokenizer)
+        (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    elif isinstance(tokenizer, CharTokenizer):
+        vocab = {character: token for token, character in enumerate(tokenizer.characters)}
+        table: dict[str, Any] = {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        }
+        (directory / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        raise TypeError(f"no files for {type(tokenizer).__name__}")
+    if end_of_text(tokenizer) is not None:
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
+    """`vocab.json`, and the lines of `merges.txt`, which tiktoken has only in the order of its tokens."""
+    special = {encoding.encode_single_token(token): token for token in encoding.special_tokens_set}
+    ranks = {
+        encoding.decode_single_token_bytes(token): token for token in range(encoding.n_vocab) if token not in special
+    }
+
+    def text(token: bytes) -> str:
+        return "".join(CHARACTER[byte] for byte in token)
+
+    merges = [" ".join(map(text, _halves(token, ranks))) for token in ranks if len(token) > 1]
+    vocab = {text(token): rank for token, rank in ranks.items()} | {token: rank for rank, token in special.items()}
+    return vocab, merges
+
+
+def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The two tokens that were merged into `token`: its byte pairs with the tokens before it alone."""
+    parts = [token[index : index + 1] for index in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts
