@@ -38,7 +38,10 @@ class SavedState:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        self._tree = self._safely(lambda: self._reader.metadata(self._path).item_metadata.tree)
+        metadata = self._safely(lambda: self._reader.metadata(self._path).item_metadata)
+        if metadata is None:
+            raise UserError(f"the checkpoint {path} is not whole: no tree of arrays in {self._path}; take another one")
+        self._tree = metadata.tree
 
     def read(self, *path: str) -> Any:
         """The tree of NumPy arrays below the keys of `path`.
@@ -61,7 +64,7 @@ class SavedState:
     def _safely(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except (OSError, KeyError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the checkpoint {self._path.parent} cannot be read ({reason}); take another one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from gpt2_jax.attention import current_hardware
 from gpt2_jax.cli import parse_flags, run_command
 from gpt2_jax.config import Dtype, UserError
-from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.data.tokenizer import TextStream, end_of_text
 from gpt2_jax.decode import Sampling, stream
 from gpt2_jax.interop import KINDS, open_model
 
@@ -117,26 +115,6 @@ def _prompt(flags: Flags) -> str:
         raise UserError(f"--prompt-file {flags.prompt_file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it") from error
-
-
-class TextStream:
-    """Text from tokens as they come, held back while a UTF-8 character is not whole."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: int | None) -> None:
-        self._tokenizer, self._stop, self._ended = tokenizer, stop, False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, tokens: np.ndarray) -> str:
-        """The text that int32 [some] adds, nothing from `stop` on."""
-        ends = np.flatnonzero(tokens == self._stop)
-        if ends.size or self._ended:
-            tokens = tokens[: 0 if self._ended else ends[0]]
-            self._ended = True
-        return self._decoder.decode(self._tokenizer.decode_bytes(tokens.tolist()))
-
-    def end(self) -> str:
-        """What is left: a replacement character for an unfinished one."""
-        return self._decoder.decode(b"", final=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pipeline writes the end-of-text token.
 
 from __future__ import annotations
 
+import codecs
 from typing import Protocol
 
 import numpy as np
@@ -143,3 +144,23 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
             f"{name} is not UTF-8 text (byte {error.start}); convert it, or type --data.tokenizer bytes"
         ) from error
     return np.array(prefix + tokenizer.encode_ordinary(text), dtype=np.uint16)
+
+
+class TextStream:
+    """Text from tokens as they come, held back while a UTF-8 character is not whole."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: int | None) -> None:
+        self._tokenizer, self._stop, self._ended = tokenizer, stop, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: np.ndarray) -> str:
+        """The text that int32 [some] adds, nothing from `stop` on."""
+        ends = np.flatnonzero(tokens == self._stop)
+        if ends.size or self._ended:
+            tokens = tokens[: 0 if self._ended else ends[0]]
+            self._ended = True
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens.tolist()))
+
+    def end(self) -> str:
+        """What is left: a replacement character for an unfinished one."""
+        return self._decoder.decode(b"", final=True)
