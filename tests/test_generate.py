@@ -84,7 +84,7 @@ def test_an_empty_prompt_starts_after_end_of_text(run, capsys):
 def test_slide_goes_past_block_size(run, capsys):
     out, model, params = run
     args = ["--model", str(out), "--prompt", "Far", "--max-new-tokens", "80", "--temperature", "0"]
-    with pytest.raises(UserError, match="3 tokens of prompt and 80 new ones .* max_new_tokens = 61, or slide"):
+    with pytest.raises(UserError, match=r"3 tokens of prompt and 80 new ones .* max_new_tokens = 61, or slide"):
         command.main(args)
     capsys.readouterr()
     command.main([*args, "--slide"])

@@ -28,46 +28,52 @@ def relative_error(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, dataclasses.replace(SMALL, gelu="exact"), FULL], ids=["small", "exact-gelu", "124M"]
-)
-def test_logits_equal_transformers(config):
+# The four sizes: 124M itself, the others with their layers and heads, and heads of 4 instead of 64.
+SIZES = {
+    "small": SMALL,
+    "exact-gelu": dataclasses.replace(SMALL, gelu="exact"),
+    "124M": FULL,
+    "355M": dataclasses.replace(SMALL, n_layer=24, n_head=16, n_embd=64, scan_layers=True),
+    "774M": dataclasses.replace(SMALL, n_layer=36, n_head=20, n_embd=80, scan_layers=True),
+    "1558M": dataclasses.replace(SMALL, n_layer=48, n_head=25, n_embd=100, scan_layers=True),
+}
+
+
+@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+def test_logits_and_gradients_equal_transformers(config):
     theirs = torch_gpt2(config)
-    tokens = tokens_for(config, 2, 64)
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
-    logits = jax.jit(GPT2(config).apply)({"params": as_params(theirs.state_dict(), config)}, tokens)
-    assert logits.shape == expected.shape
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
-
-
-def test_gradients_equal_transformers():
-    theirs = torch_gpt2(SMALL)
-    tokens = tokens_for(SMALL, 2, 65)
-    theirs(torch.from_numpy(tokens[:, :-1]).long(), labels=None)
-    logits = theirs(torch.from_numpy(tokens[:, :-1]).long()).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).long().flatten())
+    tokens = tokens_for(config, 2, 65)
+    inputs, targets = torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(tokens[:, 1:]).long()
+    expected_logits = theirs(inputs).logits
+    loss = torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    expected = as_params({name: p.grad for name, p in theirs.named_parameters()}, SMALL)
+    expected = as_params({name: parameter.grad for name, parameter in theirs.named_parameters()}, config)
+    model, params = GPT2(config), as_params(theirs.state_dict(), config)
+    if config.scan_layers:
+        params = stack_layers(params)
+
+    logits = jax.jit(model.apply)({"params": params}, tokens[:, :-1])
+    assert logits.shape == expected_logits.shape
+    assert logits.dtype == jnp.float32
+    # float32 on both sides, products summed in another order
+    np.testing.assert_allclose(logits, expected_logits.detach().numpy(), atol=1e-4)
 
     def our_loss(params):
-        hidden = GPT2(SMALL).apply({"params": params}, tokens[:, :-1], method="hidden")
-        return cross_entropy(hidden, params["wte"]["embedding"], tokens[:, 1:], SMALL.vocab_size, 50) / 128
+        hidden = model.apply({"params": params}, tokens[:, :-1], method="hidden")
+        return cross_entropy(hidden, params["wte"]["embedding"], tokens[:, 1:], config.vocab_size, 50) / 128
 
-    ours, grads = jax.jit(jax.value_and_grad(our_loss))(as_params(theirs.state_dict(), SMALL))
+    ours, grads = jax.jit(jax.value_and_grad(our_loss))(params)
     assert float(ours) == pytest.approx(loss.item(), rel=1e-6)
+    if config.scan_layers:
+        grads = unstack_layers(grads)
+    worst = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         target = expected
         for key in path:
             target = target[key.key]
-        if [key.key for key in path[-2:]] == ["c_attn", "bias"]:
-            # A bias on the keys adds the same to all scores of a query: its true gradient is zero.
-            width = SMALL.n_embd
-            assert np.abs(grad[width : 2 * width]).max() < 1e-7
-            grad, target = np.delete(grad, slice(width, 2 * width)), np.delete(target, slice(width, 2 * width))
-        # Sums over 128 tokens and 64 to 256 features, both sides in float32.
-        assert relative_error(grad, target) < 1e-5, jax.tree_util.keystr(path)
+        worst[jax.tree_util.keystr(path)] = relative_error(np.asarray(grad), target)
+    # float32 sums over 128 tokens and up to 50,257 logits, in up to 48 layers: 2e-6 was seen.
+    assert max(worst.values()) < 1e-5, max(worst, key=worst.get)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(tiny):

@@ -15,12 +15,18 @@ import time
 import jax
 import numpy as np
 import pytest
+import torch
+from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args
-from gpt2_jax.config import UserError, read_config
+from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, UserError, read_config, to_toml
+from gpt2_jax.convert import convert
+from gpt2_jax.data import open_data
+from gpt2_jax.data.pipeline import eval_batches
 from gpt2_jax.data.shards import write_shard
+from gpt2_jax.loss import IGNORE
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
 from gpt2_jax.run import Run
@@ -383,3 +389,92 @@ def test_importing_the_package_starts_no_backend():
     """`--help` and errors must not wait for, or take, an accelerator."""
     check = "import gpt2_jax.train, jax._src.xla_bridge as bridge; assert not bridge._backends"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+# --- starting from another model -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def origin(tmp_path):
+    """A model of transformers, and a directory of it as a user has it: bytes as tokens, more positions than the run."""
+    config = GPT2Config(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16)
+    theirs = torch_gpt2(config)
+    run = tmp_path / "bytes"
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(ModelConfig(config, DataConfig(tokenizer="bytes"))))
+    with Checkpoints(run / "checkpoints", 1) as checkpoints:
+        checkpoints.save(0, {"params": as_params(theirs.state_dict(), config)}, {})
+    return theirs, convert(str(run), "huggingface", tmp_path / "origin")
+
+
+def train_here(args, devices=1):
+    return training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:devices])
+
+
+FROZEN = ["--steps", "1", "--optimizer.learning_rate", "1e-12", "--optimizer.final_learning_rate", "0"]
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_starts_from_another_model(tiny_run, origin, tmp_path, layers):
+    theirs, directory = origin
+    flags = ["--model.scan_layers", str(layers == "scanned").lower(), "--mesh.fsdp", "2", "--model.dropout", "0"]
+    flags += ["--batch_size", "8", "--batch_ramp", "320", "4"]
+    args = [*tiny_run, *FROZEN, *flags, "--optimizer.warmup_steps", "1", "--optimizer.decay_steps", "1"]
+    assert train_here([*args, "--init_from", directory, "--out", tmp_path / "out"], devices=4) == 0
+    data, _ = open_data(read_config(str(tmp_path / "out" / "config.toml")))
+    with torch.no_grad():
+        nats, targets = 0.0, 0
+        for (batch,) in ([batch] for batch in eval_batches(data.val, 1, 0, (0, 1))):
+            tokens = torch.from_numpy(batch).long()
+            counted = tokens[:, 1:] != IGNORE
+            logits = theirs(tokens[:, :-1].clamp(min=0)).logits
+            losses = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum")
+            nats, targets = nats + losses.item(), targets + int(counted.sum())
+    (val_loss,) = rows(tmp_path / "out", "val_loss").values()
+    assert val_loss == pytest.approx(nats / targets, rel=1e-6)
+
+
+def test_a_run_from_another_model_continues_without_it(tiny_run, origin, tmp_path):
+    args = [*tiny_run, "--init_from", str(origin[1]), "--out", str(tmp_path / "out")]
+    assert train_here([*args, "--steps", "4"]) == 0
+    shutil.rmtree(origin[1])
+    assert train_here([*args, "--steps", "6"]) == 0
+    assert list(rows(tmp_path / "out", "loss")) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"init_from: .* -> ''"):
+        train_here([*tiny_run, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.n_layer", "3"], "has n_layer 2, not 3; type --model.n_layer 2$"),
+        (["--model.bias", "false", "--model.gelu", "exact"], "bias True, not False, gelu tanh, not exact; type "),
+        (["--model.block_size", "32"], "has block_size 24, not 32; type --model.block_size 24"),
+        (["--model.vocab_size", "300"], "has vocab_size 257, not 300; type --model.vocab_size 257"),
+        (["--data.tokenizer", "chars"], "was not trained on data.tokenizer = 'chars'; type --data.tokenizer bytes"),
+        (["--init_from", "./none"], "./none does not exist"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_model_it_starts_from(tiny_run, origin, tmp_path, flags, message):
+    args = [*tiny_run, "--out", str(tmp_path / "out"), "--init_from", str(origin[1]), *flags]
+    with pytest.raises(UserError, match=message):
+        train_here(args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_model_is_not_taken_for_a_run(tiny_run, origin, tmp_path):
+    model = convert(str(origin[1]), "orbax", tmp_path / "model")
+    with pytest.raises(UserError, match="has checkpoints, but not the config of a run"):
+        train_here([*tiny_run, "--out", str(model)])
+
+
+def test_the_alphabet_comes_from_the_model(tiny_run, tmp_path):
+    args = [*tiny_run, "--data.tokenizer", "chars", "--data.characters", "\n 0123456789abcdeinqrsuxyz", "--steps", "2"]
+    assert train_here([*args, "--out", str(tmp_path / "first")]) == 0
+    args = [*tiny_run, "--data.tokenizer", "chars", "--init_from", str(tmp_path / "first"), "--steps", "2"]
+    for _ in range(2):  # a new run, and one that continues
+        assert train_here([*args, "--out", str(tmp_path / "second")]) == 0
+    written = read_config(str(tmp_path / "second" / "config.toml"))
+    assert written.data.characters == "\n 0123456789abcdeinqrsuxyz"
+    with pytest.raises(UserError, match=r"has another alphabet; leave data.characters empty"):
+        train_here([*args, "--out", str(tmp_path / "third"), "--data.characters", "\n 0123456789adeiqrsu"])
