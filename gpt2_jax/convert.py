@@ -17,17 +17,11 @@ from gpt2_jax.config import UserError
 from gpt2_jax.interop import KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
-from gpt2_jax.interop.nanogpt import write_nanogpt
+from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
 from gpt2_jax.interop.runs import write_orbax
 from gpt2_jax.interop.stored import describe
 
 PROG = "python -m gpt2_jax.convert"
-NEXT = {
-    "huggingface": 'AutoModelForCausalLM.from_pretrained("{out}")',
-    "llmc": "llm.c: ./train_gpt2cu -e {out}/{file}",
-    "nanogpt": "nanoGPT: python sample.py --out_dir={out}",
-    "orbax": "python -m gpt2_jax.generate --model {out}",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +41,25 @@ def main(args: Sequence[str]) -> int:
     """The command; returns its exit code."""
     flags = parse_flags(Flags, args, prog=PROG, description="Take a model elsewhere.")
     out = convert(flags.source, flags.to, flags.out, flags.dtype)
-    files = sorted(str(path.relative_to(out)) for path in out.iterdir())
+    files = sorted(path.name for path in out.iterdir())
     print(f"wrote     {out}: {', '.join(files)}")
-    print(f"next      {NEXT[flags.to].format(out=out, file=files[0])}")
+    print(f"next      {_next_command(flags, out, files)}")
     return 0
+
+
+def _next_command(flags: Flags, out: Path, files: list[str]) -> str:
+    if flags.to == "huggingface":
+        if "tokenizer_config.json" not in files:
+            return f'AutoModelForCausalLM.from_pretrained("{out}") (the tokenizer is not known: none was written)'
+        return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
+    if flags.to == "llmc":
+        file = next(file for file in files if file.endswith(".bin"))
+        precision = {"float32": "FP32", "bfloat16": "BF16"}[flags.dtype]
+        return f"llm.c: make train_gpt2cu PRECISION={precision}, and ./train_gpt2cu -e {out / file}"
+    if flags.to == "nanogpt":
+        meta = f"copy {out / 'meta.pkl'} to data/{DATASET}/, and " if "meta.pkl" in files else ""
+        return f"nanoGPT: {meta}python sample.py --out_dir={out}"
+    return f"python -m gpt2_jax.generate --model {out}"
 
 
 def convert(
@@ -67,17 +76,16 @@ def convert(
     out = Path(out).expanduser()
     if dtype != "float32" and to in ("nanogpt", "orbax"):
         raise UserError(f"--dtype {dtype} is for huggingface and llmc; {to} keeps float32")
-    model = open_model(source)
-    print(f"from      {model.where}: {describe(model.config)}")
     if out.exists():
         raise UserError(f"{out} exists; give another --out, or move it away")
+    model = open_model(source)
+    print(f"from      {model.where}: {describe(model.config)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
     try:
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's are closed to everyone else
         if to == "huggingface":
             write_huggingface(model, partial, dtype)
         elif to == "llmc":
@@ -86,6 +94,9 @@ def convert(
             write_nanogpt(model, partial)
         else:
             write_orbax(model, partial)
+        mask = _umask()  # mkdtemp and safetensors close what they make to everyone else
+        for path in (partial, *partial.iterdir()):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error

@@ -21,7 +21,7 @@ from gpt2_jax.config import UserError
 from gpt2_jax.model import GPT2, Cache, Params, init_cache, unstack_layers
 
 CHUNK = 64  # The most tokens that the loop draws before the host sees them.
-CHUNK_SECONDS = 0.1  # A loop that took less draws twice as many tokens the next time.
+CHUNK_SECONDS = 0.2  # A loop that took less draws twice as many tokens the next time.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,8 @@ def main(args: Sequence[str]) -> int:
     tokenizer = stored.tokenizer()
     if tokenizer is None:
         raise UserError(
-            f"the tokenizer of {flags.model} is not known: there are no files of one, or none of byte pairs or "
-            "characters; put its vocab.json and merges.txt (or nanoGPT's meta.pkl) beside the model"
+            f"the tokenizer of {flags.model} is not known; put its vocab.json and merges.txt, or nanoGPT's meta.pkl, "
+            "beside the model"
         )
     stop = end_of_text(tokenizer)
     prompt = tokenizer.encode_ordinary(text)

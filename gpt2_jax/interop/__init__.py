@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax.config import UserError
-from gpt2_jax.interop.huggingface import in_directory, on_hub, open_huggingface
+from gpt2_jax.interop.huggingface import on_hub, open_huggingface
 from gpt2_jax.interop.llmc import open_llmc
 from gpt2_jax.interop.nanogpt import open_nanogpt
 from gpt2_jax.interop.runs import newest_checkpoint, open_checkpoint
-from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.interop.stored import StoredModel, in_directory
 from gpt2_jax.model import GPT2, Params
 
 KINDS = (
@@ -43,7 +43,11 @@ def open_model(name: str) -> StoredModel:
             return open_checkpoint(path.resolve())
         if (path / "ckpt.pt").is_file():
             return open_nanogpt(path / "ckpt.pt")
-        raise UserError(f"{name} is a directory without config.json, checkpoints or ckpt.pt; expected {KINDS}")
+        if files := sorted(path.glob("model_*.bin")):
+            return open_llmc(files[-1])
+        raise UserError(
+            f"{name} is a directory without config.json, checkpoints, ckpt.pt or model_*.bin; expected {KINDS}"
+        )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (".pt", ".bin"):
         raise UserError(f"{name} does not exist; expected {KINDS}")
     return open_huggingface(name, on_hub(name))

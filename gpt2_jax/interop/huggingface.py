@@ -18,12 +18,11 @@ from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config, UserError
 from gpt2_jax.data.tokenizer import end_of_text
-from gpt2_jax.interop.stored import StoredModel, parameter_shapes, torch_name
+from gpt2_jax.interop.stored import Find, StoredModel, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gpt2_jax.interop.torch_files import as_array, load_torch
 from gpt2_jax.model import LAYER_NORM_EPSILON
 
-Find = Callable[[str], Path | None]  # a file of a model by its name, or None
 Tensors = dict[str, Callable[[], np.ndarray]]  # by their names in the files, each read when called
 
 # Files that may hold the weights; an index names those that hold parts of them.
@@ -43,11 +42,6 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
-
-
-def in_directory(directory: Path) -> Find:
-    """The files of a directory."""
-    return lambda name: path if (path := directory / name).is_file() else None
 
 
 def on_hub(repository: str) -> Find:
@@ -192,7 +186,9 @@ def _open_file(path: Path) -> Tensors:
 
 
 def write_huggingface(model: StoredModel, directory: Path, dtype: str) -> None:
-    """Writes what `transformers` (`AutoModelForCausalLM`, `AutoTokenizer`), lm-eval and llama.cpp's converter read.
+    """Writes what `transformers` (`AutoModelForCausalLM`, `AutoTokenizer`) and lm-eval read.
+
+    llama.cpp's converter reads it too, where the vocabulary is GPT-2's; llama.cpp computes the tanh GELU only.
 
     Raises:
         UserError: the tokenizer's vocabulary is needed and cannot be had.

@@ -9,6 +9,7 @@ llm.c's model has all biases and the tanh GELU.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
-from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, gpt2_encoding
-from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.interop.stored import StoredModel, in_directory
+from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.model import padded_vocab_size
 
 MAGIC = 20240326
@@ -108,11 +109,13 @@ def open_llmc(path: Path) -> StoredModel:
             return array[:vocab_size]
         return array.T if name.endswith("kernel") else array
 
-    return StoredModel(str(path), config, read, lambda: gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None)
+    tokenizer = functools.partial(read_tokenizer, in_directory(path.parent), vocab_size)
+    step = path.stem.removeprefix("model_")
+    return StoredModel(str(path), config, read, tokenizer, int(step) if step.isdigit() else 0)
 
 
 def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
-    """Writes `model_STEP.bin`, with the vocabulary padded by zeros.
+    """Writes `model_STEP.bin`, with the vocabulary padded by zeros; a tokenizer other than GPT-2's beside it.
 
     Raises:
         UserError: llm.c has no such model.
@@ -122,6 +125,7 @@ def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
         raise UserError(f"{model.where} has no biases, llm.c's model always has; take --to huggingface or nanogpt")
     if config.gelu != "tanh":
         raise UserError(f"{model.where} uses the exact GELU, llm.c only the tanh one; take --to huggingface or nanogpt")
+    write_unusual_tokenizer(model.tokenizer(), directory, config.block_size)
     version = {"float32": 3, "bfloat16": 5}[dtype]
     padded = padded_vocab_size(config)
     header = np.zeros(HEADER_INTS, "<i4")

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
-from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer, gpt2_encoding
-from gpt2_jax.interop.stored import StoredModel, parameter_shapes, torch_name
+from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer
+from gpt2_jax.interop.stored import StoredModel, in_directory, parameter_shapes, torch_name
+from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.interop.torch_files import as_array, import_torch, load_torch
 
 COMPILED = "_orig_mod."  # torch.compile's prefix
 GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)  # nanoGPT pads the vocabulary of a model from scratch, and trains the padding
+DATASET = "converted"
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
 
@@ -45,12 +47,14 @@ def open_nanogpt(path: Path) -> StoredModel:
         return array.T if name.endswith("kernel") else array
 
     def tokenizer() -> Tokenizer | None:
-        """GPT-2's, or the characters in the dataset's `meta.pkl`: beside the checkpoint, or where nanoGPT has it."""
-        if config.vocab_size in GPT2_VOCABS:
-            return gpt2_encoding()
-        dataset = (checkpoint.get("config") or {}).get("dataset", "")
-        places = (path.parent / "meta.pkl", path.parent.parent / "data" / str(dataset) / "meta.pkl")
-        return next((read_characters(meta) for meta in places if meta.is_file()), None)
+        """The characters in the dataset's `meta.pkl`, beside the checkpoint or where nanoGPT has it; or GPT-2's."""
+        data = Path("data", str((checkpoint.get("config") or {}).get("dataset", "")))  # from nanoGPT's own directory
+        here = path.resolve().parent
+        for place in (here, here.parent / data, data):
+            if (place / "meta.pkl").is_file() and config.vocab_size not in GPT2_VOCABS:
+                return read_characters(place / "meta.pkl")
+        vocab_size = GPT2_VOCAB_SIZE if config.vocab_size in GPT2_VOCABS else config.vocab_size
+        return read_tokenizer(in_directory(here), vocab_size)
 
     return StoredModel(str(path), config, read, tokenizer, int(checkpoint.get("iter_num", 0)))
 
@@ -77,7 +81,9 @@ def read_characters(meta: Path) -> Tokenizer:
 
 
 def write_nanogpt(model: StoredModel, directory: Path) -> None:
-    """Writes `ckpt.pt` as nanoGPT's `sample.py` reads it; of characters, `meta.pkl` too. Without optimizer state.
+    """Writes `ckpt.pt` as nanoGPT's `sample.py` reads it, without optimizer state; of characters `meta.pkl` too.
+
+    nanoGPT looks for the latter in `data/DATASET`; the dataset is called `DATASET` here.
 
     Raises:
         UserError: nanoGPT has no such model, or torch is not installed.
@@ -95,10 +101,13 @@ def write_nanogpt(model: StoredModel, directory: Path) -> None:
         state[f"transformer.{torch_name(name)}"] = torch.from_numpy(np.ascontiguousarray(array))
     state["lm_head.weight"] = state["transformer.wte.weight"]
     sizes = {key: getattr(config, key) for key in SIZES} | {"dropout": config.dropout}
-    saved = {"model": state, "model_args": sizes, "iter_num": model.step, "best_val_loss": float("inf"), "config": {}}
+    saved = {"model": state, "model_args": sizes, "iter_num": model.step, "best_val_loss": float("inf")}
     tokenizer = model.tokenizer()
     if isinstance(tokenizer, CharTokenizer):
         itos = dict(enumerate(tokenizer.characters))
         table = {"vocab_size": len(itos), "itos": itos, "stoi": {char: token for token, char in itos.items()}}
         (directory / "meta.pkl").write_bytes(pickle.dumps(table))
+        saved["config"] = {"dataset": DATASET}
+    else:
+        write_unusual_tokenizer(tokenizer, directory, config.block_size)
     torch.save(saved, directory / "ckpt.pt")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from gpt2_jax.config import GPT2Config, UserError
 from gpt2_jax.data.tokenizer import Tokenizer
 from gpt2_jax.model import GPT2, Params, init_params
 from gpt2_jax.sharding import state_sharding
+
+Find = Callable[[str], Path | None]  # a file of a model by its name, or None
 
 # How the released checkpoints, transformers and nanoGPT call the leaves of ours.
 _TORCH_LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -45,7 +48,7 @@ class StoredModel:
     step: int = 0
 
     def parameter(self, name: str) -> np.ndarray:
-        """One parameter, float32, in memory of its own.
+        """One parameter, float32, contiguous, in memory of its own.
 
         Raises:
             UserError: it is missing, or not of the shape that the config says, or not of floats.
@@ -65,7 +68,7 @@ class StoredModel:
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
-        return np.array(array, np.float32)
+        return np.array(array, np.float32, order="C")  # not as the file has it: writers take the memory as it is
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         """All parameters with their names, in the order of the model."""
@@ -127,6 +130,11 @@ def torch_name(name: str) -> str:
     """h_3/attn/c_attn/kernel -> h.3.attn.c_attn.weight, the released checkpoints' name."""
     *path, leaf = name.split("/")
     return ".".join([*path, _TORCH_LEAVES[leaf]]).replace("h_", "h.", 1)
+
+
+def in_directory(directory: Path) -> Find:
+    """The files of a directory."""
+    return lambda name: path if (path := directory / name).is_file() else None
 
 
 def describe(config: GPT2Config) -> str:

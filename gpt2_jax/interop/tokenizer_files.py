@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from gpt2_jax.data.tokenizer import (
     byte_encoding,
     end_of_text,
     gpt2_encoding,
+    tokenizer_name,
 )
+from gpt2_jax.interop.stored import Find
 
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -37,7 +39,7 @@ BYTE = {character: byte for byte, character in CHARACTER.items()}
 GPT2_SHA256 = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
 
 
-def read_tokenizer(find: Callable[[str], Path | None], vocab_size: int) -> Tokenizer | None:
+def read_tokenizer(find: Find, vocab_size: int) -> Tokenizer | None:
     """The tokenizer among the files of a model, None if there is none of a kind known here: byte pairs, or characters.
 
     A model of GPT-2's vocabulary size without tokenizer files is taken to have GPT-2's.
@@ -146,6 +148,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     if end_of_text(tokenizer) is not None:
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_unusual_tokenizer(tokenizer: Tokenizer | None, directory: Path, block_size: int) -> None:
+    """`write_tokenizer`, for formats that have no tokenizer and mean GPT-2's: only what is another one."""
+    if tokenizer and tokenizer_name(tokenizer) != "gpt2":
+        write_tokenizer(tokenizer, directory, block_size)
 
 
 def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
