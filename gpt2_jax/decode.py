@@ -129,6 +129,8 @@ def stream(
         return
     if "h" in params:
         params = unstack_layers(params)
+    if model.dtype != jnp.float32:  # the model casts them anyway, to read them for every token in half the time
+        params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
     # Kernels want their own lengths and placements, which single tokens do not have.
     plain = dataclasses.replace(config, attention="xla", scan_layers=False, remat="none")
     program = _Program(
@@ -145,7 +147,8 @@ def stream(
         top_p=jnp.float32(sampling.top_p),
         stop=jnp.int32(-1 if stop is None else stop),
     )
-    sequences = [np.asarray(prompt, np.int32) for prompt in prompts for _ in range(samples)]
+    read = [np.asarray(prompt, np.int32) for prompt in prompts]
+    sequences = [prompt for prompt in read for _ in range(samples)]
     longest = max(map(len, sequences))
     ended = np.zeros(len(sequences), bool)
     n_drawn = 0
@@ -154,7 +157,7 @@ def stream(
     in_cache = min(max_new_tokens, block_size - longest + 1)
     if in_cache > 0:
         length = min(bucket(longest), block_size)
-        tokens, pad = left_padded(sequences, length)
+        tokens, pad = left_padded(read, length)
         state = _prefill(program, bucket(length + in_cache - 1), params, tokens, pad, draw, jnp.int32(0), ended)
         out, n, size = state.token[:, None], 1, 1
         while True:
@@ -255,14 +258,24 @@ def _prefill(
     n_drawn: jax.Array,
     ended: jax.Array,
 ) -> _State:
-    """Reads int32 [rows, length], draws a token, and keeps a cache of `slots` slots (0: none)."""
-    logits, cache = _read(program, params, tokens, init_cache(program.model, pad, tokens.shape[1]))
-    token, ended = _next(program, draw, logits, n_drawn, ended)
+    """Reads int32 [prompts, length], draws a token for each row, and keeps a cache of `slots` slots (0: none).
+
+    Each prompt has as many rows, one after the other, as there are rows for each prompt.
+    """
+    n_prompts, length = tokens.shape
+    rows = ended.size // n_prompts
+
+    def spread(x: jax.Array) -> jax.Array:
+        """[prompts · any, …] -> [rows · any, …]."""
+        return jnp.repeat(x.reshape(n_prompts, -1, *x.shape[1:]), rows, axis=0).reshape(-1, *x.shape[1:])
+
+    logits, cache = _read(program, params, tokens, init_cache(program.model, pad, length))
+    token, ended = _next(program, draw, spread(logits), n_drawn, ended)
     if not slots:
         return _State(None, token, ended, n_drawn + 1)
-    room = ((0, 0), (0, slots - tokens.shape[1]), (0, 0))
-    layers = tuple((jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in cache.layers)
-    return _State(cache._replace(layers=layers), token, ended, n_drawn + 1)
+    room = ((0, 0), (0, slots - length), (0, 0))
+    layers = jax.tree.map(lambda kept: spread(jnp.pad(kept, room)), cache.layers)
+    return _State(Cache(layers, cache.slot, spread(pad)), token, ended, n_drawn + 1)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")

@@ -93,6 +93,18 @@ def test_a_batch_gives_the_tokens_of_each_prompt_alone(pair, sampling):
     assert same == (sampling == GREEDY)  # samples of one prompt differ
 
 
+def test_bfloat16_draws_from_its_own_logits(pair):
+    _, model, params = pair
+    rounded = model.clone(dtype=jnp.bfloat16)
+    tokens = generate(rounded, params, [prompt(40)], 60, sampling=GREEDY)[0].tolist()
+    sequence = np.array([prompt(40) + tokens], np.int32)
+    logits = np.asarray(rounded.apply({"params": params}, sequence))[0, 39:-1]
+    # The cache only changes the order of float additions: what was drawn is at most a rounding from the maximum.
+    behind = logits.max(axis=-1) - logits[np.arange(60), tokens]
+    assert behind.max() < 0.05 * logits.std()
+    assert np.count_nonzero(behind) < 10
+
+
 def test_the_seed_decides(pair):
     _, model, params = pair
     first, again, other = (generate(model, params, [prompt(5)], 30, seed=seed)[0].tolist() for seed in (1, 1, 2))

@@ -99,8 +99,9 @@ class StoredModel:
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             first, *rest = [key.key for key in path]
             if first == "h":
-                layers = [self.parameter("/".join([f"h_{layer}", *rest])) for layer in range(self.config.n_layer)]
-                array = np.stack(layers)
+                array = np.empty(leaf.shape, np.float32)
+                for layer in range(self.config.n_layer):
+                    array[layer] = self.parameter("/".join([f"h_{layer}", *rest]))
             else:
                 array = self.parameter("/".join([first, *rest]))
             if first in ("wte", "wpe"):
