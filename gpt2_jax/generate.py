@@ -19,6 +19,17 @@ from gpt2_jax.decode import Sampling, stream
 from gpt2_jax.interop import KINDS, open_model
 
 PROG = "python -m gpt2_jax.generate"
+DEFAULT_TOKENS = 200
+
+
+# tyro would take the text "None" for none.
+TEXT = tyro.constructors.PrimitiveConstructorSpec[str | None](
+    nargs=1,
+    metavar="STR",
+    instance_from_str=lambda args: args[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [value or ""],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +37,12 @@ class Flags:
     """Flags of the command."""
 
     model: Annotated[str, tyro.conf.arg(help=f"MODEL: {KINDS}.")]
-    prompt: str | None = None
+    prompt: Annotated[str | None, TEXT, tyro.conf.arg(help_behavior_hint="")] = None
     """Text to continue; empty starts a new one."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[str | None, TEXT, tyro.conf.arg(help_behavior_hint="")] = None
     """File with the text to continue. Without this and --prompt it is read from standard input."""
-    max_new_tokens: int = 200
-    """Tokens to write, at most: the model may end its text before."""
+    max_new_tokens: int = 0
+    """Tokens to write, at most: the model may end its text before. 0 for 200, or as many as block_size has room for."""
     samples: int = 1
     """Continuations to write, all at the same time. The first is shown as it comes."""
     temperature: float = 1.0
@@ -68,6 +79,8 @@ def main(args: Sequence[str]) -> int:
         if stop is None:
             raise UserError("the prompt is empty, and this model has no end-of-text token to start from; type --prompt")
         prompt = [stop]
+    room = stored.config.block_size - len(prompt)
+    n_tokens = flags.max_new_tokens or (DEFAULT_TOKENS if flags.slide or room < 1 else min(DEFAULT_TOKENS, room))
     dtype = flags.dtype
     if dtype == "auto":
         dtype = "float32" if current_hardware().platform == "cpu" else "bfloat16"
@@ -76,7 +89,7 @@ def main(args: Sequence[str]) -> int:
         model,
         params,
         [prompt],
-        flags.max_new_tokens,
+        n_tokens,
         samples=flags.samples,
         sampling=sampling,
         seed=flags.seed,
@@ -107,7 +120,7 @@ def _prompt(flags: Flags) -> str:
         return flags.prompt
     try:
         if flags.prompt_file is not None:
-            return flags.prompt_file.read_bytes().decode("utf-8")
+            return Path(flags.prompt_file).expanduser().read_bytes().decode("utf-8")
         if sys.stdin.isatty():
             raise UserError("no prompt; type --prompt TEXT or --prompt-file FILE, or pipe a text in")
         return sys.stdin.buffer.read().decode("utf-8")

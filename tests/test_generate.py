@@ -81,6 +81,12 @@ def test_an_empty_prompt_starts_after_end_of_text(run, capsys):
     assert capsys.readouterr().out == text_of(row) + "\n"
 
 
+def test_as_many_tokens_as_there_is_room_for_by_default(run, capsys):
+    out, model, params = run
+    command.main(["--model", str(out), "--prompt", "None", "--temperature", "0"])
+    assert capsys.readouterr().out == expected(model, params, "None", 60, GREEDY)[0] + "\n"
+
+
 def test_slide_goes_past_block_size(run, capsys):
     out, model, params = run
     args = ["--model", str(out), "--prompt", "Far", "--max-new-tokens", "80", "--temperature", "0"]
