@@ -13,24 +13,26 @@ LEAVES = {"wte": "embedding", "wpe": "embedding", "ln_1": "scale", "ln_2": "scal
 
 def torch_gpt2(config: GPT2Config, seed: int = 0) -> GPT2LMHeadModel:
     """A model of the same shape with random weights, biases and norms included."""
-    model = GPT2LMHeadModel(
-        TorchConfig(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            activation_function={"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="eager",
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(
+            TorchConfig(
+                vocab_size=config.vocab_size,
+                n_positions=config.block_size,
+                n_embd=config.n_embd,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                activation_function={"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=None,
+                eos_token_id=None,
+                attn_implementation="eager",
+            )
         )
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
         for parameter in model.parameters():  # as initialised, biases are 0 and norms 1: a swap would not be seen
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.02 * torch.randn(parameter.shape)
     return model.eval()
 
 
