@@ -21,7 +21,8 @@ from record import median_ratio, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_jax import load
-from gpt2_jax.decode import GREEDY, stream
+from gpt2_jax.decode import stream
+from gpt2_jax.sampling import GREEDY
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
 

@@ -34,7 +34,9 @@ def circumstances(packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what the figures were measured."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=False, cwd=RESULTS).stdout.strip()
+        return subprocess.run(
+            ["git", *args], capture_output=True, text=True, check=False, cwd=RESULTS.parent
+        ).stdout.strip()
 
     return {
         "date": datetime.date.today().isoformat(),
@@ -52,6 +54,7 @@ def circumstances(packages: Sequence[str]) -> dict[str, Any]:
 
 def write(name: str, packages: Sequence[str], figures: Mapping[str, Any]) -> Path:
     """Writes `results/NAME.json`: the circumstances, then the figures."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**circumstances(packages), **figures}, indent=2) + "\n")
     return path

@@ -35,7 +35,7 @@ class SavedState:
     """
 
     def __init__(self, path: Path) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         metadata = self._safely(lambda: self._reader.metadata(self._path).item_metadata)
@@ -80,7 +80,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase, and raises its errors
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from safetensors import SafetensorError
 
 from gpt2_jax.cli import parse_flags, run_command
 from gpt2_jax.config import UserError
@@ -54,9 +56,15 @@ def _next_command(flags: Flags, out: Path, files: list[str]) -> str:
         return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
     if flags.to == "llmc":
         file = next(file for file in files if file.endswith(".bin"))
+        if "vocab.json" in files:
+            return (
+                f"llm.c reads {out / file}, but prints GPT-2's tokens: those of this model are in {out / 'vocab.json'}"
+            )
         precision = {"float32": "FP32", "bfloat16": "BF16"}[flags.dtype]
         return f"llm.c: make train_gpt2cu PRECISION={precision}, and ./train_gpt2cu -e {out / file}"
     if flags.to == "nanogpt":
+        if "vocab.json" in files:
+            return f"nanoGPT reads {out} (it prints GPT-2's tokens; this model's are in {out / 'vocab.json'})"
         meta = f"copy {out / 'meta.pkl'} to data/{DATASET}/, and " if "meta.pkl" in files else ""
         return f"nanoGPT: {meta}python sample.py --out_dir={out}"
     return f"python -m gpt2_jax.generate --model {out}"
@@ -73,19 +81,22 @@ def convert(
     Raises:
         UserError: the model cannot be read, the format has no such model, or `out` cannot be written.
     """
-    out = Path(out).expanduser()
+    try:
+        out = Path(out).expanduser()
+        exists = out.exists()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--out {out} cannot be a directory ({error}); give another") from error
     if dtype != "float32" and to in ("nanogpt", "orbax"):
         raise UserError(f"--dtype {dtype} is for huggingface and llmc; {to} keeps float32")
-    if out.exists():
+    if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
     print(f"from      {model.where}: {describe(model.config)}")
+    new = [parent for parent in out.parents if not parent.exists()]
+    partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
-    try:
+        partial = Path(tempfile.mkdtemp(prefix=".convert.", dir=out.parent))
         if to == "huggingface":
             write_huggingface(model, partial, dtype)
         elif to == "llmc":
@@ -98,10 +109,16 @@ def convert(
         for path in (partial, *partial.iterdir()):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # a full disk is any of them, by the writer
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            for parent in new:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
     return out
 
 

@@ -2,7 +2,8 @@
 
 Sequences of different lengths are padded on the left, and lengths are rounded up to buckets: all lengths in a bucket
 run the same two compiled programs. What is drawn after a prompt depends on the prompt, the seed and the number of
-the sample, not on the others in the batch.
+the sample, not on the others in the batch (but for the order of float additions, which may decide between tokens
+that are as good as equally probable; in bfloat16 those are more).
 """
 
 from __future__ import annotations
@@ -19,39 +20,10 @@ import numpy as np
 
 from gpt2_jax.config import UserError
 from gpt2_jax.model import GPT2, Cache, Params, init_cache, unstack_layers
+from gpt2_jax.sampling import COLDEST, UNCHANGED, Sampling, draw, restrict
 
 CHUNK = 64  # The most tokens that the loop draws before the host sees them.
 CHUNK_SECONDS = 0.2  # A loop that took less draws twice as many tokens the next time.
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits: divided by the temperature, then top-k, then top-p, as in `transformers`.
-
-    Attributes:
-        temperature: 0 takes the most probable token.
-        top_k: only the k most probable tokens (and those as probable as the last of them); 0 for all.
-        top_p: only the most probable tokens that reach this probability together (and those as probable as the last
-            of them): nucleus sampling, Holtzman et al. 2020.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature = {self.temperature:g}; expected a finite number, 0 or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k = {self.top_k}; expected 1 or more, or 0 for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p:g}; expected above 0 and at most 1")
-
-
-GREEDY = Sampling(temperature=0.0)
 
 
 def generate(
@@ -61,7 +33,7 @@ def generate(
     max_new_tokens: int,
     *,
     samples: int = 1,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = UNCHANGED,
     seed: int = 0,
     stop: int | None = None,
     vocab_size: int | None = None,
@@ -110,7 +82,7 @@ def stream(
     max_new_tokens: int,
     *,
     samples: int = 1,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = UNCHANGED,
     seed: int = 0,
     stop: int | None = None,
     vocab_size: int | None = None,
@@ -123,10 +95,13 @@ def stream(
         more come when all sequences have met `stop`, or after `max_new_tokens`.
     """
     config = model.config
-    block_size = config.block_size
-    _check(prompts, max_new_tokens, config.vocab_size, block_size, slide)
-    if not prompts:
-        return
+    _check(prompts, max_new_tokens, config.vocab_size, config.block_size, slide)
+    if samples < 1:
+        raise UserError(f"samples = {samples}; expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed}; expected 0 or more and below 2**32")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"vocab_size = {vocab_size}; expected at least 1")
     if "h" in params:
         params = unstack_layers(params)
     if model.dtype != jnp.float32:  # the model casts them anyway, to read them for every token in half the time
@@ -136,19 +111,28 @@ def stream(
     program = _Program(
         model.clone(config=plain),
         vocab_size=min(vocab_size or config.vocab_size, config.vocab_size),
-        greedy=sampling.temperature == 0,
-        top_k=sampling.top_k,
-        nucleus=sampling.top_p < 1,
+        greedy=sampling.temperature < COLDEST,
+        top_k=sampling.top_k > 0,
+        top_p=sampling.top_p < 1,
     )
     number = jnp.tile(jnp.arange(samples), len(prompts))
-    draw = _Draw(
+    settings = _Settings(
         keys=jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(number),
         temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(sampling.top_k),
         top_p=jnp.float32(sampling.top_p),
         stop=jnp.int32(-1 if stop is None else stop),
     )
-    read = [np.asarray(prompt, np.int32) for prompt in prompts]
-    sequences = [prompt for prompt in read for _ in range(samples)]
+    return _stream(program, params, settings, [np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens)
+
+
+def _stream(
+    program: _Program, params: Params, settings: _Settings, prompts: list[np.ndarray], max_new_tokens: int
+) -> Iterator[np.ndarray]:
+    if not prompts:
+        return
+    block_size = program.model.config.block_size
+    sequences = [prompt for prompt in prompts for _ in range(settings.keys.size // len(prompts))]
     longest = max(map(len, sequences))
     ended = np.zeros(len(sequences), bool)
     n_drawn = 0
@@ -157,8 +141,10 @@ def stream(
     in_cache = min(max_new_tokens, block_size - longest + 1)
     if in_cache > 0:
         length = min(bucket(longest), block_size)
-        tokens, pad = left_padded(read, length)
-        state = _prefill(program, bucket(length + in_cache - 1), params, tokens, pad, draw, jnp.int32(0), ended)
+        # For the tokens that fit; of a bucket, more than two thirds are filled.
+        slots = bucket(min(length + max_new_tokens - 1, block_size + length // 3))
+        tokens, pad = left_padded(prompts, length)
+        state = _prefill(program, slots, params, tokens, pad, settings, jnp.int32(0), ended)
         out, n, size = state.token[:, None], 1, 1
         while True:
             drawn = np.asarray(out)[:, :n]
@@ -169,14 +155,14 @@ def stream(
             if n_drawn == in_cache or ended.all():
                 break
             n, start = min(size, in_cache - n_drawn), time.perf_counter()
-            state, out = jax.block_until_ready(_decode(program, params, state, draw, jnp.int32(n)))
+            state, out = jax.block_until_ready(_decode(program, params, state, settings, jnp.int32(n)))
             if time.perf_counter() - start < CHUNK_SECONDS:
                 size = min(2 * size, CHUNK)
 
     while n_drawn < max_new_tokens and not ended.all():
         sequences = [sequence[-block_size:] for sequence in sequences]
         tokens, pad = left_padded(sequences, block_size)
-        state = _prefill(program, 0, params, tokens, pad, draw, jnp.int32(n_drawn), ended)
+        state = _prefill(program, 0, params, tokens, pad, settings, jnp.int32(n_drawn), ended)
         drawn, ended = np.asarray(state.token)[:, None], np.asarray(state.ended)
         n_drawn += 1
         sequences = [np.concatenate(pair) for pair in zip(sequences, drawn, strict=True)]
@@ -205,12 +191,14 @@ def _check(prompts: Sequence[Sequence[int]], new: int, vocab_size: int, block_si
     for prompt in prompts:
         if len(prompt) == 0:
             raise UserError("a prompt has no tokens; give at least one, such as end-of-text")
+        if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+            raise UserError(f"a prompt has tokens of {np.asarray(prompt).dtype}; expected integers")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             raise UserError(f"a prompt has the token {wrong}; the model's vocabulary is 0 to {vocab_size - 1}")
         if len(prompt) + new > block_size and not slide:
             left = block_size - len(prompt)
-            advice = f"take max_new_tokens = {left}, or slide" if left > 0 else "shorten the prompt, or slide"
+            advice = f"take max_new_tokens = {left}, or --slide" if left > 0 else "shorten the prompt, or --slide"
             raise UserError(
                 f"{len(prompt)} tokens of prompt and {new} new ones are more than the model's block_size of "
                 f"{block_size}; {advice}"
@@ -227,15 +215,16 @@ class _Program:
     model: GPT2
     vocab_size: int
     greedy: bool
-    top_k: int
-    nucleus: bool
+    top_k: bool
+    top_p: bool
 
 
-class _Draw(NamedTuple):
+class _Settings(NamedTuple):
     """What may change from call to call without compiling again."""
 
     keys: jax.Array  # random keys [rows], one for each sequence
     temperature: jax.Array  # float32 []
+    top_k: jax.Array  # int32 []
     top_p: jax.Array  # float32 []
     stop: jax.Array  # int32 [], -1 for none
 
@@ -254,7 +243,7 @@ def _prefill(
     params: Params,
     tokens: jax.Array,
     pad: jax.Array,
-    draw: _Draw,
+    settings: _Settings,
     n_drawn: jax.Array,
     ended: jax.Array,
 ) -> _State:
@@ -270,7 +259,7 @@ def _prefill(
         return jnp.repeat(x.reshape(n_prompts, -1, *x.shape[1:]), rows, axis=0).reshape(-1, *x.shape[1:])
 
     logits, cache = _read(program, params, tokens, init_cache(program.model, pad, length))
-    token, ended = _next(program, draw, spread(logits), n_drawn, ended)
+    token, ended = _next(program, settings, spread(logits), n_drawn, ended)
     if not slots:
         return _State(None, token, ended, n_drawn + 1)
     room = ((0, 0), (0, slots - length), (0, 0))
@@ -279,7 +268,9 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _decode(program: _Program, params: Params, state: _State, draw: _Draw, n: jax.Array) -> tuple[_State, jax.Array]:
+def _decode(
+    program: _Program, params: Params, state: _State, settings: _Settings, n: jax.Array
+) -> tuple[_State, jax.Array]:
     """Draws the next `n` tokens, or fewer if all sequences end -> int32 [rows, CHUNK], of which `n` are filled."""
 
     def goes_on(carry: tuple[jax.Array, _State, jax.Array]) -> jax.Array:
@@ -290,10 +281,10 @@ def _decode(program: _Program, params: Params, state: _State, draw: _Draw, n: ja
         index, state, out = carry
         assert state.cache is not None
         logits, cache = _read(program, params, state.token[:, None], state.cache)
-        token, ended = _next(program, draw, logits, state.n_drawn, state.ended)
+        token, ended = _next(program, settings, logits, state.n_drawn, state.ended)
         return index + 1, _State(cache, token, ended, state.n_drawn + 1), out.at[:, index].set(token)
 
-    out = jnp.full((state.token.size, CHUNK), draw.stop)
+    out = jnp.full((state.token.size, CHUNK), settings.stop)
     _, state, out = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out))
     return state, out
 
@@ -306,57 +297,19 @@ def _read(program: _Program, params: Params, tokens: jax.Array, cache: Cache) ->
 
 
 def _next(
-    program: _Program, draw: _Draw, logits: jax.Array, n_drawn: jax.Array, ended: jax.Array
+    program: _Program, settings: _Settings, logits: jax.Array, n_drawn: jax.Array, ended: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of every sequence, int32 [rows], and whether the sequence has ended."""
     logits = logits[:, : program.vocab_size]
     if program.greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        logits = restrict(logits / draw.temperature, program.top_k, draw.top_p if program.nucleus else None)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw.keys, n_drawn)
-        token = _draw_from(keys, logits)
-    token = jnp.where(ended, draw.stop, token)
-    return token, ended | (token == draw.stop)
-
-
-def _draw_from(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """One token of each row's distribution, by the inverse of the distribution function: int32 [rows].
-
-    That takes one random number for each row; Gumbel noise (`jax.random.categorical`) takes one for each logit and 3
-    times as long on a CPU.
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    # Parallel sums need not rise where a probability is 0; such tokens must not be drawn for it.
-    up_to = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
-    uniform = jax.vmap(jax.random.uniform)(keys)[:, None]  # below 1 by so much that the product is below the maximum
-    return jnp.argmax(up_to > uniform * jnp.max(up_to, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)
-
-
-def restrict(logits: jax.Array, top_k: int, top_p: jax.Array | None) -> jax.Array:
-    """Logits [rows, vocab] with those outside of top-k, and then outside of the nucleus, at minus infinity."""
-    if top_k:
-        logits = _keep(logits, jnp.ones_like(logits, jnp.int32), jnp.int32(top_k))
-    if top_p is not None:
-        logits = _keep(logits, jax.nn.softmax(logits, axis=-1), top_p)
-    return logits
-
-
-def _keep(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Keeps each logit that has less than `limit` of the row's weight above it.
-
-    The threshold is found bit by bit, which takes 32 sums and is 20 to 50 times as fast as sorting on a CPU
-    (50,257 logits: 1.1 ms against 12).
-    """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    ranks = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers in the order of the floats
-
-    def step(index: jax.Array, low: jax.Array) -> jax.Array:
-        middle = low | (sign >> index)
-        above = jnp.sum(jnp.where(ranks > middle, weights, 0), axis=-1, keepdims=True)
-        return jnp.where(above >= limit, middle, low)
-
-    # The largest rank that still has `limit` above it; no finite float has rank 0.
-    low = jax.lax.fori_loop(0, 32, step, jnp.zeros_like(ranks[:, :1]))
-    return jnp.where(ranks > low, logits, -jnp.inf)
+        logits = restrict(
+            logits / settings.temperature,
+            settings.top_k if program.top_k else None,
+            settings.top_p if program.top_p else None,
+        )
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings.keys, n_drawn)
+        token = draw(keys, logits)
+    token = jnp.where(ended, settings.stop, token)
+    return token, ended | (token == settings.stop)

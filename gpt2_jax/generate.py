@@ -15,8 +15,9 @@ from gpt2_jax.attention import current_hardware
 from gpt2_jax.cli import parse_flags, run_command
 from gpt2_jax.config import Dtype, UserError
 from gpt2_jax.data.tokenizer import TextStream, end_of_text
-from gpt2_jax.decode import Sampling, stream
+from gpt2_jax.decode import stream
 from gpt2_jax.interop import KINDS, open_model
+from gpt2_jax.sampling import Sampling
 
 PROG = "python -m gpt2_jax.generate"
 DEFAULT_TOKENS = 200
@@ -73,7 +74,7 @@ def main(args: Sequence[str]) -> int:
             f"the tokenizer of {flags.model} is not known; put its vocab.json and merges.txt, or nanoGPT's meta.pkl, "
             "beside the model"
         )
-    stop = end_of_text(tokenizer)
+    stop = end_of_text(tokenizer) if stored.end_of_text is None else stored.end_of_text
     prompt = tokenizer.encode_ordinary(text)
     if not prompt:
         if stop is None:
@@ -121,7 +122,7 @@ def _prompt(flags: Flags) -> str:
     try:
         if flags.prompt_file is not None:
             return Path(flags.prompt_file).expanduser().read_bytes().decode("utf-8")
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise UserError("no prompt; type --prompt TEXT or --prompt-file FILE, or pipe a text in")
         return sys.stdin.buffer.read().decode("utf-8")
     except OSError as error:

@@ -12,8 +12,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from gpt2_jax import generate
 from gpt2_jax.config import GPT2Config, MeshConfig, UserError
-from gpt2_jax.decode import GREEDY, Sampling, bucket, left_padded, restrict, stream
+from gpt2_jax.decode import bucket, left_padded, stream
 from gpt2_jax.model import GPT2, init_cache, init_params, stack_layers
+from gpt2_jax.sampling import GREEDY, Sampling, draw, restrict
 from gpt2_jax.sharding import make_mesh, state_sharding
 
 CONFIG = GPT2Config(vocab_size=300, block_size=256, n_layer=3, n_head=4, n_embd=64, attention="xla")
@@ -171,7 +172,8 @@ def test_what_is_left_after_top_k_and_top_p_is_what_transformers_leaves(temperat
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     expected = LogitsProcessorList(warpers)(None, torch.from_numpy(logits)).numpy()
-    left = restrict(jnp.asarray(logits) / temperature, top_k, jnp.float32(top_p) if top_p < 1 else None)
+    kept = jnp.int32(top_k) if top_k else None
+    left = restrict(jnp.asarray(logits) / temperature, kept, jnp.float32(top_p) if top_p < 1 else None)
     np.testing.assert_array_equal(np.isfinite(left), np.isfinite(expected))
     np.testing.assert_allclose(left, expected, rtol=1e-6)  # a division more or less
 
@@ -184,9 +186,9 @@ def test_top_k_and_top_p_by_hand():
 
     tied = [True] * 4  # equally probable tokens stay together
     assert left(2, None) == [[False, True, True, False], tied]
-    assert left(0, jnp.float32(0.39)) == [[False, True, False, False], tied]
-    assert left(0, jnp.float32(0.5)) == [[False, True, True, False], tied]
-    assert left(0, jnp.float32(0.85)) == [[False, True, True, True], tied]
+    assert left(None, jnp.float32(0.39)) == [[False, True, False, False], tied]
+    assert left(None, jnp.float32(0.5)) == [[False, True, True, False], tied]
+    assert left(None, jnp.float32(0.85)) == [[False, True, True, True], tied]
     # Top-p after top-k: of 0.4 and 0.3 the first alone has 0.57.
     assert left(2, jnp.float32(0.5)) == [[False, True, False, False], tied]
 
@@ -240,7 +242,11 @@ def test_prompts_of_a_bucket_share_the_compiled_programs(pair):
             for temperature in (0.5, 1.0):
                 sampling = Sampling(temperature, top_p=0.7)
                 generate(model, params, [prompt(length)], 30, sampling=sampling, seed=length)
-        assert compiled == []
+            for top_k in (3, 9):
+                generate(model, params, [prompt(length)], 30, sampling=Sampling(0.8, top_k, 0.7))
+        n_settings = len(compiled)  # the two programs with top-k beside top-p, at the first length
+        assert n_settings == 2
+        compiled.clear()
         generate(model, params, [prompt(49)], 30, sampling=Sampling(0.9, top_p=0.8))
         assert len(compiled) == 1  # a prefill of 64; with 29 more both 48 and 64 have room in a cache of 96
     finally:
@@ -260,8 +266,13 @@ def test_buckets():
         ([[1], []], 5, "a prompt has no tokens"),
         ([[1, 300]], 5, "the token 300; the model's vocabulary is 0 to 299"),
         ([[-1]], 5, "the token -1"),
-        ([[1] * 200], 57, "200 tokens of prompt and 57 new ones .* block_size of 256; take max_new_tokens = 56, or"),
+        (
+            [[1] * 200],
+            57,
+            "200 tokens of prompt and 57 new ones .* 256; take max_new_tokens = 56, or --slide",
+        ),
         ([[1] * 300], 1, "shorten the prompt"),
+        ([[1.5]], 5, "tokens of float64; expected integers"),
         ([[1]], 0, "max_new_tokens = 0; expected at least 1"),
     ],
 )
@@ -282,3 +293,48 @@ def test_impossible_sampling_is_refused(values):
 def test_no_prompts_give_nothing(pair):
     _, model, params = pair
     assert generate(model, params, [], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"samples": 0}, "samples = 0"), ({"seed": -1}, "seed = -1"), ({"vocab_size": 0}, "vocab_size = 0; expected")],
+)
+def test_impossible_settings_are_refused_at_once(pair, settings, message):
+    _, model, params = pair
+    with pytest.raises(UserError, match=message):
+        stream(model, params, [[1]], 5, **settings)  # before the first token is asked for
+
+
+def test_sliding_compiles_by_buckets_too(tiny):
+    model, params = tiny
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    try:
+        for length in (17, 20, 24):
+            generate(model, params, [prompt(length, vocab_size=65)], 37, sampling=Sampling(0.5), slide=True)
+            assert len(compiled) <= 3  # a prefill, a loop, and a prefill of the whole window, at the first length
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_a_rounding_does_not_change_what_is_drawn():
+    """At GPT-2's vocabulary, where sums over all tokens have the most roundings."""
+    rng = np.random.default_rng(0)
+    logits = -1.5 * np.log(np.arange(1, 50258)) + rng.standard_normal((500, 50257))
+    logits = rng.permuted(logits, axis=1).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 500)
+    tokens = draw(keys, jnp.asarray(logits))
+    assert len(np.unique(tokens)) > 300
+    rounded = logits + 1e-5 * rng.standard_normal(logits.shape).astype(np.float32)
+    # Two Gumbel maxima lie closer than 1e-5 in about one of 1e5 draws.
+    np.testing.assert_array_equal(draw(keys, jnp.asarray(rounded)), tokens)
+
+
+def test_the_coldest_temperatures_are_greedy(pair):
+    _, model, params = pair
+    tokens = [
+        generate(model, params, [prompt(5)], 20, sampling=Sampling(heat))[0].tolist() for heat in (0, 1e-40, 1e-5)
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]

@@ -13,8 +13,8 @@ import gpt2_jax
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, UserError, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, TextStream, byte_encoding
-from gpt2_jax.decode import GREEDY, Sampling
 from gpt2_jax.model import GPT2, init_params
+from gpt2_jax.sampling import GREEDY, Sampling
 
 # Importing the command's module puts it in the place of the package's function of the same name.
 generate = gpt2_jax.generate
@@ -90,9 +90,9 @@ def test_as_many_tokens_as_there_is_room_for_by_default(run, capsys):
 def test_slide_goes_past_block_size(run, capsys):
     out, model, params = run
     args = ["--model", str(out), "--prompt", "Far", "--max-new-tokens", "80", "--temperature", "0"]
-    with pytest.raises(UserError, match=r"3 tokens of prompt and 80 new ones .* max_new_tokens = 61, or slide"):
+    with pytest.raises(UserError, match=r"3 tokens of prompt and 80 new ones .* max_new_tokens = 61, or --slide"):
         command.main(args)
-    capsys.readouterr()
+    assert capsys.readouterr().out == ""
     command.main([*args, "--slide"])
     assert capsys.readouterr().out == expected(model, params, "Far", 80, GREEDY, slide=True)[0] + "\n"
 
@@ -122,6 +122,12 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2():
     assert process.stderr.startswith("error: ./none does not exist")
     assert process.stderr.count("\n") == 1
     assert process.stdout == ""
+
+
+def test_a_reader_that_has_enough_is_no_error(run):
+    args = f"{sys.executable} -m gpt2_jax.generate --model {run[0]} --prompt abc --slide --max-new-tokens 100 | true"
+    process = subprocess.run(["bash", "-c", args], capture_output=True, text=True, check=False)
+    assert process.stderr == ""
 
 
 def test_text_is_whole_characters_as_it_comes():

@@ -399,14 +399,33 @@ def test_an_existing_directory_is_left_alone(saved, tmp_path):
 
 
 def test_an_export_appears_whole_or_not_at_all(saved, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        assert not (tmp_path / "out").exists()
-        raise OSError(28, "No space left on device")
+    full = "No space left on device"
+    for error in (OSError(28, full), safetensors.SafetensorError(full)):
 
-    monkeypatch.setattr("gpt2_jax.interop.huggingface.save_file", broken)
-    with pytest.raises(UserError, match="out cannot be written: No space left on device"):
-        convert(str(saved), "huggingface", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        def broken(*_, error=error, **__):
+            assert not (tmp_path / "a" / "out").exists()
+            raise error
+
+        monkeypatch.setattr("gpt2_jax.interop.huggingface.save_file", broken)
+        with pytest.raises(UserError, match=f"out cannot be written: {full}; give another --out"):
+            convert(str(saved), "huggingface", tmp_path / "a" / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_leaves_one_line_and_nothing_else(tmp_path, to):
+    config = dataclasses.replace(EXACT if to == "nanogpt" else CONFIG, vocab_size=257, n_embd=128)
+    run = byte_model(tmp_path / "run", config, init_params(GPT2(config), jax.random.key(0)))
+    command = (
+        f"trap '' XFSZ; ulimit -f 100; {sys.executable} -m gpt2_jax.convert --from {run} --to {to} --out {tmp_path}/out"
+    )
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert process.returncode == 2, process.stderr
+    lines = process.stderr.splitlines()
+    assert any(line.startswith(f"error: {tmp_path}/out cannot be written: ") for line in lines)
+    assert len(lines) == 1 or to == "orbax"  # whose threads report what they met, too
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_command_says_what_it_did(saved, tmp_path, capsys):
@@ -427,7 +446,8 @@ def test_the_command_says_what_it_did(saved, tmp_path, capsys):
 def test_loads_into_the_sharding_of_a_mesh(theirs, saved):
     mesh = make_mesh(MeshConfig(2, 4))
     _, params = load(str(saved), mesh=mesh)
-    jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, params, state_sharding(mesh, params))
+    shardings = state_sharding(mesh, params)
+    assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, params, shardings))
     kernel = params["h_0"]["attn"]["c_attn"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 24)}
     same_params(params, as_params(theirs.state_dict(), CONFIG))
@@ -456,7 +476,8 @@ print(peak[0] - start, anonymous() - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("kind", ["huggingface", "llmc", "nanogpt", "orbax"])
 def test_loading_takes_the_model_and_one_tensor(tmp_path, kind):
-    config = GPT2Config(vocab_size=257, block_size=64, n_layer=6, n_head=4, n_embd=512, gelu="exact")
+    # Like GPT-2, with token embeddings that are the largest tensor by far.
+    config = GPT2Config(vocab_size=20000, block_size=64, n_layer=4, n_head=4, n_embd=512, gelu="exact")
     if kind == "llmc":
         config = dataclasses.replace(config, gelu="tanh")
     run = byte_model(tmp_path / "run", config, init_params(GPT2(config), jax.random.key(0)))
@@ -466,8 +487,8 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path, kind):
         [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True, timeout=120
     ).stdout
     peak, after = map(float, output.split())
-    model = sum(np.prod(shape) for shape in parameter_shapes(config).values()) * 4 / 2**20  # 73 MB
-    largest = 4 * 512 * 512 * 4 / 2**20 * (3 if kind == "orbax" else 1)  # Orbax reads a block at a time
+    model = sum(np.prod(shape) for shape in parameter_shapes(config).values()) * 4 / 2**20  # 87 MB
+    largest = 20000 * 512 * 4 / 2**20  # 39 MB
     overhead = 60 if kind == "orbax" else 25  # what JAX and Orbax allocate for themselves at first
     assert after > 0.9 * model
     assert peak < model + largest + overhead, output
@@ -556,6 +577,58 @@ def test_bytes_and_characters_are_exported_too(tmp_path):
             assert back.n_vocab == vocab_size
 
 
+def test_the_end_of_text_is_what_the_config_says(theirs, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    table = json.loads((saved / "config.json").read_text()) | {"eos_token_id": 257}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(table))
+    source = byte_model(tmp_path / "run", CONFIG, as_params(theirs.state_dict(), CONFIG))
+    tokens = convert(str(source), "huggingface", tmp_path / "bytes")
+    vocab = json.loads((tokens / "vocab.json").read_text()) | {"</s>": 257}
+    del vocab["<|endoftext|>"]
+    (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocab | {"<unk>": 256}))
+    shutil.copy(tokens / "merges.txt", tmp_path / "model")
+    assert open_model(str(tmp_path / "model")).end_of_text == 257
+    out = convert(str(tmp_path / "model"), "huggingface", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 257
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == 257
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "damaged"),
+    [
+        ({"a": 0}, "", False),
+        ({"a": "x"}, "", False),
+        ({"a": 1, "b": "x"}, "", True),
+        ({"a": 1, "b": 1}, "", False),
+        ({"\u3042": 0, "a": 1}, "\u3042 a\n", False),
+    ],
+)
+def test_strange_tokenizer_files_are_unknown_or_damaged(saved, tmp_path, vocab, merges, damaged):
+    shutil.copytree(saved, tmp_path / "model")
+    (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "model" / "merges.txt").write_text("#version: 0.2\n" + merges)
+    model = open_model(str(tmp_path / "model"))
+    if damaged:
+        with pytest.raises(UserError, match="is not a tokenizer of transformers"):
+            model.tokenizer()
+    else:
+        assert model.tokenizer() is None
+
+
+def test_the_tokenizer_of_a_model_on_the_hub_is_not_guessed(gpt2_vocabulary, tmp_path, monkeypatch):
+    """Its cache may hold weights alone; only of OpenAI's own models is it known what they read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, known in (("someone--portuguese", False), ("gpt2", True)):
+        cache = tmp_path / f"models--{name}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text("0" * 40)
+        torch_gpt2(GPT2_VOCABULARY).save_pretrained(cache / "snapshots" / ("0" * 40))
+        tokenizer = open_model(name.replace("--", "/")).tokenizer()
+        assert (tokenizer is not None) == known
+
+
 def test_a_tokenizer_of_another_kind_is_not_guessed(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "model")
     table = {"model": {"type": "WordPiece", "vocab": {}}, "pre_tokenizer": None, "normalizer": None, "added_tokens": []}
@@ -616,8 +689,11 @@ def write(name, content):
         (break_json(n_embd=64), r"h_0/attn/c_attn/bias has the shape \[96\], its config .* says \[192\]; correct"),
         (break_json(n_layer=4), "has no transformer.h.3.ln_1.weight|has no h.3"),
         (break_json(n_layer=2), "has the tensor h.2.attn.c_attn.bias, which a GPT-2 of its config does not have"),
-        (break_json(vocab_size=None), "config.json lacks a size of the model, or it is no number"),
-        (break_json(n_head=5), "config.json has impossible sizes: 32 wide with 5 heads"),
+        (break_json(vocab_size=None), "has vocab_size = None in its config; expected a whole number, 1 or more"),
+        (break_json(n_layer=2.7), "has n_layer = 2.7 in its config"),
+        (break_json(n_embd=-32), "has n_embd = -32"),
+        (break_json(n_head=0), "has n_head = 0"),
+        (break_json(n_head=5), "has n_embd = 32, which is not a multiple of n_head = 5"),
         (break_json(n_inner=100), "has n_inner = 100"),
         (break_json(activation_function="relu"), "has activation_function = 'relu'"),
         (break_json(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
@@ -656,7 +732,11 @@ def test_a_damaged_directory_has_its_line(saved, tmp_path, damage, message):
         (lambda data: data[:4] + struct.pack("<i", 1) + data[8:], r"has version 1 of llm.c's format; expected 3"),
         (lambda data: data[:-2], "is cut off or damaged: its header means"),
         (lambda data: data + b"\x00", "is cut off or damaged"),
-        (lambda data: data[:20] + struct.pack("<i", 5) + data[24:], "impossible header"),
+        (lambda data: data[:28] + struct.pack("<i", 3) + data[32:], "impossible header: 300 tokens padded to 3"),
+        (
+            lambda data: data[:20] + struct.pack("<i", 5) + data[24:],
+            "has n_embd = 32, which is not a multiple of n_head = 5",
+        ),
     ],
 )
 def test_a_damaged_file_of_llmc_has_its_line(theirs, tmp_path, change, message):
@@ -680,11 +760,20 @@ def test_a_damaged_file_of_nanogpt_has_its_line(tmp_path):
     assert not (tmp_path / "sprung").exists()
     torch.save(checkpoint, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    refused("ckpt.pt")
+    refused("is cut off, damaged or not torch's")
     path.write_bytes(b"no checkpoint at all")
     refused("is not a checkpoint that torch can read|cannot be read")
     torch.save(checkpoint["model"], path)
     refused("is not nanoGPT's: it holds .*expected model and model_args among them")
+    torch.save(checkpoint | {"model_args": None}, path)
+    refused("its model and model_args are not both dicts")
+    torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"n_head": 5}}, path)
+    refused("is not a multiple of n_head = 5")
+    torch.save(checkpoint | {"model": {"a": 1}}, path)
+    refused("its model holds something else than tensors")
+    integers = {name: tensor.int() for name, tensor in checkpoint["model"].items()}
+    torch.save(checkpoint | {"model": integers}, path)
+    refused("holds int32; expected float32")
     torch.save(checkpoint | {"model_args": {"n_layer": 3}}, path)
     refused("model_args has no block_size")
     del checkpoint["model"]["transformer.h.1.ln_2.weight"]

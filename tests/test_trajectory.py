@@ -77,7 +77,8 @@ def test_every_loss(trajectories):
     losses, expected, *_ = trajectories
     assert expected[0] > 5.5  # ln 257
     assert expected[-10:].mean() < 3.2  # it has learned: its text has 3.3 nats by the frequency of its bytes alone
-    np.testing.assert_allclose(losses, expected, atol=2e-4)
+    # Differences of the weights, see below, change a loss in the second order only: 7e-7 was seen.
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
 def test_the_final_weights(trajectories):

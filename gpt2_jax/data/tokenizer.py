@@ -57,8 +57,8 @@ class CharTokenizer:
             return [self._token[character] for character in text]
         except KeyError as error:
             raise UserError(
-                f"the text has the character {error.args[0]!r}, which is not among the {self.n_vocab} of "
-                "data.characters; add it there, or leave data.characters empty"
+                f"the text has the character {error.args[0]!r}, which is not among the {self.n_vocab} of the "
+                "tokenizer; leave it out, or train with it in data.characters"
             ) from None
 
     def decode_bytes(self, tokens: list[int]) -> bytes:

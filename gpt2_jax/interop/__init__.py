@@ -23,6 +23,7 @@ KINDS = (
     "a run directory or a checkpoint in it, a directory with config.json, a name on the Hugging Face hub, nanoGPT's "
     "ckpt.pt, or llm.c's model_*.bin"
 )
+RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's own
 
 
 def open_model(name: str) -> StoredModel:
@@ -31,26 +32,34 @@ def open_model(name: str) -> StoredModel:
     Raises:
         UserError: there is no such model, or it is damaged or none of ours.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    try:
+        path = Path(name).expanduser()
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is not there
+        raise UserError(f"{name} cannot be a model ({error}); expected {KINDS}") from error
+    if is_file:
         return open_nanogpt(path) if path.suffix in (".pt", ".pth") else open_llmc(path)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return open_huggingface(name, in_directory(path))
-        if (path / "checkpoints").is_dir():
-            return open_checkpoint(newest_checkpoint(path))
-        if path.resolve().parent.name == "checkpoints":
-            return open_checkpoint(path.resolve())
-        if (path / "ckpt.pt").is_file():
-            return open_nanogpt(path / "ckpt.pt")
-        if files := sorted(path.glob("model_*.bin")):
-            return open_llmc(files[-1])
-        raise UserError(
-            f"{name} is a directory without config.json, checkpoints, ckpt.pt or model_*.bin; expected {KINDS}"
-        )
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (".pt", ".bin"):
-        raise UserError(f"{name} does not exist; expected {KINDS}")
-    return open_huggingface(name, on_hub(name))
+    if is_directory and name:
+        return _open_directory(name, path)
+    outside = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if not name or outside or path.suffix in (".pt", ".bin"):
+        raise UserError(f"{name or 'an empty name'} does not exist; expected {KINDS}")
+    return open_huggingface(name, on_hub(name), assume_gpt2=name.removeprefix("openai-community/") in RELEASED)
+
+
+def _open_directory(name: str, path: Path) -> StoredModel:
+    if (path / "config.json").is_file():
+        return open_huggingface(name, in_directory(path))
+    if (path / "checkpoints").is_dir():
+        return open_checkpoint(newest_checkpoint(path))
+    if (path / "ckpt.pt").is_file():
+        return open_nanogpt(path / "ckpt.pt")
+    if files := sorted(path.glob("model_*.bin")):
+        return open_llmc(files[-1])
+    checkpoint = path.resolve()
+    if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
+        return open_checkpoint(checkpoint)
+    raise UserError(f"{name} is a directory without config.json, checkpoints, ckpt.pt or model_*.bin; expected {KINDS}")
 
 
 def load(name: str, *, mesh: Mesh | None = None, dtype: jnp.dtype | type = jnp.float32) -> tuple[GPT2, Params]:

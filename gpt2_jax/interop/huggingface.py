@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config, UserError
 from gpt2_jax.data.tokenizer import end_of_text
-from gpt2_jax.interop.stored import Find, StoredModel, parameter_shapes, torch_name
+from gpt2_jax.interop.stored import Find, StoredModel, checked, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gpt2_jax.interop.torch_files import as_array, load_torch
 from gpt2_jax.model import LAYER_NORM_EPSILON
@@ -73,7 +73,7 @@ def on_hub(repository: str) -> Find:
             ) from error
         except errors.EntryNotFoundError:
             return None
-        except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        except Exception as error:  # whatever else the HTTP stack raises: huggingface_hub promises no types
             raise UserError(
                 f"{repository} is no file or directory here, and no model that can be read from the hub "
                 f"({type(error).__name__}); give a path, or a name such as gpt2 or openai-community/gpt2-xl"
@@ -82,13 +82,18 @@ def on_hub(repository: str) -> Find:
     return find
 
 
-def open_huggingface(where: str, find: Find) -> StoredModel:
+def open_huggingface(where: str, find: Find, assume_gpt2: bool = True) -> StoredModel:
     """Reads the config; tensors are mapped and read on demand.
+
+    Args:
+        where: for errors.
+        find: gives its files.
+        assume_gpt2: without files of a tokenizer, a model of GPT-2's vocabulary size has GPT-2's.
 
     Raises:
         UserError: not a GPT-2, or files that are missing, damaged or not of one model.
     """
-    config = _read_config(where, find)
+    config, end = _read_config(where, find)
     tensors = _open_weights(where, find)
     # transformers' GPT2Model, and the files of the released models, have no prefix.
     tensors = {name.removeprefix("transformer."): read for name, read in tensors.items() if not name.endswith(MASKS)}
@@ -104,13 +109,16 @@ def open_huggingface(where: str, find: Find) -> StoredModel:
         if np.any(tensors[name]()):
             raise UserError(f"{where}: config.json says that there are no biases, and {name} is not zero; correct one")
 
+    tokenizer = functools.partial(read_tokenizer, find, config.vocab_size if assume_gpt2 else 0)
+
     def read(name: str) -> np.ndarray:
         return tensors[torch_name(name)]()
 
-    return StoredModel(where, config, read, functools.partial(read_tokenizer, find, config.vocab_size))
+    return StoredModel(where, config, read, tokenizer, end_of_text=end)
 
 
-def _read_config(where: str, find: Find) -> GPT2Config:
+def _read_config(where: str, find: Find) -> tuple[GPT2Config, int | None]:
+    """The config, and the token that ends a text."""
     path = find("config.json")
     if path is None:
         raise UserError(f"{where} has no config.json; expected a model as transformers saves it")
@@ -124,28 +132,25 @@ def _read_config(where: str, find: Find) -> GPT2Config:
     for key, value in FIXED.items():
         if table.get(key, value) != value:
             raise UserError(f"{where} has {key} = {table[key]} in config.json; GPT-2 has {value}")
-    activation = table.get("activation_function", "gelu_new")
+    activation = str(table.get("activation_function", "gelu_new"))
     if activation not in GELUS:
         raise UserError(
             f"{where} has activation_function = {activation!r} in config.json; expected one of {', '.join(GELUS)}"
         )
-    try:
-        config = GPT2Config(
-            vocab_size=int(table["vocab_size"]),
-            block_size=int(table["n_positions"] if "n_positions" in table else table["n_ctx"]),
-            n_layer=int(table["n_layer"]),
-            n_head=int(table["n_head"]),
-            n_embd=int(table["n_embd"]),
-            gelu="exact" if GELUS[activation] == "exact" else "tanh",
-            bias=bool(table.get("bias", True)),  # our own key: transformers' GPT-2 always has them, then as zeros
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: config.json lacks a size of the model, or it is no number ({error})") from error
-    if min(config.vocab_size, config.block_size, config.n_layer, config.n_head) < 1 or config.n_embd % config.n_head:
-        raise UserError(f"{where}: config.json has impossible sizes: {config.n_embd} wide with {config.n_head} heads")
+    config = GPT2Config(
+        vocab_size=table.get("vocab_size"),
+        block_size=table.get("n_positions", table.get("n_ctx")),
+        n_layer=table.get("n_layer"),
+        n_head=table.get("n_head"),
+        n_embd=table.get("n_embd"),
+        gelu="exact" if GELUS[activation] == "exact" else "tanh",
+        bias=bool(table.get("bias", True)),  # our own key: transformers' GPT-2 always has them, then as zeros
+    )
+    checked(where, config)
     if table.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{where} has n_inner = {table['n_inner']} in config.json; GPT-2 has 4 × {config.n_embd}")
-    return config
+    end = table.get("eos_token_id")
+    return config, end if type(end) is int and 0 <= end < config.vocab_size else None
 
 
 def _open_weights(where: str, find: Find) -> Tensors:
@@ -157,6 +162,8 @@ def _open_weights(where: str, find: Find) -> Tensors:
             return _open_file(path)
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(part).name != part for part in parts):
+                raise ValueError("it names files of other directories")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an index of weights ({error!r}); copy it again") from error
         tensors: Tensors = {}
@@ -172,8 +179,8 @@ def _open_weights(where: str, find: Find) -> Tensors:
 def _open_file(path: Path) -> Tensors:
     if path.suffix == ".bin":
         state = load_torch(path)
-        if not isinstance(state, dict):
-            raise UserError(f"{path} holds {type(state).__name__}; expected a dict of tensors")
+        if not isinstance(state, dict) or not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
+            raise UserError(f"{path} holds something else than tensors by their names; expected a state dict")
         return {name: functools.partial(as_array, tensor) for name, tensor in state.items()}
     try:
         file = safe_open(path, framework="numpy")
@@ -201,9 +208,10 @@ def write_huggingface(model: StoredModel, directory: Path, dtype: str) -> None:
         for name, shape in parameter_shapes(dataclasses.replace(config, bias=True)).items():
             tensors.setdefault(f"transformer.{torch_name(name)}", np.zeros(shape, numpy_dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # transformers asks for the format
+    end = model.end_of_text
     if tokenizer:
-        write_tokenizer(tokenizer, directory, config.block_size)
-    end = end_of_text(tokenizer) if tokenizer else None
+        end = end_of_text(tokenizer) if end is None else end
+        write_tokenizer(tokenizer, directory, config.block_size, end)
     (directory / "config.json").write_text(json.dumps(_config_json(config, end, dtype), indent=2) + "\n")
     generation = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

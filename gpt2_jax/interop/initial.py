@@ -43,9 +43,9 @@ def open_initial(config: TrainConfig, written: TrainConfig | None = None) -> tup
         flags = " ".join(f"--model.{key} {value}" for key, value in wrong.items())
         raise UserError(f"init_from = {config.init_from!r} has {found}; type {flags.replace('False', 'false')}")
     data = config.data
-    tokenizer = stored.tokenizer() if data.text else None  # files of tokens are whoever's made them
-    if tokenizer:
-        name = tokenizer_name(tokenizer)
+    if data.text:  # files of tokens are as whoever made them says
+        tokenizer = stored.tokenizer()
+        name = tokenizer_name(tokenizer) if tokenizer else None
         if name != data.tokenizer:
             advice = f"type --data.tokenizer {name}" if name else "prepare token files with its own tokenizer"
             raise UserError(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
-from gpt2_jax.interop.stored import StoredModel, in_directory
+from gpt2_jax.interop.stored import StoredModel, checked, in_directory
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.model import padded_vocab_size
 
@@ -84,9 +84,10 @@ def open_llmc(path: Path) -> StoredModel:
         )
     dtype = DTYPES[int(header[1])]
     block_size, vocab_size, n_layer, n_head, n_embd, padded_vocab = map(int, header[2:8])
-    if min(block_size, vocab_size, n_layer, n_head, n_embd) < 1 or padded_vocab < vocab_size or n_embd % n_head:
-        raise UserError(f"{path} has an impossible header: {header[2:8].tolist()} after magic and version")
+    if padded_vocab < vocab_size:
+        raise UserError(f"{path} has an impossible header: {vocab_size} tokens padded to {padded_vocab}")
     config = GPT2Config(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    checked(str(path), config)
     offsets: dict[str, int] = {}
     offset = HEADER_INTS * 4
     for name in ORDER:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
 from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer
-from gpt2_jax.interop.stored import StoredModel, in_directory, parameter_shapes, torch_name
+from gpt2_jax.interop.stored import StoredModel, checked, in_directory, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.interop.torch_files import as_array, import_torch, load_torch
 
@@ -32,11 +32,15 @@ def open_nanogpt(path: Path) -> StoredModel:
     keys = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not nanoGPT's: it holds {keys}; expected model and model_args among them")
-    sizes = checkpoint["model_args"]
+    sizes, state, settings = (checkpoint.get(key) for key in ("model_args", "model", "config"))
+    if not isinstance(sizes, dict) or not isinstance(state, dict):
+        raise UserError(f"{path} is not nanoGPT's: its model and model_args are not both dicts")
     if missing := [key for key in SIZES if key not in sizes]:
         raise UserError(f"{path}: model_args has no {missing[0]}; expected {', '.join(SIZES)}")
-    config = GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact")
-    state = {name.removeprefix(COMPILED): tensor for name, tensor in checkpoint["model"].items()}
+    config = checked(str(path), GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact"))
+    if not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
+        raise UserError(f"{path} is not nanoGPT's: its model holds something else than tensors")
+    state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
     known = {f"transformer.{torch_name(name)}" for name in parameter_shapes(config)} | {"lm_head.weight"}
     # Without PyTorch 2's attention nanoGPT keeps the causal mask as a buffer.
     if unknown := [name for name in state if name not in known and not name.endswith(".attn.bias")]:
@@ -48,7 +52,8 @@ def open_nanogpt(path: Path) -> StoredModel:
 
     def tokenizer() -> Tokenizer | None:
         """The characters in the dataset's `meta.pkl`, beside the checkpoint or where nanoGPT has it; or GPT-2's."""
-        data = Path("data", str((checkpoint.get("config") or {}).get("dataset", "")))  # from nanoGPT's own directory
+        dataset = str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
+        data = Path("data", Path(dataset).name)  # in nanoGPT's own directory
         here = path.resolve().parent
         for place in (here, here.parent / data, data):
             if (place / "meta.pkl").is_file() and config.vocab_size not in GPT2_VOCABS:
@@ -56,7 +61,8 @@ def open_nanogpt(path: Path) -> StoredModel:
         vocab_size = GPT2_VOCAB_SIZE if config.vocab_size in GPT2_VOCABS else config.vocab_size
         return read_tokenizer(in_directory(here), vocab_size)
 
-    return StoredModel(str(path), config, read, tokenizer, int(checkpoint.get("iter_num", 0)))
+    step = checkpoint.get("iter_num")
+    return StoredModel(str(path), config, read, tokenizer, step if type(step) is int else 0)
 
 
 class _Plain(pickle.Unpickler):

@@ -12,7 +12,7 @@ import numpy as np
 from gpt2_jax.checkpoint import Checkpoints, SavedState
 from gpt2_jax.config import DataConfig, ModelConfig, UserError, read_model, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, tokenizer_name
-from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.interop.stored import StoredModel, checked
 from gpt2_jax.model import Params, padded_vocab_size
 
 
@@ -35,17 +35,18 @@ def open_checkpoint(path: Path) -> StoredModel:
         UserError: it cannot be read.
     """
     written = read_model(path.parent.parent / "config.toml")
-    config, data = written.model, written.data
+    config, data = checked(str(path.parent.parent / "config.toml"), written.model), written.data
     saved = SavedState(path)
 
     # An access to the files takes as long for a block as for a tensor. A block of every GPT-2 is smaller than `wte`.
     @functools.lru_cache(maxsize=1)
-    def part(first: str) -> Any:
+    def block(first: str) -> Any:
         return saved.read("params", first)
 
     def read(name: str) -> np.ndarray:
         first, *rest = name.split("/")
-        array: np.ndarray = functools.reduce(lambda tree, key: tree[key], rest, part(first))
+        tree = block(first) if first.startswith("h_") else saved.read("params", first)
+        array: np.ndarray = functools.reduce(lambda tree, key: tree[key], rest, tree)
         return array[: config.vocab_size] if first == "wte" else array
 
     def tokenizer() -> Tokenizer:

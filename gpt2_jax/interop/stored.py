@@ -38,6 +38,7 @@ class StoredModel:
         config: its architecture.
         read: an array of the file by our name of the parameter; KeyError if there is none.
         tokenizer: makes its tokenizer, or None where that is not known.
+        end_of_text: the token that ends a text, where the format names another one than the tokenizer's.
         step: updates that it was trained for, where the format says so.
     """
 
@@ -46,6 +47,7 @@ class StoredModel:
     read: Callable[[str], np.ndarray]
     tokenizer: Callable[[], Tokenizer | None]
     step: int = 0
+    end_of_text: int | None = None
 
     def parameter(self, name: str) -> np.ndarray:
         """One parameter, float32, contiguous, in memory of its own.
@@ -98,14 +100,15 @@ class StoredModel:
 
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             first, *rest = [key.key for key in path]
+            array = np.zeros(leaf.shape, np.float32)
             if first == "h":
-                array = np.empty(leaf.shape, np.float32)
                 for layer in range(self.config.n_layer):
                     array[layer] = self.parameter("/".join([f"h_{layer}", *rest]))
+            elif first in ("wte", "wpe"):
+                rows = min(leaf.shape[0], parameter_shapes(self.config)[f"{first}/embedding"][0])
+                array[:rows] = self.parameter(f"{first}/embedding")[:rows]
             else:
-                array = self.parameter("/".join([first, *rest]))
-            if first in ("wte", "wpe"):
-                array = np.pad(array[: leaf.shape[0]], ((0, max(0, leaf.shape[0] - len(array))), (0, 0)))
+                array[...] = self.parameter("/".join([first, *rest]))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
         return jax.tree_util.tree_map_with_path(fill, abstract)
@@ -131,6 +134,21 @@ def torch_name(name: str) -> str:
     """h_3/attn/c_attn/kernel -> h.3.attn.c_attn.weight, the released checkpoints' name."""
     *path, leaf = name.split("/")
     return ".".join([*path, _TORCH_LEAVES[leaf]]).replace("h_", "h.", 1)
+
+
+def checked(where: str, config: GPT2Config) -> GPT2Config:
+    """The config itself, if its sizes are those of a model.
+
+    Raises:
+        UserError: they are not.
+    """
+    for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        value = getattr(config, key)
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise UserError(f"{where} has {key} = {value!r} in its config; expected a whole number, 1 or more")
+    if config.n_embd % config.n_head:
+        raise UserError(f"{where} has n_embd = {config.n_embd}, which is not a multiple of n_head = {config.n_head}")
+    return config
 
 
 def in_directory(directory: Path) -> Find:

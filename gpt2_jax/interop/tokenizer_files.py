@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ GPT2_SHA256 = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
 def read_tokenizer(find: Find, vocab_size: int) -> Tokenizer | None:
     """The tokenizer among the files of a model, None if there is none of a kind known here: byte pairs, or characters.
 
-    A model of GPT-2's vocabulary size without tokenizer files is taken to have GPT-2's.
-
     Args:
         find: gives a file by its name, or None.
-        vocab_size: of the model.
+        vocab_size: of the model: without files, GPT-2's size means GPT-2's tokenizer.
 
     Raises:
         UserError: a file is damaged.
@@ -55,14 +53,17 @@ def read_tokenizer(find: Find, vocab_size: int) -> Tokenizer | None:
     if vocab and merges:
         lines = _read(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return _byte_pairs(_parse(vocab), pairs)
+        return _safely(vocab, lambda: _byte_pairs(_parse(vocab), pairs))
     if path := find("tokenizer.json"):
-        table = _parse(path)
-        try:
-            return _from_table(table)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a tokenizer of transformers ({error!r}); copy it again") from error
+        return _safely(path, lambda: _from_table(_parse(path)))
     return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
+
+
+def _safely(path: Path, make: Callable[[], Tokenizer | None]) -> Tokenizer | None:
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizer of transformers ({error!r}); copy it again") from error
 
 
 def _from_table(table: Mapping[str, Any]) -> Tokenizer | None:
@@ -72,7 +73,8 @@ def _from_table(table: Mapping[str, Any]) -> Tokenizer | None:
         return None
     if before is None and not model["merges"]:
         characters = sorted(model["vocab"], key=model["vocab"].get)
-        return CharTokenizer("".join(characters)) if all(len(character) == 1 for character in characters) else None
+        plain = _numbered(model["vocab"]) and all(len(character) == 1 for character in characters)
+        return CharTokenizer("".join(characters)) if plain else None
     if not before or before["type"] != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -86,7 +88,7 @@ def _byte_pairs(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktok
     special = vocab.keys() - BYTE.keys() - set(merged)
     # tiktoken merges in the order of the tokens: it must be that of the merges.
     order = [vocab.get(piece, -1) for piece in merged]
-    if not BYTE.keys() <= vocab.keys() or -1 in order or order != sorted(order):
+    if not _numbered(vocab) or not BYTE.keys() <= vocab.keys() or -1 in order or order != sorted(order):
         return None
     ranks = {bytes(BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - special}
     if ranks == {bytes([byte]): byte for byte in range(256)} and special == {END_OF_TEXT}:
@@ -95,6 +97,11 @@ def _byte_pairs(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktok
     return tiktoken.Encoding(
         name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={token: vocab[token] for token in special}
     )
+
+
+def _numbered(vocab: Mapping[str, int]) -> bool:
+    """Whether the tokens are 0, 1, 2, … without gaps."""
+    return sorted(vocab.values()) == list(range(len(vocab)))
 
 
 def _fingerprint(ranks: Mapping[bytes, int]) -> str:
@@ -122,8 +129,8 @@ def _parse(path: Path) -> dict[str, Any]:
 # --- writing -------------------------------------------------------------------------------------------
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
-    """Writes the files from which `AutoTokenizer` makes the same tokenizer."""
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end: int | None) -> None:
+    """Writes the files from which `AutoTokenizer` makes the same tokenizer; `end` is the token that ends a text."""
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
         vocab, merges = _vocab_and_merges(tokenizer)
@@ -145,15 +152,16 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         raise TypeError(f"no files for {type(tokenizer).__name__}")
-    if end_of_text(tokenizer) is not None:
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    if end is not None:
+        name = tokenizer.decode_bytes([end]).decode("utf-8", "replace")
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_unusual_tokenizer(tokenizer: Tokenizer | None, directory: Path, block_size: int) -> None:
     """`write_tokenizer`, for formats that have no tokenizer and mean GPT-2's: only what is another one."""
     if tokenizer and tokenizer_name(tokenizer) != "gpt2":
-        write_tokenizer(tokenizer, directory, block_size)
+        write_tokenizer(tokenizer, directory, block_size, end_of_text(tokenizer))
 
 
 def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:

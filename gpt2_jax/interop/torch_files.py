@@ -11,6 +11,8 @@ import numpy as np
 
 from gpt2_jax.config import UserError
 
+SAFE_TORCH = (2, 6)  # Before it, weights_only could be made to run code (CVE-2025-32434).
+
 
 def import_torch(purpose: str) -> Any:
     """The module torch.
@@ -22,6 +24,8 @@ def import_torch(purpose: str) -> Any:
         import torch
     except ImportError as error:
         raise UserError(f"{purpose} needs torch, which is not installed; type pip install torch") from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise UserError(f"{purpose} needs torch 2.6 or newer, found {torch.__version__}; type pip install -U torch")
     return torch
 
 
@@ -47,6 +51,6 @@ def load_torch(path: Path) -> Any:
 
 
 def as_array(tensor: Any) -> np.ndarray:
-    """A torch tensor as float32; of a float32 one the memory itself."""
-    array: np.ndarray = tensor.float().numpy()
+    """A torch tensor, floating ones as float32; of a float32 one the memory itself."""
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array
