@@ -141,8 +141,8 @@ def _stream(
     in_cache = min(max_new_tokens, block_size - longest + 1)
     if in_cache > 0:
         length = min(bucket(longest), block_size)
-        # For the tokens that fit; of a bucket, more than two thirds are filled.
-        slots = bucket(min(length + max_new_tokens - 1, block_size + length // 3))
+        # Enough for every prompt of the bucket: of the smallest up to 15 slots are empty, of others less than a third.
+        slots = bucket(min(length + max_new_tokens - 1, block_size + max(length // 3, 15)))
         tokens, pad = left_padded(prompts, length)
         state = _prefill(program, slots, params, tokens, pad, settings, jnp.int32(0), ended)
         out, n, size = state.token[:, None], 1, 1

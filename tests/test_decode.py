@@ -124,14 +124,16 @@ def test_stacked_and_sharded_parameters_give_the_same(pair):
     assert generate(model, sharded, [prompt(5)], 20, sampling=GREEDY)[0].tolist() == expected
 
 
-def test_sliding_equals_a_plain_loop_over_the_last_tokens(tiny):
-    model, params = tiny  # block_size 32
+@pytest.mark.parametrize("block_size", [32, 36])  # a bucket of the cache, and one that is not
+def test_sliding_equals_a_plain_loop_over_the_last_tokens(tiny_config, block_size):
+    model = GPT2(dataclasses.replace(tiny_config, block_size=block_size))
+    params = init_params(model, jax.random.key(0))
     apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
-    for length in (1, 20, 32, 40):
+    for length in (1, 20, block_size, 40):
         sequence = prompt(length, vocab_size=65)
         for _ in range(50):
-            window = sequence[-32:]
-            padded = np.array([window + [0] * (32 - len(window))], np.int32)
+            window = sequence[-block_size:]
+            padded = np.array([window + [0] * (block_size - len(window))], np.int32)
             sequence.append(int(np.argmax(apply(padded)[0, len(window) - 1])))
         prompts = [prompt(length, vocab_size=65), prompt(3, vocab_size=65)]
         tokens, other = generate(model, params, prompts, 50, sampling=GREEDY, slide=True)
