@@ -141,9 +141,8 @@ def _stream(
     in_cache = min(max_new_tokens, block_size - longest + 1)
     if in_cache > 0:
         length = min(bucket(longest), block_size)
-        # Enough for every prompt of the bucket: of the smallest up to 15 slots are empty, of others less than a third.
-        slots = bucket(min(length + max_new_tokens - 1, block_size + max(length // 3, 15)))
         tokens, pad = left_padded(prompts, length)
+        slots = cache_slots(length, max_new_tokens, block_size)
         state = _prefill(program, slots, params, tokens, pad, settings, jnp.int32(0), ended)
         out, n, size = state.token[:, None], 1, 1
         while True:
@@ -175,6 +174,14 @@ def bucket(length: int) -> int:
     while length > size:
         size = size * 3 // 2 if size.bit_count() == 1 else size // 3 * 4
     return size
+
+
+def cache_slots(length: int, max_new_tokens: int, block_size: int) -> int:
+    """Room for what is read and drawn until `block_size` is full, the same for all prompts that are padded to `length`.
+
+    In the smallest bucket up to 15 slots are padding, in the others less than a third.
+    """
+    return bucket(min(length + max_new_tokens - 1, block_size + max(length // 3, 15)))
 
 
 def left_padded(sequences: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

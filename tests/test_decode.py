@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from gpt2_jax import generate
 from gpt2_jax.config import GPT2Config, MeshConfig, UserError
-from gpt2_jax.decode import bucket, left_padded, stream
+from gpt2_jax.decode import bucket, cache_slots, left_padded, stream
 from gpt2_jax.model import GPT2, init_cache, init_params, stack_layers
 from gpt2_jax.sampling import GREEDY, Sampling, draw, restrict
 from gpt2_jax.sharding import make_mesh, state_sharding
@@ -261,6 +261,15 @@ def test_buckets():
         16, 16, 24, 24, 32, 48, 48, 64, 96, 1024, 1536,
     ]  # fmt: skip
     assert all(length <= bucket(length) <= max(16, 1.5 * length) for length in range(1, 3000))
+
+
+def test_the_cache_has_room_for_every_prompt_of_a_bucket():
+    for block_size in (1, 5, 16, 33, 36, 64, 100, 128):
+        for longest in range(1, block_size + 1):
+            for new in (1, 2, 10, 50, 500):
+                length = min(bucket(longest), block_size)
+                drawn = min(new, block_size - longest + 1)  # the first from the prompt, and the last is not read
+                assert cache_slots(length, new, block_size) >= length + drawn - 1
 
 
 @pytest.mark.parametrize(
