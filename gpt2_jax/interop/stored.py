@@ -160,5 +160,7 @@ def describe(config: GPT2Config) -> str:
     """The sizes, for messages."""
     return (
         f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.block_size} positions, "
-        f"vocabulary {config.vocab_size:,}" + ("" if config.bias else ", no biases")
+        f"vocabulary {config.vocab_size:,}"
+        + (", exact GELU" if config.gelu == "exact" else "")
+        + ("" if config.bias else ", no biases")
     )
