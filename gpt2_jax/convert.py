@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,8 +114,11 @@ def convert(
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
-        if partial:
+        for _ in range(50):  # after a failure Orbax's threads may write on for a moment
+            if not partial or not partial.exists():
+                break
             shutil.rmtree(partial, ignore_errors=True)
+            time.sleep(0.1)
         if not out.exists():
             for parent in new:
                 with contextlib.suppress(OSError):
