@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.config import UserError
 
-COLDEST = 1e-6  # Below this temperature only the most probable token has any probability in float32.
+COLDEST = 1e-6  # Lower temperatures count as 0: divided by them, logits end up beyond float32.
 BLOCK = 256  # Tokens are drawn by blocks of neighbours: 197 blocks for GPT-2.
 
 

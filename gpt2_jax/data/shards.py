@@ -20,20 +20,34 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 
 
-def read_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a file: uint16 [tokens], memory-mapped.
+def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, int]:
+    """The header that all files of llm.c start with: int32 [256], and the size of the file in bytes.
+
+    Args:
+        magic: what it has to start with.
+        kind: what the file should be, for errors.
 
     Raises:
-        UserError: not such a file, or header and size disagree.
+        UserError: it cannot be read, or starts with something else.
     """
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if header.size < HEADER_INTS or header[0] != MAGIC:
+    if header.size < HEADER_INTS or header[0] != magic:
         found = f"it starts with {header[0]}" if header.size == HEADER_INTS else f"it has only {size} bytes"
-        raise UserError(f"{path} is not a token file: {found}; expected llm.c's header with the magic {MAGIC}")
+        raise UserError(f"{path} is not {kind}: {found}; expected llm.c's header with the magic {magic}")
+    return header, size
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """The tokens of a file: uint16 [tokens], memory-mapped.
+
+    Raises:
+        UserError: not such a file, or header and size disagree.
+    """
+    header, size = read_header(path, MAGIC, "a token file")
     if header[1] != VERSION:
         raise UserError(f"{path} has version {header[1]} of the token file format; expected {VERSION}")
     count = int(header[2])

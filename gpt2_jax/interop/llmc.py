@@ -10,19 +10,18 @@ llm.c's model has all biases and the tanh GELU.
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.data.shards import HEADER_BYTES, HEADER_INTS, read_header
 from gpt2_jax.interop.stored import StoredModel, checked, in_directory
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.model import padded_vocab_size
 
 MAGIC = 20240326
-HEADER_INTS = 256
 DTYPES = {3: np.dtype("<f4"), 5: jnp.dtype(jnp.bfloat16)}
 
 # Our names in the order of the file; "*" is every layer.
@@ -69,14 +68,7 @@ def open_llmc(path: Path) -> StoredModel:
     Raises:
         UserError: not such a file, another version, or header and size disagree.
     """
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if header.size < HEADER_INTS or header[0] != MAGIC:
-        found = f"it starts with {header[0]}" if header.size == HEADER_INTS else f"it has only {size:,} bytes"
-        raise UserError(f"{path} is not a model of llm.c: {found}; expected a header with the magic {MAGIC}")
+    header, size = read_header(path, MAGIC, "a model of llm.c")
     if int(header[1]) not in DTYPES:
         raise UserError(
             f"{path} has version {header[1]} of llm.c's format; expected 3 (float32) or 5 (bfloat16), as today's llm.c "
@@ -89,7 +81,7 @@ def open_llmc(path: Path) -> StoredModel:
     config = GPT2Config(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     checked(str(path), config)
     offsets: dict[str, int] = {}
-    offset = HEADER_INTS * 4
+    offset = HEADER_BYTES
     for name in ORDER:
         offsets[name] = offset
         layers = n_layer if "*" in name else 1

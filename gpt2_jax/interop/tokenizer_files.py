@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The two tokens that were merged into `token`: its byte pairs with the tokens before it alone."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+        pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
         first = pairs.index(min(pairs))
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts
