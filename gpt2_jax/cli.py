@@ -66,6 +66,9 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
 def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
     """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
     known = flatten(config)
+    del known["data.sources"]  # a list of tables, whose own keys are flags once the file has them
+    for index, source in enumerate(config.data.sources):
+        known |= flatten(source, f"data.sources.{index}.")
     words: list[str] = []
     key = ""
     for arg in args:
@@ -73,6 +76,8 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
             _tyro(config, ["--help"], prog, description)
         if arg.startswith("--"):
             key = arg[2:].replace("-", "_")
+            if key == "data.sources":
+                raise UserError(f"{arg} is no flag; write [[data.sources]] tables with train and weight in a TOML file")
             if key not in known:
                 raise UserError(f"unknown flag {arg}; {nearest_key(key, list(known), prefix='--')}")
             arg = "--" + key

@@ -21,6 +21,8 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
 
+IGNORE = -1  # A target that the loss does not count.
+
 
 class UserError(Exception):
     """A mistake that the user can mend: commands print the one line and end with exit code 2."""
@@ -57,13 +59,26 @@ class GPT2Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of training tokens: a `[[data.sources]]` table."""
+
+    train: str
+    """Glob of its token files."""
+    weight: float = 1.0
+    """Its share of the training sequences, relative to the other weights."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from: either `text`, or `train` and `val`."""
+    """Where the tokens come from: `text`, or `val` with either `train` or `sources`."""
 
     text: str = ""
     """Text file or glob to train on; "stdlib" is the source of the running Python's standard library."""
     train: str = ""
-    """Glob of token files (llm.c's format) to train on."""
+    """Glob of token files to train on: llm.c's and nanoGPT's .bin, build-nanogpt's .npy. For several sources with
+    weights write [[data.sources]] tables into a TOML file instead, each with train and weight."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources, mixed by weight, instead of `train`."""
     val: str = ""
     """Glob of token files to validate on."""
     tokenizer: TokenizerName = "gpt2"
@@ -71,7 +86,9 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of `text` held out: of the files, by a hash of their names, or the end of a single file."""
     characters: str = ""
-    """Alphabet of tokenizer "chars", in token order; empty takes the text's own, sorted."""
+    """Alphabet of tokenizer "chars", in token order; empty takes the text's own, sorted, or nanoGPT's meta.pkl."""
+    document_starts: bool = False
+    """Move each training window forward to the first document that starts in it, if one does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +196,7 @@ class ModelConfig:
 # additions and, with dropout, which of the equally likely masks are drawn.
 NOT_MATHEMATICS = re.compile(
     r"out|steps|micro_batch_size|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
-    r"|data\.(text|train|val)"  # files may move; that they are the same is seen from their fingerprint
+    r"|data\.(text|train|val|sources)"  # files may move; that they are the same is seen from their fingerprint
 )
 
 
@@ -266,7 +283,8 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in hints:
-            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, all_keys())}")
+            known = all_keys() + [prefix + name for name in hints]
+            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, known)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")
@@ -293,6 +311,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} = {value!r}; expected one of {', '.join(map(repr, get_args(hint)))}")
     if get_origin(hint) is tuple:
         inner, *rest = get_args(hint)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+                raise UserError(f"{where} = {value!r}; write a [[section]] of that name for each, with its keys below")
+            *file, key = where.rsplit(": ", 1)
+            return tuple(_from_table(inner, item, ": ".join(file), f"{key}.") for item in value)
         if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
             return tuple(_typed(inner, item, where) for item in value)
         raise UserError(f"{where} = {value!r}; expected a list of pairs such as [[1000000, 64]]")
@@ -358,8 +381,16 @@ def validate(config: TrainConfig) -> None:
             )
         previous_tokens, previous_size = tokens, size
     data = config.data
-    if bool(data.text) == bool(data.train) or bool(data.train) != bool(data.val):
-        raise UserError("no data, or two kinds of it; give either --data.text, or --data.train and --data.val")
+    if [bool(data.text), bool(data.train), bool(data.sources)].count(True) != 1 or bool(data.text) == bool(data.val):
+        raise UserError(
+            "no data, or two kinds of it; give either --data.text, or --data.train and --data.val (of several sources "
+            "[[data.sources]] in TOML and --data.val)"
+        )
+    for source in data.sources:
+        if not 0 < source.weight < float("inf"):
+            raise UserError(f"data.sources: {source.train!r} has the weight {source.weight}; expected one above 0")
+    if data.document_starts and data.tokenizer == "chars":
+        raise UserError("data.document_starts = true needs end-of-text tokens, which data.tokenizer = 'chars' lacks")
 
 
 def to_toml(config: TrainConfig | ModelConfig) -> str:
@@ -376,6 +407,8 @@ def to_toml(config: TrainConfig | ModelConfig) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in flatten(value).items()) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL

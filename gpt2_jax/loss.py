@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-IGNORE = -1  # A target that is not counted.
+from gpt2_jax.config import IGNORE
 
 
 def head_logits(hidden: jax.Array, embedding: jax.Array, vocab_size: int) -> jax.Array:

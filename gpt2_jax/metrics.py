@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gpt2_jax.config import UserError
+from gpt2_jax.display import duration, si
+from gpt2_jax.files import replace_text
 
 Row = dict[str, Any]
 
-SECONDS_BETWEEN_LINES = 5.0
 PLOT_POINTS = 100  # The training curve is the mean of about as many stretches of rows.
 
 # Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (SXM boards for NVIDIA), by `device_kind`.
@@ -125,76 +121,13 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: readers see the old text or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-class Display:
-    """What the person at the terminal sees: a bar there, plain lines elsewhere, one in five seconds at most.
-
-    Args:
-        step: updates done already.
-        steps: updates in total.
-    """
-
-    def __init__(self, step: int, steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
-        self._bar = None
-        if self.console.is_terminal and not os.environ.get("CI"):
-            self._bar = Progress(
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("", total=steps, completed=step, text="compiling")
-        self._steps, self._last_line = steps, -math.inf
-
-    def __enter__(self) -> Display:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, markup=False)
-
-    def show(self, row: Row, *, seconds_left: float | None) -> None:
-        """A training row; the last one is always shown."""
-        speed = row["tokens_per_second"]
-        parts = [f"loss {row['loss']:.4f}"]
-        parts += [] if speed is None else [f"{_si(speed)} tok/s"]
-        parts += [] if row["mfu"] is None else [f"MFU {row['mfu']:.1%}"]
-        parts += [] if seconds_left is None else [f"{_duration(seconds_left)} left"]
-        now = time.perf_counter()
-        if self._bar:
-            self._bar.update(self._task, completed=row["step"], text=" · ".join(parts))
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._steps:
-            self._last_line = now
-            self.say(f"update {row['step']}/{self._steps}: " + " · ".join(parts))
-
-
-def _si(number: float) -> str:
-    """1234567 -> '1.23M', three digits."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def describe(row: Row, seconds_left: float | None) -> list[str]:
+    """What a person wants to see of a training row."""
+    speed, mfu = row["tokens_per_second"], row["mfu"]
+    parts = [f"loss {row['loss']:.4f}"]
+    parts += [] if speed is None else [f"{si(speed)} tok/s"]
+    parts += [] if mfu is None else [f"MFU {mfu:.1%}"]
+    return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])
 
 
 def plot(metrics: Path, image: Path) -> None:
@@ -217,7 +150,7 @@ def plot(metrics: Path, image: Path) -> None:
         label = f"validation ({points[-1][1]:.4f} at the end)"
         axes.plot(*zip(*points, strict=True), label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=metrics.absolute().parent.name)
-    axes.xaxis.set_major_formatter(lambda value, _: _si(value))
+    axes.xaxis.set_major_formatter(lambda value, _: si(value))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:

@@ -9,9 +9,6 @@ import importlib.metadata
 import math
 import os
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -23,10 +20,13 @@ from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import TrainConfig, UserError, differences, read_config, to_toml
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
-from gpt2_jax.data.pipeline import BatchSchedule, eval_batches
+from gpt2_jax.data.order import BatchSchedule
+from gpt2_jax.data.pipeline import eval_batches
 from gpt2_jax.decode import generate
+from gpt2_jax.display import Display
+from gpt2_jax.files import replace_text
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.metrics import Display, MetricsFile, ThroughputMeter, flops_per_token, plot, replace_text
+from gpt2_jax.metrics import MetricsFile, ThroughputMeter, describe, flops_per_token, plot
 from gpt2_jax.model import GPT2, n_params, stack_layers, unstack_layers
 from gpt2_jax.sharding import batch_sharding, micro_batches, put_batch
 from gpt2_jax.step import Metrics, TrainState, abstract_state, init_state, make_eval_step, state_shardings
@@ -82,33 +82,6 @@ def open_directory(config: TrainConfig) -> Path:
     return out
 
 
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Holds the run directory for this process; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process trains in it. (A requeued job can start while the old one still saves.)
-    """
-    if sys.platform == "win32":  # has no flock
-        yield
-        return
-    import fcntl
-
-    directory = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {out}; wait for it, stop it, or give another --out"
-            ) from None
-        except OSError:  # a file system without locks, as some network ones: there the user has to take care
-            pass
-        yield
-    finally:
-        os.close(directory)
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether `step` is a multiple of `every`; 0 is never."""
     return every > 0 and step % every == 0
@@ -153,7 +126,7 @@ class Run:
 
         replace_text(out / "config.toml", to_toml(config))
         self.metrics = MetricsFile(out / "metrics.jsonl", self.start)
-        self.display = Display(self.start, config.steps)
+        self.display = Display(self.start, config.steps, "compiling")
         shape = model.config
         in_products = self.n_params - shape.block_size * shape.n_embd  # without the position embeddings
         per_token = flops_per_token(in_products, shape.n_layer, shape.n_embd, shape.block_size)
@@ -220,7 +193,8 @@ class Run:
         }
         self.metrics.write(row)
         left = self.tokens(self.config.steps) - tokens
-        self.display.show(row, seconds_left=left / speed.tokens_per_second if speed else None)
+        parts = describe(row, left / speed.tokens_per_second if speed else None)
+        self.display.show(step, f"update {step}/{self.config.steps}", parts)
 
     def validation_nats(self, limit: int) -> tuple[float, int]:
         """Sum of nats over the first `limit` validation targets (0: all), and how many they are."""
@@ -276,7 +250,7 @@ class Run:
             "model": f"{self.n_params:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} "
             f"wide, {shape.block_size} tokens, vocabulary {shape.vocab_size:,}",
             "attention": str(choice),
-            "data": f"{data.train.n_tokens:,} training and {data.val.n_tokens:,} validation tokens "
+            "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens "
             f"({config.data.tokenizer})",
             "batch": ramp + batch,
             "run": f"{self.out}, {config.steps:,} updates"
@@ -300,7 +274,7 @@ class Run:
                 f"{n_bytes:,} bytes"
             )
         if config.eval.sample_tokens and data.tokenizer:
-            prompt = [int(data.val.streams[0][0])]  # end-of-text, or what a text without it starts with
+            prompt = [int(data.val.streams[0][:1][0])]  # end-of-text, or what a text without it starts with
             n_vocab, n_tokens = data.tokenizer.n_vocab, config.eval.sample_tokens
             (tokens,) = generate(
                 self.model, self.state.params, [prompt], n_tokens, seed=config.seed, vocab_size=n_vocab, slide=True

@@ -17,8 +17,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.config import OptimizerConfig
-from gpt2_jax.loss import IGNORE, cross_entropy
+from gpt2_jax.config import IGNORE, OptimizerConfig
+from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, init_params
 from gpt2_jax.optimizer import OncePerUpdateState, learning_rate_schedule, make_optimizer, once_per_update
 from gpt2_jax.sharding import batch_sharding, state_sharding

@@ -20,10 +20,12 @@ from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args, run_command
 from gpt2_jax.config import TrainConfig, UserError
 from gpt2_jax.data import open_data
-from gpt2_jax.data.pipeline import BatchSchedule, TrainBatches, read_ahead
+from gpt2_jax.data.order import BatchSchedule
+from gpt2_jax.data.pipeline import TrainBatches, read_ahead
+from gpt2_jax.files import exclusive
 from gpt2_jax.interop.initial import open_initial
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import TRAIN, DivergedError, Run, exclusive, is_due, open_directory, saved_config
+from gpt2_jax.run import TRAIN, DivergedError, Run, is_due, open_directory, saved_config
 from gpt2_jax.sharding import batch_sharding, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import make_train_step
 
@@ -65,14 +67,14 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     model = GPT2(dataclasses.replace(config.model, attention=choice.backend), jnp.dtype(config.dtype))
     train_step = make_train_step(model, config.optimizer, mesh, config.seed)
     process = (jax.process_index(), jax.process_count())
-    source = TrainBatches(data.train, schedule, accumulation, config.seed, process)
+    source = TrainBatches(data.train, schedule, accumulation, process)
     sharding = batch_sharding(mesh, micro_batches=True)
     # float32 means float32: left alone, GPUs would round the operands of products to TF32 and TPUs to bfloat16.
     precision = "highest" if config.dtype == "float32" else None
 
     with (
         jax.default_matmul_precision(precision),
-        exclusive(out),
+        exclusive(out, "training"),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         run = Run(config, data, model, mesh, schedule, out, checkpoints, initial)

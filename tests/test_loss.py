@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_jax.loss import IGNORE, cross_entropy, head_logits, plain_cross_entropy
+from gpt2_jax.config import IGNORE
+from gpt2_jax.loss import cross_entropy, head_logits, plain_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

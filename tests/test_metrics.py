@@ -1,19 +1,17 @@
 """Rows, throughput, MFU, the plain lines and the plot."""
 
-import io
 import json
 
 import jax
 import pytest
-from rich.console import Console
 
 from gpt2_jax.config import UserError
 from gpt2_jax.metrics import (
     PEAK_FLOPS,
-    Display,
     MetricsFile,
     Throughput,
     ThroughputMeter,
+    describe,
     flops_per_token,
     plot,
     read_rows,
@@ -78,30 +76,9 @@ def test_no_mfu_where_the_peak_is_unknown(devices, dtype, monkeypatch):
 ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "tokens_per_second": 12345.6, "mfu": 0.512}
 
 
-def test_plain_lines(capsys):
-    with Display(0, 100) as display:
-        display.show(ROW, seconds_left=3725)
-        display.show(ROW | {"step": 21}, seconds_left=3720)  # too soon after the first
-        display.show(ROW | {"step": 100, "tokens_per_second": None, "mfu": None}, seconds_left=None)
-    assert capsys.readouterr().out.splitlines() == [
-        "update 20/100: loss 2.3457 · 12.3k tok/s · MFU 51.2% · 1:02:05 left",
-        "update 100/100: loss 2.3457",
-    ]
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.delenv("CI", raising=False)
-    screen = io.StringIO()
-    monkeypatch.setattr(
-        "gpt2_jax.metrics.Console", lambda **_: Console(file=screen, force_terminal=True, width=100, highlight=False)
-    )
-    with Display(0, 100) as display:
-        display.show(ROW, seconds_left=10)
-        display.say("validation [bold] stays as it is")
-    text = screen.getvalue()
-    assert "20/100" in text
-    assert "loss 2.3457 · 12.3k tok/s · MFU 51.2% · 0:10 left" in text
-    assert "validation [bold] stays as it is" in text
+def test_what_a_person_sees_of_a_row():
+    assert describe(ROW, 3725) == ["loss 2.3457", "12.3k tok/s", "MFU 51.2%", "1:02:05 left"]
+    assert describe(ROW | {"tokens_per_second": None, "mfu": None}, None) == ["loss 2.3457"]
 
 
 def test_the_plot_is_a_png(tmp_path):

@@ -11,8 +11,7 @@ import optax
 import pytest
 
 from gpt2_jax import attention
-from gpt2_jax.config import MeshConfig, OptimizerConfig
-from gpt2_jax.loss import IGNORE
+from gpt2_jax.config import IGNORE, MeshConfig, OptimizerConfig
 from gpt2_jax.model import GPT2, unstack_layers
 from gpt2_jax.sharding import batch_sharding, make_mesh, put_batch
 from gpt2_jax.step import abstract_state, init_state, make_eval_step, make_train_step

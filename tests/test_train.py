@@ -16,17 +16,16 @@ import jax
 import numpy as np
 import pytest
 import torch
+from token_files import write_llmc
 from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args
-from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, UserError, read_config, to_toml
+from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig, UserError, read_config, to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import eval_batches
-from gpt2_jax.data.shards import write_shard
-from gpt2_jax.loss import IGNORE
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
 from gpt2_jax.run import Run
@@ -323,8 +322,8 @@ def test_two_processes_do_not_train_in_one_directory(tiny_run, tmp_path):
 def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
     tokens = np.zeros(1 << 18, dtype=np.uint16)
     tokens[(1 << 17) :: 4000] = 999
-    write_shard(tmp_path / "train.bin", tokens)
-    write_shard(tmp_path / "val.bin", tokens[:1000])
+    write_llmc(tmp_path / "train.bin", tokens)
+    write_llmc(tmp_path / "val.bin", tokens[:1000])
     args = [
         *tiny_run[:2],
         "--data.train",
@@ -345,7 +344,7 @@ def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
 
 def test_data_that_cannot_be_used_writes_nothing(tiny_run, tmp_path):
     good, bad = tmp_path / "good.bin", tmp_path / "bad.bin"
-    write_shard(good, np.zeros(1000, dtype=np.uint16))
+    write_llmc(good, np.zeros(1000, dtype=np.uint16))
     args = [*tiny_run[:2], "--data.text", "", "--data.train", bad, "--data.val", good, "--out", tmp_path / "run"]
     for content, message in (
         (good.read_bytes()[:-2], "is cut off or damaged"),

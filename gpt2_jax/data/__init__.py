@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 
-from gpt2_jax.config import DataConfig, GPT2Config, TrainConfig, UserError
+from gpt2_jax.config import DataConfig, GPT2Config, SourceConfig, TrainConfig, UserError
 from gpt2_jax.data.corpus import read_corpus, tokenize
-from gpt2_jax.data.pipeline import Windows
-from gpt2_jax.data.shards import find_shards, read_shard
-from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, vocab_size
+from gpt2_jax.data.pipeline import Sequences, Windows
+from gpt2_jax.data.prepared import read_manifest
+from gpt2_jax.data.shards import TokenArray, Tokens, find_token_files, open_token_files
+from gpt2_jax.data.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    end_of_text_token,
+    get_tokenizer,
+    read_characters,
+    vocab_size,
+)
 
 EDGE = 4096  # Tokens at either end of a token file that its fingerprint covers.
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Training and validation windows.
+    """What a run trains and validates on.
 
     Attributes:
+        train_tokens: in all training sources.
         tokenizer: None where nothing is to be decoded.
         val_text: the held-out bytes that `val` predicts; None for token files, whose text is not at hand.
         fingerprint: of all tokens (of token files: sizes and edges); a run does not continue on other data.
     """
 
-    train: Windows
+    train: Sequences
+    train_tokens: int
     val: Windows
     tokenizer: Tokenizer | None
     val_text: bytes | None
@@ -37,34 +49,64 @@ def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
     Raises:
         UserError: data that is missing, damaged, too short, or not of this vocabulary.
     """
-    data, model = config.data, config.model
-    if data.text:
-        corpus = tokenize(read_corpus(data), data)
-        if isinstance(corpus.tokenizer, CharTokenizer):
-            data = dataclasses.replace(data, characters=corpus.tokenizer.characters)
-        model = _with_vocab(model, corpus.tokenizer.n_vocab, data)
-        windows = [
-            Windows([stream], [f"the {side} part of {data.text!r}"], model.block_size, model.vocab_size)
-            for side, stream in (("training", corpus.train), ("validation", corpus.val))
-        ]
-        crc = zlib.crc32(corpus.val.tobytes(), zlib.crc32(corpus.train.tobytes()))
-        fingerprint = f"{len(corpus.train)} + {len(corpus.val)} tokens, crc32 {crc:08x}"
-        opened = Data(windows[0], windows[1], corpus.tokenizer, corpus.val_text, fingerprint)
-    else:
-        train_files, val_files = find_shards(data.train, "data.train"), find_shards(data.val, "data.val")
-        model = _with_vocab(model, vocab_size(data.tokenizer, data.characters), data)
-        train, val = (
-            Windows([read_shard(path) for path in paths], list(map(str, paths)), model.block_size, model.vocab_size)
-            for paths in (train_files, val_files)
-        )
-        # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
-        tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
-        crc = 0
-        for stream in (*train.streams, *val.streams):  # sizes and edges: read at once, however large it all is
-            crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
-        fingerprint = f"{train.n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}"
-        opened = Data(train, val, tokenizer, None, fingerprint)
-    return opened, dataclasses.replace(config, data=data, model=model)
+    return _open_text(config) if config.data.text else _open_files(config)
+
+
+def _open_text(config: TrainConfig) -> tuple[Data, TrainConfig]:
+    data = config.data
+    corpus = tokenize(read_corpus(data), data)
+    if isinstance(corpus.tokenizer, CharTokenizer):
+        data = dataclasses.replace(data, characters=corpus.tokenizer.characters)
+    model = _with_vocab(config.model, corpus.tokenizer.n_vocab, data)
+    config = dataclasses.replace(config, data=data, model=model)
+    train = _windows(config, [TokenArray(corpus.train)], [f"the training part of {data.text!r}"], data.document_starts)
+    val = _windows(config, [TokenArray(corpus.val)], [f"the validation part of {data.text!r}"])
+    crc = zlib.crc32(corpus.val.tobytes(), zlib.crc32(corpus.train.tobytes()))
+    fingerprint = f"{len(corpus.train)} + {len(corpus.val)} tokens, crc32 {crc:08x}"
+    sequences = Sequences([train], [1.0], config.seed)
+    return Data(sequences, train.n_tokens, val, corpus.tokenizer, corpus.val_text, fingerprint), config
+
+
+def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
+    data = config.data
+    sources = data.sources or (SourceConfig(data.train),)
+    key = "data.sources" if data.sources else "data.train"
+    files = [find_token_files(source.train, key) for source in sources]
+    val_files = find_token_files(data.val, "data.val")
+    for path in {path.parent: path for paths in [*files, val_files] for path in paths}.values():
+        manifest = read_manifest(path.parent)
+        if manifest and manifest.settings["tokenizer"] != data.tokenizer:
+            raise UserError(
+                f"{path.parent} was made with the tokenizer {manifest.settings['tokenizer']!r}, and data.tokenizer is "
+                f"{data.tokenizer!r}; type --data.tokenizer {manifest.settings['tokenizer']}, and do not mix the two"
+            )
+    meta = files[0][0].parent / "meta.pkl"
+    if data.tokenizer == "chars" and not data.characters and meta.exists():
+        data = dataclasses.replace(data, characters=read_characters(meta).characters)
+    model = _with_vocab(config.model, vocab_size(data.tokenizer, data.characters), data)
+    config = dataclasses.replace(config, data=data, model=model)
+    train = [_windows(config, open_token_files(paths), paths, data.document_starts) for paths in files]
+    val = _windows(config, open_token_files(val_files), val_files)
+    # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
+    tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
+    crc = 0
+    for stream in (stream for windows in (*train, val) for stream in windows.streams):
+        # Sizes and edges: read at once, however large it all is.
+        crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
+    n_tokens = sum(windows.n_tokens for windows in train)
+    shares = "".join(
+        f", {source.weight} × {windows.n_tokens}" for source, windows in zip(data.sources, train, strict=False)
+    )
+    fingerprint = f"{n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}{shares}"
+    sequences = Sequences(train, [source.weight for source in sources], config.seed)
+    return Data(sequences, n_tokens, val, tokenizer, None, fingerprint), config
+
+
+def _windows(
+    config: TrainConfig, streams: Sequence[Tokens], names: Sequence[str | Path], document_starts: bool = False
+) -> Windows:
+    start = end_of_text_token(config.data.tokenizer) if document_starts else None
+    return Windows(streams, list(map(str, names)), config.model.block_size, config.model.vocab_size, start)
 
 
 def _with_vocab(model: GPT2Config, n_vocab: int, data: DataConfig) -> GPT2Config:

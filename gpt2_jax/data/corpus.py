@@ -67,7 +67,7 @@ def read_corpus(config: DataConfig) -> Corpus:
         UserError: no file matches, or a file is empty or cannot be read.
     """
     if config.text == STDLIB:
-        return split_by_name(_stdlib_documents(), config.val_fraction)
+        return split_by_name(_read(stdlib_files()), config.val_fraction)
     pattern = os.path.expanduser(config.text)
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     paths = sorted(path for path in found if os.path.isfile(path))
@@ -76,7 +76,7 @@ def read_corpus(config: DataConfig) -> Corpus:
         advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"
         raise UserError(f"data.text = {config.text!r} matches no file; type {advice}")
     root = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-    documents = _read({os.path.relpath(path, root): path for path in paths})
+    documents = _read({os.path.relpath(path, root): Path(path) for path in paths})
     if not documents:
         raise UserError(f"data.text = {config.text!r} is empty; give files with text in them")
     if len(documents) > 1:
@@ -84,32 +84,37 @@ def read_corpus(config: DataConfig) -> Corpus:
     return _split_end(documents[0], config)
 
 
-def _read(paths: dict[str, str]) -> list[Document]:
+def _read(paths: dict[str, Path]) -> list[Document]:
     """The documents of {name: path} that have content."""
     try:
-        documents = [Document(name, Path(path).read_bytes()) for name, path in paths.items()]
+        documents = [Document(name, path.read_bytes()) for name, path in paths.items()]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     return [document for document in documents if document.content]
 
 
+def held_out_names(names: Sequence[str], val_fraction: float) -> set[str]:
+    """Those whose hashes fall into the first `val_fraction` of all hashes; at least one is on either side."""
+
+    def share(name: str) -> float:
+        return hashed_share(name.encode("utf-8", "surrogateescape"))
+
+    ordered = sorted(names, key=lambda name: (share(name), name))
+    n_val = sum(share(name) < val_fraction for name in ordered)
+    return set(ordered[: min(max(n_val, 1), len(ordered) - 1)])
+
+
+def hashed_share(data: bytes) -> float:
+    """A number in [0, 1) that looks random and depends on the bytes alone."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
+
+
 def split_by_name(documents: Sequence[Document], val_fraction: float) -> Corpus:
-    """Holds out the documents whose hashed names fall into the first `val_fraction` of all hashes.
-
-    At least one document is on either side, whatever its hash.
-    """
-
-    def share(document: Document) -> float:
-        digest = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    ordered = sorted(documents, key=lambda document: (share(document), document.name))
-    n_val = sum(share(document) < val_fraction for document in ordered)
-    n_val = min(max(n_val, 1), len(ordered) - 1)
-    held_out = set(map(id, ordered[:n_val]))
+    """Holds out the documents of `held_out_names`."""
+    held_out = held_out_names([document.name for document in documents], val_fraction)
     return Corpus(
-        train=tuple(document for document in documents if id(document) not in held_out),
-        val=tuple(document for document in documents if id(document) in held_out),
+        train=tuple(document for document in documents if document.name not in held_out),
+        val=tuple(document for document in documents if document.name in held_out),
     )
 
 
@@ -130,13 +135,18 @@ def _split_end(document: Document, config: DataConfig) -> Corpus:
     return Corpus((train,), (val,))
 
 
-def _stdlib_documents() -> list[Document]:
+def stdlib_files() -> dict[str, Path]:
+    """The sources of the standard library by their names below its folder, in order.
+
+    Raises:
+        UserError: this Python has none.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root).as_posix(): str(path) for path in sorted(root.rglob("*.py")) if path.is_file()}
-    documents = _read({name: path for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)})
-    if not documents:
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py")) if path.is_file()}
+    files = {name: path for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)}
+    if not files:
         raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")
-    return documents
+    return files
 
 
 def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:

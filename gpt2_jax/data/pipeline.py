@@ -1,108 +1,53 @@
-"""From token streams to batches: batch k is a pure function of (seed, k), read ahead by one Grain thread.
+"""From tokens to batches: batch k is a pure function of (seed, k), read ahead by one Grain thread.
 
-A stream is cut into windows of block_size + 1 tokens with stride block_size (the last token of one is the
-first of the next: it is a target there and an input here). Each epoch visits every window once, in an order
-of its own. The position in the data is one integer, the sequences consumed: nothing else is saved.
+A stream of tokens is cut into windows of block_size + 1 tokens with stride block_size (the last token of one is the
+first of the next: it is a target there and an input here). Each epoch visits every window once, in an order of its
+own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
-from gpt2_jax.config import UserError
-from gpt2_jax.loss import IGNORE
+from gpt2_jax.config import IGNORE, UserError
+from gpt2_jax.data.order import BatchSchedule, Mixture, permute
+from gpt2_jax.data.shards import Tokens
 
-FEISTEL_ROUNDS = 6
+if TYPE_CHECKING:  # Grain imports JAX: a second that preparing and inspecting data do not need
+    import grain
+
 PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before anything starts: 128 KB of each file.
-
-
-# --- order ---------------------------------------------------------------------------------------------
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of uint64 in which every bit depends on all."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where positions 0 … size−1 of an epoch point to: a permutation keyed by (seed, epoch).
-
-    A Feistel network over the smallest even number of bits that holds `size`, walked along its cycles until
-    it lands inside (Black and Rogaway 2002). It needs no table, and it is this project's own definition: NumPy
-    does not promise its random streams across versions, and a data order must outlive them.
-
-    Args:
-        index: int [n], positions, each in [0, size).
-
-    Returns:
-        int64 [n], each in [0, size).
-    """
-    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-    mask = np.uint64((1 << int(half)) - 1)
-    golden = 0x9E3779B97F4A7C15
-    key = _mix(np.array([seed * golden + epoch & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
-    keys = _mix(key + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64) * np.uint64(golden))
-
-    def encrypt(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        return (left << half) | right
-
-    result = encrypt(index.astype(np.uint64))
-    while (outside := result >= size).any():
-        result[outside] = encrypt(result[outside])
-    return result.astype(np.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSchedule:
-    """Sequences per update: `batch_size`, after the smaller batches of a ramp over tokens."""
-
-    batch_size: int
-    ramp: tuple[tuple[int, int], ...]
-    block_size: int
-
-    def sizes(self) -> list[int]:
-        """All batch sizes that occur, in order."""
-        return [size for _, size in self.ramp] + [self.batch_size]
-
-    def at(self, update: int) -> tuple[int, int]:
-        """Of update 0, 1, …: sequences consumed before it, and its own sequences."""
-        consumed = 0
-        for until_tokens, size in self.ramp:
-            left = max(until_tokens - consumed * self.block_size, 0)
-            updates = -(-left // (size * self.block_size))  # the update that reaches the mark still has this size
-            if update < updates:
-                return consumed + update * size, size
-            consumed, update = consumed + updates * size, update - updates
-        return consumed + update * self.batch_size, self.batch_size
-
-
-# --- windows -------------------------------------------------------------------------------------------
 
 
 class Windows:
     """Windows of block_size + 1 tokens over one or more streams; none crosses from one stream to the next.
 
     Args:
-        streams: uint16 [tokens] each, in memory or memory-mapped.
+        streams: the tokens.
         names: of the streams, for errors.
         block_size: predicted tokens per window.
         vocab_size: tokens must be below it.
+        document_start: the token that stands before each document. A window in whose stride a document starts is
+            moved forward to the first that does, unless it would cross the end of its stream then. So some tokens
+            are skipped and others come twice in an epoch. None moves nothing.
 
     Raises:
         UserError: no stream is as long as a window, or one starts with a token beyond the vocabulary.
     """
 
-    def __init__(self, streams: Sequence[np.ndarray], names: Sequence[str], block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        streams: Sequence[Tokens],
+        names: Sequence[str],
+        block_size: int,
+        vocab_size: int,
+        document_start: int | None = None,
+    ) -> None:
         self.streams, self.names, self.block_size, self.vocab_size = streams, names, block_size, vocab_size
+        self.document_start = document_start
         longest = max(map(len, streams))
         if longest <= block_size:
             raise UserError(
@@ -112,16 +57,10 @@ class Windows:
         for stream, name in zip(streams, names, strict=True):
             self._check(stream[:PEEK_TOKENS], name)
         self.n_tokens = sum(map(len, streams))
-        self._views = [
-            np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)[::block_size]
-            if len(stream) > block_size
-            else np.empty((0, block_size + 1), dtype=np.uint16)
-            for stream in streams
-        ]
-        self._starts = np.cumsum([0, *map(len, self._views)])
+        self._first = np.cumsum([0, *(max(len(stream) - 1, 0) // block_size for stream in streams)])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._first[-1])
 
     def _check(self, tokens: np.ndarray, name: str) -> None:
         if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
@@ -134,16 +73,24 @@ class Windows:
         """Windows number `index`, int [n] -> int32 [n, block_size + 1].
 
         Raises:
-            UserError: one holds a token beyond the vocabulary.
+            UserError: one holds a token beyond the vocabulary, or cannot be read.
         """
-        stream_of = np.searchsorted(self._starts, index, side="right") - 1
+        stream_of = np.searchsorted(self._first, index, side="right") - 1
         out = np.empty((len(index), self.block_size + 1), dtype=np.int32)
         for stream in np.unique(stream_of):
             rows = stream_of == stream
-            windows = self._views[stream][index[rows] - self._starts[stream]]
+            starts = (index[rows] - self._first[stream]) * self.block_size
+            if self.document_start is not None:
+                starts = self._moved(self.streams[stream], starts)
+            windows = self.streams[stream].rows(starts, self.block_size + 1)
             self._check(windows, self.names[stream])
             out[rows] = windows
         return out
+
+    def _moved(self, stream: Tokens, starts: np.ndarray) -> np.ndarray:
+        """Each start, or the first document start of the stride behind it."""
+        moved = starts + (stream.rows(starts, self.block_size) == self.document_start).argmax(axis=1)
+        return np.where(moved + self.block_size < len(stream), moved, starts)
 
     def all_targets(self, limit: int = 0) -> Iterator[np.ndarray]:
         """Every window in order, int32 [block_size + 1], the last of each stream filled up with `IGNORE`.
@@ -164,27 +111,51 @@ class Windows:
                 yield window
 
 
-class TrainBatches(grain.sources.RandomAccessDataSource):
+class Sequences:
+    """The endless sequence of training windows: number n is a pure function of (seed, n).
+
+    Args:
+        sources: each is visited epoch after epoch, each epoch in another order.
+        weights: of the sources.
+        seed: keys the orders.
+    """
+
+    def __init__(self, sources: Sequence[Windows], weights: Sequence[float], seed: int) -> None:
+        self.sources, self.seed, self._mixture = sources, seed, Mixture(weights)
+
+    def __getitem__(self, number: np.ndarray) -> np.ndarray:
+        """Sequences number `number`, int [n] -> int32 [n, block_size + 1]."""
+        source_of, own = self._mixture.deal(number)
+        out = np.empty((len(number), self.sources[0].block_size + 1), dtype=np.int32)
+        for source in np.unique(source_of):
+            windows, rows = self.sources[source], source_of == source
+            epochs, position = np.divmod(own[rows], len(windows))
+            index = np.empty_like(position)
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                index[now] = permute(position[now], len(windows), self.seed + (int(source) << 32), int(epoch))
+            out[rows] = windows[index]
+        return out
+
+
+class TrainBatches:
     """Record k is this process's slice of global batch k, whatever the number of processes.
 
     Args:
-        windows: the training windows.
+        sequences: of training windows.
         schedule: sequences per update.
         micro_batches: of each batch size, into how many micro-batches it is cut.
-        seed: keys the order.
         process: (index, count) of this process.
     """
 
     def __init__(
         self,
-        windows: Windows,
+        sequences: Sequences,
         schedule: BatchSchedule,
         micro_batches: dict[int, int],
-        seed: int,
         process: tuple[int, int] = (0, 1),
     ) -> None:
-        self.windows, self.schedule, self.micro_batches = windows, schedule, micro_batches
-        self.seed, self.process = seed, process
+        self.sequences, self.schedule, self.micro_batches, self.process = sequences, schedule, micro_batches, process
 
     def __len__(self) -> int:
         return 1 << 62  # epochs never end
@@ -194,17 +165,14 @@ class TrainBatches(grain.sources.RandomAccessDataSource):
         first, size = self.schedule.at(int(update))
         index, count = self.process
         share = size // count
-        sequence = np.arange(first + index * share, first + (index + 1) * share)
-        epochs, position = np.divmod(sequence, len(self.windows))
-        where = np.empty_like(sequence)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            where[rows] = permute(position[rows], len(self.windows), self.seed, int(epoch))
-        return self.windows[where].reshape(self.micro_batches[size], -1, self.windows.block_size + 1)
+        windows = self.sequences[np.arange(first + index * share, first + (index + 1) * share)]
+        return windows.reshape(self.micro_batches[size], -1, windows.shape[-1])
 
 
 def read_ahead(source: TrainBatches, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
     """The batches of updates `start` … `stop` − 1, two of them prefetched by one thread. Close it after use."""
+    import grain
+
     records = grain.MapDataset.source(source)[start:stop]
     return iter(records.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 

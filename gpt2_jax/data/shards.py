@@ -1,13 +1,23 @@
-"""Token files in llm.c's format, which llm.c and modded-nanogpt read too, little-endian:
+"""Files of tokens, little-endian: those of others as they are, ours in llm.c's format.
 
-256 int32: magic 20240520, version 1, number of tokens, zeros    (1,024 bytes)
-number of tokens × uint16
+    llm.c, modded-nanogpt  .bin  256 int32: magic 20240520, version 1, number of tokens, zeros; then uint16
+    llm.c for Llama 3      .bin  the same with magic 20240801, version 7; then uint32
+    nanoGPT                .bin  uint16
+    build-nanogpt          .npy  NumPy's format, uint16
+
+Windows lie scattered over files that may be larger than memory. They are read, not mapped: a page fault for each
+costs more than a read (5 times, measured with bench/data.py), mapped pages count as the process's memory, and a disk
+that fails raises an error instead of killing the process.
 """
 
 from __future__ import annotations
 
+import abc
+import errno
 import glob
 import os
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +26,147 @@ from gpt2_jax.config import UserError
 
 MAGIC = 20240520
 VERSION = 1
+LLAMA_MAGIC = 20240801
+LLAMA_VERSION = 7
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
+TEXT_BYTES = 1 << 16  # Of a file without header, to see whether it is text.
+
+
+class Tokens(abc.ABC):
+    """A sequence of tokens, to be read at any place."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each start on, unsigned [starts, length]; all must lie inside."""
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """The tokens of a slice without step, unsigned [tokens]."""
+        start, stop, _ = part.indices(len(self))
+        return self.rows(np.array([start]), max(stop - start, 0))[0]
+
+
+class TokenArray(Tokens):
+    """Tokens in memory: unsigned [tokens]."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """As `Tokens.rows`."""
+        return np.lib.stride_tricks.sliding_window_view(self._tokens, length)[starts]
+
+
+class TokenFile(Tokens):
+    """Tokens in a file, which stays open and of which nothing stays in memory.
+
+    Args:
+        offset: bytes before the first token.
+        dtype: of the tokens.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, n_tokens: int, offset: int, dtype: np.dtype) -> None:
+        self.path, self._n_tokens, self._offset, self._dtype = path, n_tokens, offset, dtype
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            advice = "; raise the limit of open files: ulimit -n 65536" if error.errno == errno.EMFILE else ""
+            raise UserError(f"{path} cannot be read: {error.strerror}{advice}") from error
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._n_tokens
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """As `Tokens.rows`.
+
+        Raises:
+            UserError: the disk fails, or the file has become shorter.
+        """
+        rows = np.empty((len(starts), length), self._dtype)
+        if not rows.size:
+            return rows
+        memory, size = memoryview(rows.data).cast("B"), length * self._dtype.itemsize
+        places = (self._offset + starts * self._dtype.itemsize).tolist()
+        for row, place in enumerate(places):
+            done = 0
+            while done < size:
+                try:
+                    read = os.preadv(self._file, [memory[row * size + done : (row + 1) * size]], place + done)
+                except OSError as error:
+                    raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+                if not read:
+                    raise UserError(f"{self.path} has become shorter than it was; copy or prepare it again")
+                done += read
+        return rows
+
+
+def open_tokens(path: str | Path) -> TokenFile:
+    """A token file in any of the formats above.
+
+    Raises:
+        UserError: it cannot be read, is none, or header and size disagree.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(TEXT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".npy":
+        return _open_npy(path)
+    magic = int.from_bytes(head[:4], "little")
+    if magic in (MAGIC, LLAMA_MAGIC):
+        expected = VERSION if magic == MAGIC else LLAMA_VERSION
+        dtype = np.dtype("<u2" if magic == MAGIC else "<u4")
+        header, _ = read_header(path, magic, "a token file")
+        if header[1] != expected:
+            raise UserError(f"{path} has version {header[1]} of the token file format; expected {expected}")
+        n_tokens = int(header[2])
+        if size != (right := HEADER_BYTES + dtype.itemsize * n_tokens):
+            raise UserError(
+                f"{path} is cut off or damaged: its header says {n_tokens:,} tokens, which take {right:,} bytes, and "
+                f"it has {size:,}; copy or prepare it again"
+            )
+        return TokenFile(path, n_tokens, HEADER_BYTES, dtype)
+    if path.suffix != ".bin" or size % 2 or _is_text(head):
+        kind = f"a file of {size:,} bytes without llm.c's header" if not _is_text(head) else "text" if size else "empty"
+        raise UserError(
+            f"{path} is not a token file: it is {kind}; expected the .bin of llm.c or nanoGPT or the .npy of "
+            "build-nanogpt (of text they are made by python -m gpt2_jax.prepare)"
+        )
+    return TokenFile(path, size // 2, 0, np.dtype("<u2"))
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file that starts so holds text: tokens below 256 have a zero byte, text has none."""
+    if b"\0" in head:
+        return False
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(head) - error.start < 4 and error.reason == "unexpected end of data"  # cut within a character
+    return True
+
+
+def _open_npy(path: Path) -> TokenFile:
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a NumPy file of tokens, or cut off ({error}); copy it again") from error
+    if mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise UserError(f"{path} holds {mapped.dtype} {list(mapped.shape)}; expected uint16 [tokens]")
+    return TokenFile(path, mapped.size, int(mapped.offset), mapped.dtype)
 
 
 def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, int]:
@@ -41,49 +190,44 @@ def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, in
     return header, size
 
 
-def read_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a file: uint16 [tokens], memory-mapped.
-
-    Raises:
-        UserError: not such a file, or header and size disagree.
-    """
-    header, size = read_header(path, MAGIC, "a token file")
-    if header[1] != VERSION:
-        raise UserError(f"{path} has version {header[1]} of the token file format; expected {VERSION}")
-    count = int(header[2])
-    if size != HEADER_BYTES + 2 * count:
-        raise UserError(
-            f"{path} is cut off or damaged: its header says {count:,} tokens, which take {HEADER_BYTES + 2 * count:,} "
-            f"bytes, and it has {size:,}; copy or prepare it again"
-        )
-    mapped = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    return mapped.view(np.ndarray)  # gathering rows of a plain array is several times as fast
-
-
-def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Writes uint16 [tokens] under a temporary name and renames, so that no half file is ever seen."""
-    path = Path(path)
+def header_bytes(n_tokens: int) -> bytes:
+    """The header of one of our token files."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        header.tofile(file)
-        tokens.astype("<u2").tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    header[:3] = MAGIC, VERSION, n_tokens
+    return header.tobytes()
 
 
-def find_shards(pattern: str, key: str) -> list[Path]:
+def find_token_files(pattern: str, key: str) -> list[Path]:
     """The files of a glob, in order of their names; `key` is the config key for the error.
 
     Raises:
         UserError: no file matches.
     """
-    paths = sorted(Path(path) for path in glob.glob(os.path.expanduser(pattern), recursive=True))
+    pattern = os.path.expanduser(pattern)
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
     if not paths:
         raise UserError(
-            f"{key} = {pattern!r} matches no file; give a glob of token files in llm.c's format (FineWeb is there "
-            "in it as the Hugging Face dataset kjj0/fineweb10B-gpt2)"
+            f"{key} = {pattern!r} matches no file; give a glob of token files (python -m gpt2_jax.prepare makes them)"
         )
+    if directories := [path for path in paths if path.is_dir()]:
+        raise UserError(f"{key} = {pattern!r} matches the directory {directories[0]}; type {directories[0]}/*.bin")
     return paths
+
+
+def allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files, if it is too low for `count` token files and may be raised."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512  # the rest of the process
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def open_token_files(paths: Sequence[Path]) -> list[TokenFile]:
+    """`open_tokens` of each."""
+    allow_open_files(len(paths))
+    return [open_tokens(path) for path in paths]

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gpt2_jax.config import GPT2Config, UserError
-from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer
+from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer, read_characters
 from gpt2_jax.interop.stored import StoredModel, checked, in_directory, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.interop.torch_files import as_array, import_torch, load_torch
@@ -63,27 +62,6 @@ def open_nanogpt(path: Path) -> StoredModel:
 
     step = checkpoint.get("iter_num")
     return StoredModel(str(path), config, read, tokenizer, step if type(step) is int else 0)
-
-
-class _Plain(pickle.Unpickler):
-    """Takes numbers, strings and containers, for which pickle imports nothing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_characters(meta: Path) -> Tokenizer:
-    """The alphabet of a nanoGPT `meta.pkl`.
-
-    Raises:
-        UserError: it is no such file, or would run code to be read.
-    """
-    try:
-        with open(meta, "rb") as file:
-            characters: dict[int, str] = _Plain(file).load()["itos"]
-        return CharTokenizer("".join(characters[token] for token in range(len(characters))))
-    except (pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{meta} is not nanoGPT's table of characters ({error}); prepare it again") from error
 
 
 def write_nanogpt(model: StoredModel, directory: Path) -> None:

@@ -1,0 +1,78 @@
+"""What the person at the terminal sees: a bar there, plain lines elsewhere, one in five seconds at most."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """A context manager that shows how far some work is.
+
+    Args:
+        done: of the work, at the start.
+        total: the whole of it; 0 where nobody knows.
+        text: what stands beside the bar until the first `show`.
+        counts: whether the bar shows the two numbers, or their ratio.
+    """
+
+    def __init__(self, done: float, total: float, text: str, counts: bool = True) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self._bar = None
+        if self.console.is_terminal and not os.environ.get("CI"):
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                MofNCompleteColumn() if counts else TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=total or None, text=text)
+            self._bar.update(self._task, completed=done)
+        self._total, self._last_line = total, -math.inf
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def show(self, done: float, line: str, parts: Sequence[str]) -> None:
+        """How far it is: `parts` beside the bar, or a line that starts with `line`; the last one is always shown."""
+        now = time.perf_counter()
+        if self._bar:
+            self._bar.update(self._task, completed=done, text=" · ".join(parts))
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total:
+            self._last_line = now
+            self.say(f"{line}: " + " · ".join(parts))
+
+
+def si(number: float) -> str:
+    """1234567 -> '1.23M', three digits."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05', 65 -> '1:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
