@@ -125,11 +125,10 @@ def prepare(flags: Flags, out: Path) -> Manifest:
     with ShardWriter(out, settings, flags.shard_tokens, end) as writer:
         if not writer.finished:
             _write(flags, source, writer)
-        manifest = writer.finish()
-    if not manifest.shards:
-        (out / MANIFEST).unlink()
-        raise UserError(f"{' '.join(flags.source)}: no document has any text; {manifest.skipped} were skipped")
-    return manifest
+        if not writer.tokens():
+            writer.discard()
+            raise UserError(f"{' '.join(flags.source)}: no document has any text; {writer.skipped} were skipped")
+        return writer.finish()
 
 
 def _open_source(flags: Flags, out: Path) -> Source:
@@ -176,8 +175,11 @@ def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
                 if time.perf_counter() - marked > SECONDS_BETWEEN_MARKS:
                     writer.mark(cursor)
                     marked = time.perf_counter()
-        except (UserError, KeyboardInterrupt):
-            writer.mark(cursor)
+        except UserError:  # between two blocks; after Ctrl-C, which comes anywhere, the last mark stands
+            if writer.tokens():
+                writer.mark(cursor)
+            else:
+                writer.discard()
             raise
 
 

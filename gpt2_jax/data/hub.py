@@ -110,7 +110,10 @@ class Hub(Source):
         first, state, row, read = cursor or (0, None, 0, 0)
         for number in range(first, len(self._streams)):
             split, side = self._dataset.splits[number]
-            stream = self._streams[number].select_columns([self._field])
+            try:
+                stream = self._streams[number].select_columns([self._field])
+            except ValueError as error:
+                raise UserError(f"{self._name}: {error}; type --field with one of its columns") from error
             if state is not None:
                 stream.load_state_dict(state)
             where, documents = f"{self._name}, {split}", iter(stream)

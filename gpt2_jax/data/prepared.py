@@ -94,6 +94,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Settings, and what they say of the source, in one table."""
+    return {**table, **table.get("source", {}), "source": None}
+
+
 @dataclasses.dataclass
 class _Open:
     """The shard of a side that is being written."""
@@ -148,13 +153,14 @@ class ShardWriter:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); give another --out") from error
-        theirs = table["settings"]
-        for key, value in self.settings.items():
-            if theirs.get(key) != value:
-                raise UserError(
-                    f"{self.directory} holds tokens of another kind ({key}: {theirs.get(key)!r} -> {value!r}); take "
-                    "the old one, or give another --out"
-                )
+        theirs, ours = _flat(table["settings"]), _flat(self.settings)
+        changed = [f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in {**theirs, **ours}
+                   if theirs.get(key) != ours.get(key)]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"{self.directory} holds other tokens than these ({'; '.join(changed)}); go back to its source and "
+                "options, or give another --out"
+            )
         return table
 
     def __enter__(self) -> ShardWriter:
@@ -174,8 +180,8 @@ class ShardWriter:
 
     def append(self, side: Side, tokens: np.ndarray) -> None:
         """Writes uint16 [tokens] behind the others of a side."""
-        part = self._open[side]
         while tokens.size:
+            part = self._open[side]
             now, tokens = np.split(tokens, [self._shard_tokens - part.tokens])
             self._file(side).write(now.astype("<u2", copy=False).data)
             part.tokens += now.size
@@ -210,6 +216,14 @@ class ShardWriter:
             replace_text(self.directory / MANIFEST, manifest.to_json())
         (self.directory / PROGRESS).unlink(missing_ok=True)
         return manifest
+
+    def discard(self) -> None:
+        """Removes what a directory without a single token holds."""
+        for side, file in self._files.items():
+            file.close()
+            (self.directory / (self._name(side) + PARTIAL)).unlink()
+        self._files.clear()
+        (self.directory / PROGRESS).unlink(missing_ok=True)
 
     def _name(self, side: Side) -> str:
         return f"{side}_{self._open[side].number:06d}.bin"
