@@ -56,6 +56,9 @@ class Windows:
             )
         for stream, name in zip(streams, names, strict=True):
             self._check(stream[:PEEK_TOKENS], name)
+        if len(dtypes := {stream.dtype for stream in streams}) > 1:
+            raise UserError(f"{names[0]} and others hold {' and '.join(map(str, dtypes))}; give files of one kind")
+        (self._dtype,) = dtypes
         self.n_tokens = sum(map(len, streams))
         self._first = np.cumsum([0, *(max(len(stream) - 1, 0) // block_size for stream in streams)])
 
@@ -76,20 +79,24 @@ class Windows:
             UserError: one holds a token beyond the vocabulary, or cannot be read.
         """
         stream_of = np.searchsorted(self._first, index, side="right") - 1
-        out = np.empty((len(index), self.block_size + 1), dtype=np.int32)
-        for stream in np.unique(stream_of):
-            rows = stream_of == stream
-            starts = (index[rows] - self._first[stream]) * self.block_size
-            if self.document_start is not None:
-                starts = self._moved(self.streams[stream], starts)
-            windows = self.streams[stream].rows(starts, self.block_size + 1)
-            self._check(windows, self.names[stream])
-            out[rows] = windows
-        return out
+        starts = (index - self._first[stream_of]) * self.block_size
+        groups = [(stream, np.flatnonzero(stream_of == stream)) for stream in np.unique(stream_of)]
+        if self.document_start is not None:
+            for stream, rows in groups:
+                starts[rows] = self._moved(self.streams[stream], starts[rows])
+        windows = np.empty((len(index), self.block_size + 1), self._dtype)
+        for stream, rows in groups:
+            self.streams[stream].read(starts[rows], windows, rows)
+        if windows.max(initial=0) >= self.vocab_size:
+            for stream, rows in groups:
+                self._check(windows[rows], self.names[stream])
+        return windows.astype(np.int32)
 
     def _moved(self, stream: Tokens, starts: np.ndarray) -> np.ndarray:
         """Each start, or the first document start of the stride behind it."""
-        moved = starts + (stream.rows(starts, self.block_size) == self.document_start).argmax(axis=1)
+        strides = np.empty((len(starts), self.block_size), self._dtype)
+        stream.read(starts, strides, np.arange(len(starts)))
+        moved = starts + (strides == self.document_start).argmax(axis=1)
         return np.where(moved + self.block_size < len(stream), moved, starts)
 
     def all_targets(self, limit: int = 0) -> Iterator[np.ndarray]:
@@ -125,17 +132,24 @@ class Sequences:
 
     def __getitem__(self, number: np.ndarray) -> np.ndarray:
         """Sequences number `number`, int [n] -> int32 [n, block_size + 1]."""
+        if len(self.sources) == 1:
+            return self._windows(0, number)
         source_of, own = self._mixture.deal(number)
         out = np.empty((len(number), self.sources[0].block_size + 1), dtype=np.int32)
         for source in np.unique(source_of):
-            windows, rows = self.sources[source], source_of == source
-            epochs, position = np.divmod(own[rows], len(windows))
-            index = np.empty_like(position)
-            for epoch in np.unique(epochs):
-                now = epochs == epoch
-                index[now] = permute(position[now], len(windows), self.seed + (int(source) << 32), int(epoch))
-            out[rows] = windows[index]
+            rows = source_of == source
+            out[rows] = self._windows(int(source), own[rows])
         return out
+
+    def _windows(self, source: int, number: np.ndarray) -> np.ndarray:
+        """A source's own sequences number `number`."""
+        windows = self.sources[source]
+        epochs, position = np.divmod(number, len(windows))
+        index = np.empty_like(position)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            index[now] = permute(position[now], len(windows), self.seed + (source << 32), int(epoch))
+        return windows[index]
 
 
 class TrainBatches:

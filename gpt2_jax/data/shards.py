@@ -39,28 +39,33 @@ class Tokens(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    dtype: np.dtype
+
     @abc.abstractmethod
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """`length` tokens from each start on, unsigned [starts, length]; all must lie inside."""
+    def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """Fills some rows of a C-contiguous array of `dtype`: row `rows[i]` with the tokens from `starts[i]` on."""
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """The tokens of a slice without step, unsigned [tokens]."""
         start, stop, _ = part.indices(len(self))
-        return self.rows(np.array([start]), max(stop - start, 0))[0]
+        out = np.empty((1, max(stop - start, 0)), self.dtype)
+        if out.size:
+            self.read(np.array([start]), out, np.array([0]))
+        return out[0]
 
 
 class TokenArray(Tokens):
     """Tokens in memory: unsigned [tokens]."""
 
     def __init__(self, tokens: np.ndarray) -> None:
-        self._tokens = tokens
+        self._tokens, self.dtype = tokens, tokens.dtype
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """As `Tokens.rows`."""
-        return np.lib.stride_tricks.sliding_window_view(self._tokens, length)[starts]
+    def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """As `Tokens.read`."""
+        out[rows] = np.lib.stride_tricks.sliding_window_view(self._tokens, out.shape[1])[starts]
 
 
 class TokenFile(Tokens):
@@ -75,7 +80,7 @@ class TokenFile(Tokens):
     """
 
     def __init__(self, path: Path, n_tokens: int, offset: int, dtype: np.dtype) -> None:
-        self.path, self._n_tokens, self._offset, self._dtype = path, n_tokens, offset, dtype
+        self.path, self.dtype, self._n_tokens, self._offset = path, dtype, n_tokens, offset
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -86,28 +91,24 @@ class TokenFile(Tokens):
     def __len__(self) -> int:
         return self._n_tokens
 
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """As `Tokens.rows`.
+    def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """As `Tokens.read`.
 
         Raises:
             UserError: the disk fails, or the file has become shorter.
         """
-        rows = np.empty((len(starts), length), self._dtype)
-        if not rows.size:
-            return rows
-        memory, size = memoryview(rows.data).cast("B"), length * self._dtype.itemsize
-        places = (self._offset + starts * self._dtype.itemsize).tolist()
-        for row, place in enumerate(places):
+        memory, size = memoryview(out.data).cast("B"), out.shape[1] * self.dtype.itemsize
+        places = self._offset + starts * self.dtype.itemsize
+        for place, begin in zip(places.tolist(), (rows * size).tolist(), strict=True):
             done = 0
             while done < size:
                 try:
-                    read = os.preadv(self._file, [memory[row * size + done : (row + 1) * size]], place + done)
+                    read = os.preadv(self._file, [memory[begin + done : begin + size]], place + done)
                 except OSError as error:
                     raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
                 if not read:
                     raise UserError(f"{self.path} has become shorter than it was; copy or prepare it again")
                 done += read
-        return rows
 
 
 def open_tokens(path: str | Path) -> TokenFile:

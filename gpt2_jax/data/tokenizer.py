@@ -168,21 +168,36 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
     if tokenizer.name == "bytes":  # its own loop, at the speed of a copy
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     if tokenizer.name == "gpt2" and importlib.util.find_spec("gigatoken"):
-        fast = _gigatoken(tokenizer)
-        return lambda text: fast.encode(text.decode("utf-8")).astype(np.uint16)
+        return _gigatoken(tokenizer)
     return lambda text: tokenizer.encode_to_numpy(text.decode("utf-8"), disallowed_special=()).astype(np.uint16)
 
 
-@functools.cache
-def _gigatoken(encoding: tiktoken.Encoding) -> Any:
+class _Gigatoken:
     """gigatoken's tokenizer of the same byte pairs, without special tokens: it would find those in any text."""
-    import gigatoken
 
-    ranks = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
-    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-        file.writelines(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
-        file.flush()
-        return gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {})
+    FRESH_BYTES = 1 << 29  # It remembers what it has seen: a fresh one after so much text bounds its memory.
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        ranks = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
+        self._lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
+        self._renew()
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.writelines(self._lines)
+            file.flush()
+            self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {}), 0
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        if self._bytes > self.FRESH_BYTES:
+            self._renew()
+        self._bytes += len(text)
+        return self._tokenizer.encode(text.decode("utf-8")).astype(np.uint16)
+
+
+_gigatoken = functools.cache(_Gigatoken)
 
 
 def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:
