@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -31,6 +32,8 @@ from gpt2_jax.data.corpus import stdlib_files
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import Sequences, TrainBatches, Windows, read_ahead
 from gpt2_jax.data.shards import header_bytes, open_token_files
+from gpt2_jax.data.sources import Files
+from gpt2_jax.data.workers import BlockTokenizer, Settings
 
 PACKAGES = ("grain", "numpy", "torch", "tiktoken", "gigatoken")
 BLOCK, BATCH = 1024, 512
@@ -217,29 +220,58 @@ def resident(pid):
 
 
 def tokenizing(directory, documents, repeat, megabytes):
-    """`prepare` beside a loop of tiktoken's `encode_ordinary` on one core, alternating."""
+    """`prepare` beside a loop of tiktoken's `encode_ordinary` on one core.
+
+    Cores change their speed within seconds where others use the machine too. So a worker's work is compared block by
+    block, and each run of the command with the loop just before and just after it.
+    """
     lines = write_lines(directory / "text.jsonl", documents, megabytes * 1_000_000)
     encoding = tiktoken.get_encoding("gpt2")
-    with open(lines, encoding="utf-8") as file:
-        sample = [json.loads(line)["text"] for line in itertools.islice(file, 2000)]
-    size = sum(len(document.encode()) for document in sample)
+    blocks = list(itertools.islice(Files([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 60))
+    sample = [[json.loads(line)["text"] for line in block.content.splitlines()] for block in blocks]
+    sizes = [sum(len(document.encode()) for document in part) for part in sample]
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "gigatoken" else find_spec(name, *rest)
+    worker = BlockTokenizer(Settings("gpt2", "text", 0.1, False), encoding)
+    importlib.util.find_spec = find_spec
+
+    def loop(part):
+        start = time.perf_counter()
+        for document in part:
+            encoding.encode_ordinary(document)
+        return time.perf_counter() - start
+
+    def work(block):
+        start = time.perf_counter()
+        worker(block)
+        return time.perf_counter() - start
+
+    pairs = [(loop(part), work(block)) for part, block in zip(sample, blocks, strict=True)]
+    looped, worked = map(sum, zip(*pairs, strict=True))
     cases = {"tiktoken, 1 worker": (False, 1), "tiktoken, 2 workers": (False, 2),
              "gigatoken, 1 worker": (True, 1), "gigatoken, 2 workers": (True, 2)}  # fmt: skip
-    runs = {"encode_ordinary": [], **{name: [] for name in cases}}
+    runs = {name: [] for name in cases}
+    size = sum(sizes)
+    before = size / sum(map(loop, sample)) / 1e6
     for _ in range(repeat):
-        start = time.perf_counter()
-        for document in sample:
-            encoding.encode_ordinary(document)
-        runs["encode_ordinary"].append(size / (time.perf_counter() - start) / 1e6)
         for name, (fast, workers) in cases.items():
-            runs[name].append(prepare(directory, lines, fast=fast, workers=workers)["mb_per_second"])
-    one = runs["tiktoken, 1 worker"]
+            run = prepare(directory, lines, fast=fast, workers=workers)
+            after = size / sum(map(loop, sample)) / 1e6
+            runs[name].append({**run, "encode_ordinary_mb_per_second": (before + after) / 2})
+            before = after
+
+    def ratios(name, other=None):
+        """Medians, each run in units of the loop around it."""
+        relative = [run["mb_per_second"] / run["encode_ordinary_mb_per_second"] for run in runs[name]]
+        return statistics.median(relative) / (ratios(other) if other else 1)
+
     return {
         "megabytes": megabytes,
-        "mb_per_second": runs,
-        "tiktoken worker over encode_ordinary": median_ratio(one, runs["encode_ordinary"]),
-        "tiktoken, 2 workers over 1": median_ratio(runs["tiktoken, 2 workers"], one),
-        "gigatoken worker over tiktoken worker": median_ratio(runs["gigatoken, 1 worker"], one),
+        "runs": runs,
+        "a worker's blocks over encode_ordinary": looped / worked,
+        "tiktoken, 1 worker over encode_ordinary": ratios("tiktoken, 1 worker"),
+        "tiktoken, 2 workers over 1": ratios("tiktoken, 2 workers", "tiktoken, 1 worker"),
+        "gigatoken, 1 worker over tiktoken's": ratios("gigatoken, 1 worker", "tiktoken, 1 worker"),
     }
 
 
@@ -249,7 +281,7 @@ def main():
     parser.add_argument("--text", nargs="*", default=[], help="text files to tokenize instead of the standard library")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--batches", type=int, default=200, help="of 512 × 1,024 tokens, in each repetition")
-    parser.add_argument("--megabytes", type=int, default=300, help="of text for `prepare`")
+    parser.add_argument("--megabytes", type=int, default=200, help="of text for `prepare`")
     parser.add_argument("--name", default="data", help="of the file in bench/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -279,8 +311,8 @@ def main():
           f"ahead by Grain {median([run['first_batch_read_ahead_s'] for run in start]):.2f} s; memory grows by "
           f"{max(run['resident_growth_mb'] for run in start):.0f} MB in 200 batches")  # fmt: skip
     print(f"restore      {1000 * median(figures['restore']['seconds']):.1f} ms, exact: {figures['restore']['exact']}")
-    for name, values in figures["prepare"]["mb_per_second"].items():
-        print(f"{name:22}{median(values):7.1f} MB/s")
+    for name, runs in figures["prepare"]["runs"].items():
+        print(f"{name:22}{median([run['mb_per_second'] for run in runs]):7.1f} MB/s, start-up included")
     for name, value in figures["prepare"].items():
         if isinstance(value, float):
             print(f"{name:40}{value:.2f}")

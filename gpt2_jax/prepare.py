@@ -138,7 +138,8 @@ def _open_source(flags: Flags, out: Path) -> Source:
         revision = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # anything wrong with it is found later
             written = MANIFEST if (out / MANIFEST).exists() else PROGRESS
-            revision = json.loads((out / written).read_text(encoding="utf-8"))["settings"]["source"]["revision"]
+            before = json.loads((out / written).read_text(encoding="utf-8"))["settings"]["source"]
+            revision = before["revision"] if before["dataset"] == DATASETS[name].repository else None
         return Hub(name, flags.field, flags.val_fraction, revision)
     patterns = flags.source
     if name == "shakespeare" and not more and not Path(name).exists():
@@ -149,7 +150,7 @@ def _open_source(flags: Flags, out: Path) -> Source:
 def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
     """Tokenizes what the directory does not have yet; the last mark stands, whatever happens."""
     settings = Settings(flags.tokenizer, flags.field, source.val_fraction, flags.on_error == "skip")
-    workers = flags.workers or len(os.sched_getaffinity(0))
+    workers = flags.workers or _cores()
     cursor = writer.cursor
     writer.mark(cursor)
     meter = _Meter(writer, source.total, flags.limit)
@@ -181,6 +182,11 @@ def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
             else:
                 writer.discard()
             raise
+
+
+def _cores() -> int:
+    """Cores that this process may use; macOS does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Meter:

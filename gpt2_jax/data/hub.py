@@ -45,10 +45,14 @@ class Dataset:
     val_fraction: float = 0.01
 
 
-# The sample that nearly all GPT-2 reproductions train on has 10 B tokens, of which llm.c holds 1% out, as here.
+# Nearly all GPT-2 reproductions train on a sample of 10 B tokens, of which llm.c holds 100 M out; as many here.
 DATASETS = {
     "fineweb-edu-10b": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "10 B tokens of educational web pages"),
+    "fineweb-edu-100b": Dataset(
+        "HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B tokens of them", val_fraction=0.001
+    ),
     "fineweb-10b": Dataset("HuggingFaceFW/fineweb", "sample-10BT", "10 B tokens of web pages"),
+    "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B tokens of them", val_fraction=0.001),
     # nanoGPT holds out 0.05%.
     "openwebtext": Dataset("Skylion007/openwebtext", None, "9 B tokens, like GPT-2's own", val_fraction=0.0005),
     "tinystories": Dataset(
