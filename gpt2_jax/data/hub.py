@@ -52,7 +52,7 @@ DATASETS = {
         "HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B tokens of them", val_fraction=0.001
     ),
     "fineweb-10b": Dataset("HuggingFaceFW/fineweb", "sample-10BT", "10 B tokens of web pages"),
-    "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B tokens of them", val_fraction=0.001),
+    "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B of them", val_fraction=0.001),
     # nanoGPT holds out 0.05%.
     "openwebtext": Dataset("Skylion007/openwebtext", None, "9 B tokens, like GPT-2's own", val_fraction=0.0005),
     "tinystories": Dataset(
