@@ -52,6 +52,12 @@ def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
     return ("data", "fsdp") if mesh.shape["fsdp"] == 1 else ("data",)
 
 
+def _reduced_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The manual axes over which there is something to reduce. XLA refuses a reduction over an axis of one device
+    beside one that it places itself."""
+    return tuple(axis for axis in _manual_axes(mesh) if mesh.shape[axis] > 1)
+
+
 def _manual(function: Callable[..., Any], model: GPT2, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` per device of the manual axes, the compiler taking care of the others."""
     return jax.shard_map(
@@ -105,7 +111,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
     lengths compiles once.
     """
     config = model.config
-    axes = _manual_axes(mesh)
+    axes = _reduced_axes(mesh)
     inner = once_per_update(make_optimizer(optimizer), mean_over=axes)
     schedule = learning_rate_schedule(optimizer)
 
@@ -121,7 +127,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         micro_batches = tokens.shape[0]
         multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes) if axes else 0)
         # Gradients with respect to parameters that count as different on each device: with respect to shared
         # ones, differentiation itself would add a reduction to every micro-step.
         params = jax.lax.pcast(state.params, axes, to="varying")
@@ -147,7 +153,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         carry = (start, jax.lax.pcast(jnp.zeros((), jnp.float32), axes, to="varying"), zeros)
         (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
         new = TrainState(opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state)
-        loss = jax.lax.pmean(total / micro_batches, axes)
+        loss = jax.lax.pmean(total / micro_batches, axes) if axes else total / micro_batches
         return new, Metrics(loss, new.opt_state.grad_norm, schedule(state.step))
 
     sharded = _manual(update, model, mesh, in_specs=(P(), P(None, axes)), out_specs=(P(), P()))
@@ -167,13 +173,14 @@ def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
     `tokens` is int32 [sequences, block_size + 1], sequences split over the mesh; `IGNORE` fills up.
     """
     config = model.config
-    axes = _manual_axes(mesh)
+    axes = _reduced_axes(mesh)
 
     def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         targets = tokens[:, 1:]
         hidden = model.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
         total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
-        return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
+        sums = total, jnp.sum(targets != IGNORE)
+        return jax.lax.psum(sums, axes) if axes else sums
 
     sharded = _manual(evaluate, model, mesh, in_specs=(P(), P(axes)), out_specs=(P(), P()))
     replicated = NamedSharding(mesh, P())

@@ -25,8 +25,8 @@ from gpt2_jax.data import hub
 from gpt2_jax.data.__main__ import main as inspect
 from gpt2_jax.data.corpus import read_corpus, tokenize
 from gpt2_jax.data.prepared import read_manifest
-from gpt2_jax.data.sources import BLOCK_BYTES, Files, boundary
-from gpt2_jax.data.tokenizer import encoder, gpt2_encoding
+from gpt2_jax.data.sources import BLOCK_BYTES, Files
+from gpt2_jax.data.tokenizer import boundary, encoder, gpt2_encoding
 from gpt2_jax.prepare import main as prepare
 
 END = 256  # end-of-text of the byte tokenizer

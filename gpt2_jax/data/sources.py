@@ -27,6 +27,7 @@ import numpy as np
 from gpt2_jax.config import TokenizerName, UserError
 from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, held_out_names, stdlib_files
 from gpt2_jax.data.prepared import Side
+from gpt2_jax.data.tokenizer import boundary
 
 BLOCK_BYTES = 1 << 20
 LINES = (".jsonl", ".ndjson", ".json")
@@ -294,22 +295,6 @@ def _cut(path: Path, val_fraction: float, tokenizer: TokenizerName) -> int:
             return place + int(np.flatnonzero(whole)[left])
         left, place = left - here, place + len(whole)
     return place
-
-
-def boundary(data: bytes) -> int:
-    """The last place at which UTF-8 text may be cut without changing GPT-2's tokens, 0 if there is none.
-
-    No piece of GPT-2's splitting pattern reaches from a character that is no white space to white space behind it, and
-    its one look ahead is about white space alone. So text may be cut between the two.
-    """
-    end = len(data)
-    while (end := max(data.rfind(b" ", 0, end), data.rfind(b"\n", 0, end))) > 0:
-        start = end - 1
-        while start > 0 and data[start] & 0xC0 == 0x80:  # within a character
-            start -= 1
-        if not data[start:end].decode("utf-8", "replace").isspace():
-            return end
-    return 0
 
 
 def import_extra(name: str, purpose: str) -> Any:

@@ -172,9 +172,26 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
     return lambda text: tokenizer.encode_to_numpy(text.decode("utf-8"), disallowed_special=()).astype(np.uint16)
 
 
+def boundary(data: bytes) -> int:
+    """The last place at which UTF-8 text may be cut without changing GPT-2's tokens, 0 if there is none.
+
+    No piece of GPT-2's splitting pattern reaches from a character that is no white space to white space behind it, and
+    its one look ahead is about white space alone. So text may be cut between the two.
+    """
+    end = len(data)
+    while (end := max(data.rfind(b" ", 0, end), data.rfind(b"\n", 0, end))) > 0:
+        start = end - 1
+        while start > 0 and data[start] & 0xC0 == 0x80:  # within a character
+            start -= 1
+        if not data[start:end].decode("utf-8", "replace").isspace():
+            return end
+    return 0
+
+
 class _Gigatoken:
     """gigatoken's tokenizer of the same byte pairs, without special tokens: it would find those in any text."""
 
+    PIECE_BYTES = 1 << 16  # Of longer texts it is slower, and keeps a hundred megabytes.
     FRESH_BYTES = 1 << 29  # It remembers what it has seen: a fresh one after so much text bounds its memory.
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
@@ -194,7 +211,14 @@ class _Gigatoken:
         if self._bytes > self.FRESH_BYTES:
             self._renew()
         self._bytes += len(text)
-        return self._tokenizer.encode(text.decode("utf-8")).astype(np.uint16)
+        parts, start = [], 0
+        while start < len(text):
+            piece = text[start : start + self.PIECE_BYTES]
+            end = boundary(piece) if start + len(piece) < len(text) else len(piece)
+            piece = piece[:end] if end else text[start:]
+            parts.append(self._tokenizer.encode(piece.decode("utf-8")).astype(np.uint16))
+            start += len(piece)
+        return np.concatenate([np.empty(0, np.uint16), *parts])
 
 
 _gigatoken = functools.cache(_Gigatoken)
