@@ -227,7 +227,7 @@ def tokenizing(directory, documents, repeat, megabytes):
     """
     lines = write_lines(directory / "text.jsonl", documents, megabytes * 1_000_000)
     encoding = tiktoken.get_encoding("gpt2")
-    blocks = list(itertools.islice(Files([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 60))
+    blocks = list(itertools.islice(Files([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
     sample = [[json.loads(line)["text"] for line in block.content.splitlines()] for block in blocks]
     sizes = [sum(len(document.encode()) for document in part) for part in sample]
     find_spec = importlib.util.find_spec
@@ -286,9 +286,9 @@ def main():
     """Measures and writes the table and the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", nargs="*", default=[], help="text files to tokenize instead of the standard library")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--batches", type=int, default=200, help="of 512 × 1,024 tokens, in each repetition")
-    parser.add_argument("--megabytes", type=int, default=200, help="of text for `prepare`")
+    parser.add_argument("--megabytes", type=int, default=100, help="of text for `prepare`")
     parser.add_argument("--name", default="data", help="of the file in bench/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -68,6 +68,8 @@ def whole_batch(tiny_config, batches):
         (8, 1, 1, {}),
         (8, 1, 2, {}),
         (2, 4, 2, {}),
+        (1, 8, 1, {}),
+        (1, 4, 4, {}),
         (1, 1, 2, {"scan_layers": True, "remat": "full"}),
         (4, 1, 2, {"scan_layers": True, "remat": "dots"}),
         (1, 1, 1, {"loss_chunk": 24}),
