@@ -26,7 +26,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         code = 2
     except BrokenPipeError:  # whoever read the output has had enough; nothing more is to be written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,7 +36,7 @@ class Display:
             )
             self._task = self._bar.add_task("", total=total or None, text=text)
             self._bar.update(self._task, completed=done)
-        self._total, self._last_line = total, -math.inf
+        self._total, self._last_line, self._done = total, -math.inf, False
 
     def __enter__(self) -> Display:
         if self._bar:
@@ -58,8 +58,8 @@ class Display:
         now = time.perf_counter()
         if self._bar:
             self._bar.update(self._task, completed=done, text=" · ".join(parts))
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total:
-            self._last_line = now
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or (self._total and done >= self._total and not self._done):
+            self._last_line, self._done = now, bool(self._total) and done >= self._total
             self.say(f"{line}: " + " · ".join(parts))
 
 
@@ -69,6 +69,11 @@ def si(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def count(number: int, noun: str) -> str:
+    """1 -> '1 document', 1234 -> '1,234 documents'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from gpt2_jax.data.prepared import MANIFEST, PROGRESS, Manifest, ShardWriter, Si
 from gpt2_jax.data.sources import Files, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import Settings, tokenize_all
-from gpt2_jax.display import Display, duration, si
+from gpt2_jax.display import Display, count, duration, si
 from gpt2_jax.files import exclusive, replace_text
 
 PROG = "python -m gpt2_jax.prepare"
@@ -40,7 +41,7 @@ DESCRIPTION = f"""Turn text into token files.
 SOURCE is one of these names:
 {SOURCES}
 
-or files and globs: text (a file is a document), .jsonl and .parquet (a row is a document), all also as .gz and .zst.
+or files and globs: text (a file is a document), JSON lines (.jsonl), both also as .gz and .zst, and .parquet.
 The same command goes on where it was stopped."""
 
 
@@ -73,9 +74,8 @@ def main(args: Sequence[str]) -> int:
     flags = parse_flags(Flags, args, prog=PROG, description=DESCRIPTION)
     if not flags.source:
         raise UserError(f"no SOURCE; give files, or one of {', '.join(NAMES)}")
-    if len(flags.source) > 1 and (
-        named := [name for name in flags.source if name in NAMES and not Path(name).exists()]
-    ):
+    named = [name for name in flags.source if _is_named(name)]
+    if named and len(flags.source) > 1:
         raise UserError(f"{named[0]} is a source by itself; prepare the others into directories of their own")
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction}; expected 0 or more and below 1")
@@ -109,8 +109,8 @@ def prepare(flags: Flags, out: Path) -> Manifest:
         UserError: the source cannot be read, or the directory is not its own.
         OSError: the directory cannot be written; what is in it stays usable.
     """
-    (name, *more) = flags.source
-    if name == "fineweb-10b-tokenized" and not more:
+    name = flags.source[0]
+    if name == "fineweb-10b-tokenized" and _is_named(name):
         return _download(flags, out)
     source = _open_source(flags, out)
     settings = {
@@ -133,18 +133,25 @@ def prepare(flags: Flags, out: Path) -> Manifest:
 
 def _open_source(flags: Flags, out: Path) -> Source:
     skip = flags.on_error == "skip"
-    (name, *more) = flags.source
-    if name in DATASETS and not more and not Path(name).exists():
+    name = flags.source[0]
+    if name in DATASETS and _is_named(name):
         revision = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # anything wrong with it is found later
             written = MANIFEST if (out / MANIFEST).exists() else PROGRESS
             before = json.loads((out / written).read_text(encoding="utf-8"))["settings"]["source"]
             revision = before["revision"] if before["dataset"] == DATASETS[name].repository else None
         return Hub(name, flags.field, flags.val_fraction, revision)
-    patterns = flags.source
-    if name == "shakespeare" and not more and not Path(name).exists():
-        patterns = (str(download_shakespeare(out)),)
-    return Files(patterns, flags.field, flags.val_fraction, flags.tokenizer, skip)
+    if name == "shakespeare" and _is_named(name):
+        path = str(download_shakespeare(out))
+        source = Files([path], flags.field, flags.val_fraction, flags.tokenizer, skip)
+        source.identity["files"] = [name]
+        return source
+    return Files(flags.source, flags.field, flags.val_fraction, flags.tokenizer, skip, out)
+
+
+def _is_named(source: str) -> bool:
+    """Whether a source is one of the names, and no file of the user's."""
+    return source in {*NAMES, *DATASETS} and not Path(source).is_file()
 
 
 def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
@@ -176,7 +183,7 @@ def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
                 if time.perf_counter() - marked > SECONDS_BETWEEN_MARKS:
                     writer.mark(cursor)
                     marked = time.perf_counter()
-        except UserError:  # between two blocks; after Ctrl-C, which comes anywhere, the last mark stands
+        except UserError:  # of the source or a worker: between two blocks; after all else the last mark stands
             if writer.tokens():
                 writer.mark(cursor)
             else:
@@ -211,7 +218,7 @@ class _Meter:
         shares += [tokens / self._limit] if self._limit else []
         share = max(shares, default=0.0)
         parts = [
-            f"{self._writer.documents():,} documents",
+            count(self._writer.documents(), "document"),
             f"{si(tokens)} tokens",
             f"{(text_bytes - self._bytes) / seconds / 1e6:.1f} MB/s",
         ]
@@ -223,11 +230,13 @@ class _Meter:
 
 
 def _download(flags: Flags, out: Path) -> Manifest:
-    for name, value in (("tokenizer", flags.tokenizer != "gpt2"), ("val-fraction", flags.val_fraction is not None)):
-        if value:
+    others = {"tokenizer": flags.tokenizer != "gpt2", "val-fraction": flags.val_fraction is not None}
+    others |= {"shard-tokens": flags.shard_tokens != Flags.shard_tokens, "field": flags.field != Flags.field}
+    for name, given in others.items():
+        if given:
             raise UserError(f"--{name} is for text; fineweb-10b-tokenized comes with GPT-2's tokens and its own split")
     with Display(0, 0, "downloading") as display:
-        manifest = download_tokenized(out, flags.limit, lambda name: display.say(f"{name}"))
+        manifest = download_tokenized(out, flags.limit, display.say)
     replace_text(out / MANIFEST, manifest.to_json())
     return manifest
 
@@ -236,18 +245,18 @@ def _report(flags: Flags, out: Path, manifest: Manifest) -> None:
     (train, train_documents), (val, val_documents) = manifest.count("train"), manifest.count("val")
     tokens, size = train + val, manifest.text_bytes
     print(
-        f"{'wrote':10}{out}: {train:,} training tokens of {train_documents:,} documents, {val:,} validation tokens of "
-        f"{val_documents:,}; {len(manifest.shards)} files"
+        f"{'wrote':10}{out}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
+        f"tokens ({count(val_documents, 'document')}), in {count(len(manifest.shards), 'file')}"
     )
-    if size:
+    if size and not flags.limit:
         print(f"{'':10}{size:,} bytes of text, {size / tokens:.2f} per token")
     if manifest.skipped:
-        print(f"{'skipped':10}{manifest.skipped:,} documents")
+        print(f"{'skipped':10}{count(manifest.skipped, 'document')}")
     if not val:
         print(f"{'':10}no validation tokens: no document fell to --val-fraction; training needs some from elsewhere")
     first = {side: next((s.file for s in manifest.shards if f"{side}_" in s.file), "") for side in ("train", "val")}
     globs = {
-        side: shlex.quote(str(out / (file.rsplit("_", 1)[0] + "_*.bin"))) if file else "FILES"
+        side: shlex.quote(f"{glob.escape(str(out))}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"
         for side, file in first.items()
     }
     config = "gpt2-124m" if flags.tokenizer == "gpt2" else "quickstart --data.text ''"

@@ -11,7 +11,8 @@ from token_files import write_llmc, write_nanogpt
 from gpt2_jax.config import DataConfig, SourceConfig, UserError, read_config
 from gpt2_jax.data import open_data
 from gpt2_jax.data.corpus import Document, read_corpus, split_by_name, tokenize
-from gpt2_jax.data.tokenizer import CharTokenizer, byte_encoding, encode_document, gpt2_encoding, vocab_size
+from gpt2_jax.data.encode import encode_document
+from gpt2_jax.data.tokenizer import CharTokenizer, byte_encoding, gpt2_encoding, vocab_size
 
 # --- token files ---------------------------------------------------------------------------------------
 

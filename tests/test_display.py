@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from gpt2_jax.display import Display, duration, si
+from gpt2_jax.display import Display, count, duration, si
 
 
 def test_plain_lines(capsys):
@@ -37,4 +37,5 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 def test_numbers():
     assert [si(number) for number in (7, 1234, 1_234_567, 10_300_000_000)] == ["7", "1.23k", "1.23M", "10.3G"]
+    assert [count(number, "word") for number in (0, 1, 2345)] == ["0 words", "1 word", "2,345 words"]
     assert [duration(seconds) for seconds in (0, 65.2, 3725)] == ["0:00", "1:05", "1:02:05"]

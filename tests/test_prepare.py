@@ -24,9 +24,10 @@ from gpt2_jax.config import DataConfig, UserError
 from gpt2_jax.data import hub
 from gpt2_jax.data.__main__ import main as inspect
 from gpt2_jax.data.corpus import read_corpus, tokenize
+from gpt2_jax.data.encode import boundary, encoder
 from gpt2_jax.data.prepared import read_manifest
 from gpt2_jax.data.sources import BLOCK_BYTES, Files
-from gpt2_jax.data.tokenizer import boundary, encoder, gpt2_encoding
+from gpt2_jax.data.tokenizer import gpt2_encoding
 from gpt2_jax.prepare import main as prepare
 
 END = 256  # end-of-text of the byte tokenizer
@@ -89,6 +90,45 @@ def test_every_document_is_there_once_after_an_end_of_text(lines, tmp_path):
     assert len(shards) > 4
     last = {path.name for path in (shards[-1], [path for path in shards if "train" in path.name][-1])}
     assert all(len(read_llmc(path)) == 5000 for path in shards if path.name not in last)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_line_in_the_middle_loses_nothing_else(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("gpt2_jax.data.sources.BLOCK_BYTES", 2000)
+    rows = [json.dumps({"text": f"document {number} " * 10}) for number in range(1000)]
+    rows.insert(150, "{broken")
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    args = [tmp_path / "a.jsonl", "--tokenizer", "bytes", "--workers", workers, "--out"]
+    for _ in range(2):
+        with pytest.raises(UserError, match="line 151 is not JSON"):
+            run(*args, tmp_path / "out")
+    run(*args, tmp_path / "out", "--on-error", "skip")
+    run(*args, tmp_path / "whole", "--on-error", "skip")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")) == 1000
+
+
+def test_parquet_need_not_be_utf8(tmp_path):
+    texts = pyarrow.array([b"fine", b"\xff\xfe", None, b"too"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    args = [tmp_path / "a.parquet", "--val-fraction", "0", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"row 2 cannot be tokenized .*utf-8.*; leave it out, or type --on-error skip"):
+        run(*args)
+    run(*args, "--on-error", "skip")
+    assert len([token for token in tokens_of(tmp_path / "out", "train") if token == 50256]) == 2
+
+
+def test_text_without_a_boundary_takes_no_longer_than_other_text(tmp_path):
+    """Of sizes at which anything quadratic would take minutes."""
+    words = "\r\n".join(f"word{number}" for number in range(500_000)).encode()
+    for name, content in (("words", words), ("letters", b"a" * 30_000_000), ("spaces", b" " * 30_000_000)):
+        (tmp_path / name).write_bytes(content)
+        start = time.perf_counter()
+        source = Files([str(tmp_path / name)], "text", 0, "gpt2", False)
+        parts = [block.content for block in source.blocks(None)]
+        assert b"".join(parts) == content
+        assert time.perf_counter() - start < 10
+        assert (len(parts) > 3) == (name == "words")
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "workers", "blocks"])
@@ -198,13 +238,24 @@ def test_limit_is_exact(lines, tmp_path):
 # --- tokens --------------------------------------------------------------------------------------------
 
 
-STRINGS = ["", "hello", "<|endoftext|> as text", " " * 100_000, "naïve 😀\n\t", "\r\n \x1c\x85  x", "'s 'LL ſ's I'll"]
+STRINGS = [
+    "",
+    "hello",
+    "<|endoftext|> as text",
+    " " * 100_000,
+    "naïve 😀\n\t",
+    "\r\n \x1c\x85  x",
+    "'s 'LL ſ's I'll",
+    "\u088f's a\ua7ce b\u0c5c\u088f",  # letters of Unicode 17, which tiktoken and gigatoken do not both know
+]
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_encoders_give_the_ids_of_tiktoken(gpt2_vocabulary, shared_data, fast, monkeypatch):
-    if not fast:
-        monkeypatch.setattr("gpt2_jax.data.tokenizer.importlib.util.find_spec", lambda name: None)
+    if fast:
+        pytest.importorskip("gigatoken")
+    else:
+        monkeypatch.setattr("gpt2_jax.data.encode.importlib.util.find_spec", lambda name: None)
     encoding = gpt2_encoding()
     encode = encoder(encoding)
     texts = [
@@ -371,7 +422,82 @@ def test_another_command_in_the_same_directory_is_refused(lines, tmp_path, capsy
         run(lines, "--out", tmp_path, "--tokenizer", "bytes")
 
 
+def test_what_has_gone_missing_is_noticed(many_lines, tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    args = [
+        many_lines,
+        "--tokenizer",
+        "bytes",
+        "--shard-tokens",
+        "2000000",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "out",
+    ]
+    process = command(script, *args)
+    while not (tmp_path / "out" / "train_000001.bin").exists() or not list((tmp_path / "out").glob("val*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.2)  # for a mark
+    process.kill()
+    process.communicate()
+    for pattern in ("train_000000.bin", "val*"):
+        (path,) = (tmp_path / "out").glob(pattern)
+        path.rename(tmp_path / "away")
+        before = (tmp_path / "out" / "progress.json").read_text()
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"{path} is missing; bring it back"):
+                run(*args)
+        assert (tmp_path / "out" / "progress.json").read_text() == before
+        (tmp_path / "away").rename(path)
+    run(*args)
+    run(*args[:-1], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    (tmp_path / "out" / "train_000001.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000001.bin is missing"):
+        run(*args)
+
+
+def test_a_start_that_came_to_nothing_leaves_nothing(lines, tmp_path):
+    """Killed behind a shard, before the second mark; then the source cannot be read; then it can."""
+    out, content = tmp_path / "out", lines.read_bytes()
+    run(lines, "--out", tmp_path / "whole", "--tokenizer", "bytes", "--shard-tokens", "5000")
+    run(lines, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "5000")
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").unlink()
+    nothing = {side: {"number": 0, "tokens": 0, "documents": 0} for side in ("train", "val")}
+    progress = {"settings": manifest["settings"], "cursor": None, "text_bytes": 0, "skipped": 0}
+    (out / "progress.json").write_text(json.dumps({**progress, "open": nothing, "shards": []}))
+    lines.write_bytes(b"{" + content[1:].replace(b'"', b"'", 1))
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        run(lines, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "5000")
+    assert contents(out) == {}
+    lines.write_bytes(content)
+    run(lines, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "5000")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_the_directory_itself_is_no_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one ")
+    Path("b.txt").write_text("two ")
+    for _ in range(2):
+        run("**/*", "--out", "deep/out", "--tokenizer", "bytes")
+    assert sorted(
+        documents_of(tmp_path / "deep" / "out", "train") + documents_of(tmp_path / "deep" / "out", "val")
+    ) == [
+        "one ",
+        "two ",
+    ]
+    run("a.txt", tmp_path / "b.txt", "--out", "mixed", "--tokenizer", "bytes")  # relative and absolute
+
+
 # --- what is wrong with a source -----------------------------------------------------------------------
+
+
+ZSTD = zstandard.ZstdCompressor().compress(b"fine " + random.Random(0).randbytes(100_000).hex().encode())
 
 
 @pytest.mark.parametrize(
@@ -380,7 +506,7 @@ def test_another_command_in_the_same_directory_is_refused(lines, tmp_path, capsy
         (
             "a.jsonl",
             b'{"text": "fine"}\n{"text": \n',
-            r"line 2 is not JSON \(.*; mend it, or type --on-error skip",
+            r"line 2 is not JSON \(.*; mend it and give another --out, or type --on-error skip",
         ),
         ("a.jsonl", b'{"text": "fine"}\n\n\n[1]\n', "line 4 has no field 'text', but list"),
         (
@@ -393,6 +519,8 @@ def test_another_command_in_the_same_directory_is_refused(lines, tmp_path, capsy
         ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], r"a.jsonl.gz cannot be read \(.*; copy it again"),
         ("a.jsonl.gz", b'{"text": "fine"}\n', r"cannot be read \(Not a gzipped file"),
         ("a.jsonl.zst", b'{"text": "fine"}\n', r"a.jsonl.zst cannot be read \("),
+        ("a.jsonl.zst", ZSTD[:-9], r"a.jsonl.zst cannot be read \(the last frame is cut off"),
+        ("a.txt.zst", ZSTD[: len(ZSTD) // 2], r"a.txt.zst cannot be read \(the last frame is cut off"),
         ("a.parquet", b"PAR1 not quite", r"a.parquet cannot be read \(Parquet"),
         ("a.txt", b"fine so far caf\xe9 \n", r"is not UTF-8 text \(byte 15\); convert it, .*--on-error skip"),
         ("a.txt", b"caf\xc3", r"is not UTF-8 text \(byte 3\)"),
@@ -551,6 +679,10 @@ def test_fineweb_as_tokens(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"fineweb_train_000002.bin is damaged: its SHA-256 is not the hub's"):
         run("fineweb-10b-tokenized", "--out", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    write_llmc(tmp_path / "mine" / "train_000000.bin", [1, 2])
+    with pytest.raises(UserError, match=r"mine holds train_000000.bin already; give another --out"):
+        run("fineweb-10b-tokenized", "--out", tmp_path / "mine")
 
 
 def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch, shared_data):
@@ -560,7 +692,10 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch, share
     assert bytes(token for token in tokens_of(tmp_path / "out", "train") if token < END) == content[:1_003_854]
     monkeypatch.setitem(hub.WHERE_TO_GET, hub.SHAKESPEARE, "file:///nowhere")
     run("shakespeare", "--out", tmp_path / "out", "--tokenizer", "bytes")
-    with pytest.raises(UserError, match=r"cannot be downloaded .*; without network, copy that file to"):
+    with pytest.raises(UserError, match=r"cannot be downloaded .*; without network, copy it to"):
+        run("shakespeare", "--out", tmp_path / "other", "--tokenizer", "bytes")
+    monkeypatch.setitem(hub.WHERE_TO_GET, hub.SHAKESPEARE, Path(__file__).as_uri())
+    with pytest.raises(UserError, match=r"is not the known file, but .* other bytes; copy that to"):
         run("shakespeare", "--out", tmp_path / "other", "--tokenizer", "bytes")
     assert not (tmp_path / "other").exists()
 
@@ -601,7 +736,7 @@ def test_what_directories_of_others_hold(tmp_path, capsys, gpt2_vocabulary):
     for arguments, message in (
         ([str(tmp_path / "none")], "cannot be read: No such file"),
         ([str(Path(__file__).parent)], "has no token files"),
-        ([str(tmp_path), "--windows", "-1"], "--windows has to be 0 or more"),
+        ([str(tmp_path), "--windows", "-1"], "--windows and --seed have to be 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
             inspect(arguments)

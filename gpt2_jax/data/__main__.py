@@ -14,7 +14,7 @@ from gpt2_jax.config import TokenizerName, UserError
 from gpt2_jax.data.prepared import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
-from gpt2_jax.display import Display
+from gpt2_jax.display import Display, count
 
 PROG = "python -m gpt2_jax.data"
 STEP = 1 << 22  # Tokens that are counted at a time.
@@ -44,19 +44,21 @@ def main(args: Sequence[str]) -> int:
         paths = sorted(path for path in directory.iterdir() if path.suffix in (".bin", ".npy"))
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from error
+    manifest = read_manifest(directory)
     if not paths:
         raise UserError(f"{directory} has no token files (.bin, .npy); python -m gpt2_jax.prepare makes some")
-    if flags.windows < 0 or flags.window_tokens < 1:
-        raise UserError("--windows has to be 0 or more, and --window-tokens at least 1")
-    manifest = read_manifest(directory)
+    if flags.windows < 0 or flags.window_tokens < 1 or flags.seed < 0:
+        raise UserError("--windows and --seed have to be 0 or more, and --window-tokens at least 1")
     files = open_token_files(paths)
     meta = directory / "meta.pkl"
     guess: TokenizerName = "chars" if meta.exists() else "gpt2"
     name: TokenizerName = flags.tokenizer or (manifest.settings["tokenizer"] if manifest else guess)
-    characters = read_characters(meta).characters if name == "chars" and meta.exists() else ""
+    if name == "chars" and not meta.exists():
+        raise UserError(f"{directory} has no meta.pkl with its characters; take --tokenizer gpt2 or bytes")
+    characters = read_characters(meta).characters if name == "chars" else ""
     with Display(0, len(files), "reading") as display:
         _show(display, directory, manifest, files, name, vocab_size(name, characters))
-    if flags.windows:
+    if flags.windows and any(map(len, files)):
         tokenizer = get_tokenizer(name, characters)
         rng = np.random.default_rng(flags.seed)
         weights = np.array([len(file) for file in files], dtype=float)
@@ -85,11 +87,11 @@ def _show(
                 f"{file.path} has the token {largest}, beyond the {size:,} of the tokenizer {name!r}; give "
                 "another --tokenizer, or prepare it again"
             )
-        counted = "" if end is None else f", {documents:,} documents"
+        counted = "" if end is None else f", {count(documents, 'document')}"
         display.say(f"{file.path.name:24}{len(file):>15,} tokens{counted}, largest {largest}")
         display.show(done, f"{done}/{len(files)} files", ["read"])
     total = sum(map(len, files))
-    display.say(f"{'in all':24}{total:>15,} tokens in {len(files)} files, tokenizer {name}")
+    display.say(f"{'in all':24}{total:>15,} tokens in {count(len(files), 'file')}, tokenizer {name}")
     if manifest is None:
         display.say("no manifest.json: nothing to compare with")
         return
@@ -100,7 +102,9 @@ def _show(
             f"{directory / odd} is {'missing' if odd in listed else 'not in manifest.json'}; prepare it again"
         )
     verify(directory, manifest)
-    display.say(f"manifest.json: {len(manifest.shards)} checksums agree; made of {manifest.settings['source']}")
+    display.say(
+        f"manifest.json: {count(len(manifest.shards), 'checksum')} agree; made of {manifest.settings['source']}"
+    )
 
 
 if __name__ == "__main__":

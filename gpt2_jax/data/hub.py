@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 from gpt2_jax.config import UserError
 from gpt2_jax.data.corpus import WHERE_TO_GET
-from gpt2_jax.data.prepared import Manifest, Shard, Side
+from gpt2_jax.data.prepared import Manifest, Shard, Side, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source, import_extra
 from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE
+from gpt2_jax.files import replace_text
 
 OFFLINE = (
     "without network, prepare on another machine and copy the directory, or download the Parquet files there and give "
@@ -166,17 +168,20 @@ def download_shakespeare(directory: Path) -> Path:
         UserError: it cannot be downloaded, or is not what it was.
     """
     path = directory / SHAKESPEARE
-    if not path.exists():
+    source = WHERE_TO_GET[SHAKESPEARE]
+    if path.exists():
+        content, where = path.read_bytes(), str(path)
+    else:
         try:
-            with urllib.request.urlopen(WHERE_TO_GET[SHAKESPEARE], timeout=60) as response:
-                content = response.read()
-        except OSError as error:
-            raise UserError(
-                f"{WHERE_TO_GET[SHAKESPEARE]} cannot be downloaded ({error}); without network, copy that file to {path}"
-            ) from error
-        path.write_bytes(content)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f"{path} is not the known file ({path.stat().st_size:,} bytes); remove it and try again")
+            with urllib.request.urlopen(source, timeout=60) as response:
+                content, where = response.read(), source
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{source} cannot be downloaded ({reason}); without network, copy it to {path}") from error
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(f"{where} is not the known file, but {len(content):,} other bytes; copy that to {path}")
+    if not path.exists():
+        replace_text(path, content.decode("utf-8"))
     return path
 
 
@@ -190,16 +195,20 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
     """
     from huggingface_hub import hf_hub_download
 
+    before = read_manifest(directory)
+    foreign = [path.name for path in directory.glob("*.bin") if not path.name.startswith("fineweb_")]
+    if foreign or (before and before.settings["source"].get("dataset") != TOKENIZED):
+        raise UserError(f"{directory} holds {foreign[0] if foreign else 'other tokens'} already; give another --out")
     info = _online(TOKENIZED, lambda: _info(TOKENIZED))
     files = {file.rfilename: file for file in info.siblings if file.rfilename.endswith(".bin")}
     names = sorted(files, key=lambda name: ("_val_" not in name, name))
     shards: list[Shard] = []
     tokens = 0
     for name in names:
-        if "_val_" not in name and limit and tokens >= limit:
-            break
-        say(name)
         path = directory / name
+        if "_val_" not in name and limit and tokens >= limit and not path.exists():
+            continue
+        say(name)
         expected = files[name].lfs.sha256
         if not path.exists():
             _online(
@@ -208,8 +217,7 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
                     TOKENIZED, name, repo_type="dataset", revision=info.sha, local_dir=directory
                 ),
             )
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if found != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the hub's; remove it, and type the same command")
         stream = open_tokens(path)
@@ -221,5 +229,5 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
         tokens += 0 if "_val_" in name else len(stream)
     if not shards:
         raise UserError(f"{TOKENIZED} has no token files any more; prepare fineweb-10b instead")
-    settings = {"source": {"dataset": TOKENIZED, "revision": info.sha}, "tokenizer": "gpt2", "limit": limit}
+    settings = {"source": {"dataset": TOKENIZED, "revision": info.sha}, "tokenizer": "gpt2"}
     return Manifest(settings, 0, 0, tuple(sorted(shards, key=lambda shard: shard.file)))

@@ -10,10 +10,12 @@ last block that `progress.json` knows, and the files become the same, byte for b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -47,7 +49,7 @@ class Manifest:
 
     Attributes:
         settings: what it was made of and how: source, tokenizer, options.
-        text_bytes: of the documents, in UTF-8; 0 where only tokens were seen.
+        text_bytes: of the documents that were read, in UTF-8; 0 where only tokens were seen.
         skipped: documents that were left out because something was wrong with them.
         shards: the token files, training first.
     """
@@ -69,23 +71,42 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """What a directory's `manifest.json` says, None without one.
+    """What a directory's `manifest.json` says, None without one, or if it is none of ours.
 
     Raises:
         UserError: it is damaged, or the directory is not finished.
     """
-    if (directory / PROGRESS).exists() and not (directory / MANIFEST).exists():
+    path = directory / MANIFEST
+    if (directory / PROGRESS).exists() and not path.exists():
         raise UserError(
             f"{directory} is not finished; type the command that prepares it again: it goes on (or remove {PROGRESS})"
         )
-    try:
-        table = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        shards = tuple(Shard(**shard) for shard in table["shards"])
-        return Manifest(table["settings"], table["text_bytes"], table["skipped"], shards)
-    except FileNotFoundError:
+    table = _read_json(path)
+    if table is None or not {"settings", "shards"} <= table.keys():
         return None
+    with _damaged(path):
+        shards = tuple(Shard(**shard) for shard in table["shards"])
+        settings = {"source": {}, "tokenizer": "gpt2", **table["settings"]}
+        return Manifest(settings, table["text_bytes"], table["skipped"], shards)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no file."""
+    with _damaged(path):
+        if not path.exists():
+            return None
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise TypeError(f"it holds {type(table).__name__}")
+        return table
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / MANIFEST} is damaged ({error}); prepare the directory again") from error
+        raise UserError(f"{path} is damaged ({error}); prepare the directory again, in another --out") from error
 
 
 def sha256(path: Path) -> str:
@@ -132,36 +153,45 @@ class ShardWriter:
         self._shard_tokens, self._end_of_text = shard_tokens, end_of_text
         self._open: dict[Side, _Open] = {side: _Open() for side in SIDES}
         self._files: dict[Side, BinaryIO] = {}
-        if manifest := self._belongs(MANIFEST):
-            self.finished = True
-            self.text_bytes, self.skipped = manifest["text_bytes"], manifest["skipped"]
-            self.shards = [Shard(**shard) for shard in manifest["shards"]]
-        elif progress := self._belongs(PROGRESS):
-            self.cursor = progress["cursor"]
-            self.text_bytes, self.skipped = progress["text_bytes"], progress["skipped"]
-            self.shards = [Shard(**shard) for shard in progress["shards"]]
-            self._open = {side: _Open(**progress["open"][side]) for side in SIDES}
-        elif foreign := sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".npy")):
+        for name in (MANIFEST, PROGRESS):
+            if table := _read_json(directory / name):
+                with _damaged(directory / name):
+                    self._go_on(table, finished=name == MANIFEST)
+                self._look()
+                return
+        if foreign := sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".npy")):
             raise UserError(f"{directory} holds {foreign[0]}, which is not of this command; give another --out")
 
-    def _belongs(self, name: str) -> dict[str, Any] | None:
-        """The table in one of the two files, if it is there and of these settings."""
-        path = self.directory / name
-        try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); give another --out") from error
+    def _go_on(self, table: dict[str, Any], finished: bool) -> None:
+        """Takes over what the writer before wrote down."""
         theirs, ours = _flat(table["settings"]), _flat(self.settings)
-        changed = [f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in {**theirs, **ours}
-                   if theirs.get(key) != ours.get(key)]  # fmt: skip
+        changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if changed:
+            listed = "; ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in changed)
             raise UserError(
-                f"{self.directory} holds other tokens than these ({'; '.join(changed)}); go back to its source and "
-                "options, or give another --out"
+                f"{self.directory} holds other tokens than these ({listed}); go back to its source and options, or "
+                "give another --out"
             )
-        return table
+        self.finished, self.text_bytes, self.skipped = finished, table["text_bytes"], table["skipped"]
+        self.shards = [Shard(**shard) for shard in table["shards"]]
+        if not finished:
+            self.cursor = table["cursor"]
+            self._open = {side: _Open(**table["open"][side]) for side in SIDES}
+
+    def _look(self) -> None:
+        """Makes sure that everything which was written down is there."""
+        sizes = {self.directory / shard.file: HEADER_BYTES + 2 * shard.tokens for shard in self.shards}
+        for side, part in self._open.items():
+            if part.tokens:
+                whole = self.directory / self._name(side)  # completed after the last mark
+                path = whole if whole.exists() else whole.with_name(whole.name + PARTIAL)
+                sizes[path] = HEADER_BYTES + 2 * part.tokens
+        for path, size in sizes.items():
+            if not path.exists() or path.stat().st_size < size:
+                what = "shorter than it was" if path.exists() else "missing"
+                raise UserError(
+                    f"{path} is {what}; bring it back, or remove {self.directory} and type the same command"
+                )
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -218,11 +248,12 @@ class ShardWriter:
         return manifest
 
     def discard(self) -> None:
-        """Removes what a directory without a single token holds."""
-        for side, file in self._files.items():
-            file.close()
-            (self.directory / (self._name(side) + PARTIAL)).unlink()
+        """Removes everything from a directory of which no token is known."""
+        self.__exit__()
         self._files.clear()
+        for side in SIDES:
+            for path in [*self.directory.glob(f"{side}_*.bin"), *self.directory.glob(f"{side}_*.bin{PARTIAL}")]:
+                path.unlink()
         (self.directory / PROGRESS).unlink(missing_ok=True)
 
     def _name(self, side: Side) -> str:
@@ -238,8 +269,6 @@ class ShardWriter:
             size = HEADER_BYTES + 2 * self._open[side].tokens
             if not self._open[side].tokens:
                 partial.write_bytes(header_bytes(0))
-            elif not partial.exists() or partial.stat().st_size < size:
-                raise UserError(f"{partial} is shorter than {PROGRESS} says; give another --out")
             file = open(partial, "r+b")  # noqa: SIM115
             file.truncate(size)
             file.seek(size)

@@ -165,8 +165,9 @@ def _open_npy(path: Path) -> TokenFile:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a NumPy file of tokens, or cut off ({error}); copy it again") from error
-    if mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise UserError(f"{path} holds {mapped.dtype} {list(mapped.shape)}; expected uint16 [tokens]")
+    if not isinstance(mapped, np.memmap) or mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        found = f"{mapped.dtype} {list(mapped.shape)}" if isinstance(mapped, np.ndarray) else "several arrays"
+        raise UserError(f"{path} holds {found}; expected uint16 [tokens]")
     return TokenFile(path, mapped.size, int(mapped.offset), mapped.dtype)
 
 

@@ -1,7 +1,8 @@
 """Where `prepare` gets documents: the user's files and the standard library; `hub.py` has the datasets.
 
 A source is read once, in order, as blocks of about a megabyte, so that neither a large file nor a large corpus has to
-fit into memory. Each block knows the cursor behind it, from which a later process reads on.
+fit into memory (only a line of JSON, and text without white space, are held whole). Each block knows the cursor behind
+it, from which a later process reads on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import numpy as np
 
 from gpt2_jax.config import TokenizerName, UserError
 from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, held_out_names, stdlib_files
+from gpt2_jax.data.encode import boundary
 from gpt2_jax.data.prepared import Side
-from gpt2_jax.data.tokenizer import boundary
 
 BLOCK_BYTES = 1 << 20
 LINES = (".jsonl", ".ndjson", ".json")
@@ -84,10 +85,10 @@ class Source(abc.ABC):
 
 
 class Files(Source):
-    """Text (a file is a document), JSON lines and Parquet (a row is a document), also as .gz and .zst.
+    """Text (a file is a document) and JSON lines, also as .gz and .zst, and Parquet (a row is a document).
 
-    Of several text files those are held out whose hashed names are smallest, of a single one its end; of lines and rows
-    those whose hashed text is below `val_fraction`.
+    Of several text files those are held out whose hashed names are smallest; of a text that is the only file its end;
+    of lines and rows those whose hashed text is below `val_fraction`.
 
     Args:
         patterns: files and globs, or "stdlib" alone.
@@ -95,25 +96,37 @@ class Files(Source):
         val_fraction: None for 0.1 (of the standard library 0.05, as the preset quickstart has it).
         tokenizer: text has to be UTF-8 for all but "bytes".
         skip: whether text that is not UTF-8 is left out, instead of being an error.
+        without: a directory whose files do not count: the one that is written.
 
     Raises:
         UserError: no file matches, or all are empty.
     """
 
     def __init__(
-        self, patterns: Sequence[str], field: str, val_fraction: float | None, tokenizer: TokenizerName, skip: bool
+        self,
+        patterns: Sequence[str],
+        field: str,
+        val_fraction: float | None,
+        tokenizer: TokenizerName,
+        skip: bool,
+        without: Path | None = None,
     ) -> None:
         self._field, self._tokenizer, self._skip = field, tokenizer, skip
         stdlib = list(patterns) == [STDLIB]
         self.val_fraction = (0.05 if stdlib else 0.1) if val_fraction is None else val_fraction
-        found = stdlib_files() if stdlib else _found(patterns)
+        found = stdlib_files() if stdlib else _found(patterns, without and Path(os.path.abspath(without)))
         self._files = {name: (path, path.stat().st_size) for name, path in found.items() if path.stat().st_size}
         if not self._files:
             raise UserError(f"{' '.join(patterns)}: every file is empty; give files with text in them")
         self.total = sum(size for _, size in self._files.values())
         listing = "".join(f"{name}\0{size}\0" for name, (_, size) in self._files.items())
         digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-        self.identity = {"files": list(patterns), "count": len(self._files), "bytes": self.total, "listing": digest}
+        self.identity = {
+            "files": [*patterns[:3], *["…"] * (len(patterns) > 3)],
+            "count": len(self._files),
+            "bytes": self.total,
+            "listing": digest,
+        }
         if any(_kind(path) != "text" for path, _ in self._files.values()):
             self.identity["field"] = field
         texts = [name for name, (path, _) in self._files.items() if _kind(path) == "text"]
@@ -161,10 +174,10 @@ class Files(Source):
             for side, start, stop in parts:
                 rest = b""
                 while stop is None or place < stop:
-                    room = BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - place - len(rest))
-                    data = rest + file.read(room)
+                    room = max(BLOCK_BYTES, len(rest))  # twice as much each time that there is no boundary
+                    data = rest + file.read(room if stop is None else min(room, stop - place - len(rest)))
                     at_end = len(data) == len(rest)
-                    end = len(data) if at_end else boundary(data)
+                    end = len(data) if at_end or self._tokenizer == "bytes" else boundary(data)
                     rest, data = data[end:], data[:end]
                     if data:
                         cursor = [number, place + end, 0]
@@ -184,7 +197,7 @@ class Files(Source):
                 yield Block("lines", data, str(path), first, None, [number, place, line], disk.tell())
 
     def _parquet(self, path: Path, number: int, place: int) -> Iterator[Block]:
-        parquet = import_extra("pyarrow.parquet", f"reading {path}")
+        pyarrow, parquet = (import_extra(name, f"reading {path}") for name in ("pyarrow", "pyarrow.parquet"))
         with parquet.ParquetFile(path) as table:
             if self._field not in table.schema_arrow.names:
                 known = ", ".join(table.schema_arrow.names)
@@ -196,7 +209,10 @@ class Files(Source):
                     row = end
                     continue
                 for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=[self._field]):
-                    texts = batch.column(0).to_pylist()[max(place - row, 0) :]
+                    column = batch.column(0)
+                    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                        column = column.cast(pyarrow.large_binary())  # it need not be UTF-8: the workers see to it
+                    texts = column.to_pylist()[max(place - row, 0) :]
                     row += len(batch)
                     if texts:
                         first = row - len(texts) + 1
@@ -212,13 +228,16 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def _found(patterns: Sequence[str]) -> dict[str, Path]:
-    """The files of patterns by their names below their common folder, in order."""
+def _found(patterns: Sequence[str], without: Path | None) -> dict[str, Path]:
+    """The files of patterns, but those in `without`, by their names below their common folder, in order."""
     paths: set[str] = set()
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
-        found = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
-        files = [path for path in found if os.path.isfile(path)]
+        if os.path.isfile(expanded):
+            files = [expanded]
+        else:
+            found = (Path(os.path.abspath(path)) for path in glob.glob(expanded, recursive=True))
+            files = [str(path) for path in found if path.is_file() and without not in path.parents]
         if not files:
             source = WHERE_TO_GET.get(Path(pattern).name)
             if os.path.isdir(expanded):
@@ -227,29 +246,52 @@ def _found(patterns: Sequence[str]) -> dict[str, Path]:
                 advice = f"type curl -o {pattern} {source}" if source else "--help lists the sources that have names"
             raise UserError(f"{pattern!r} matches no file; {advice}")
         paths.update(files)
-    ordered = sorted(paths)
+    ordered = sorted({os.path.abspath(path) for path in paths})
     root = os.path.dirname(ordered[0]) if len(ordered) == 1 else os.path.commonpath(ordered)
     return {os.path.relpath(path, root): Path(path) for path in ordered}
 
 
 def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     if suffixes and suffixes[-1] == ".parquet":
         return "parquet"
     return "lines" if suffixes and suffixes[-1] in LINES else "text"
+
+
+class _Zstandard(io.RawIOBase):
+    """The bytes of the frames in a .zst file; zstandard's own reader takes a file that is cut off for a whole one."""
+
+    def __init__(self, disk: IO[bytes], path: Path) -> None:
+        decompressor = import_extra("zstandard", f"reading {path}").ZstdDecompressor(max_window_size=1 << 31)
+        self._disk, self._new, self._frame, self._ready, self._rest = disk, decompressor.decompressobj, None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._disk.read(1 << 16)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            frame = self._frame or self._new()
+            self._ready = frame.decompress(data)
+            self._frame, self._rest = (None, frame.unused_data) if frame.eof else (frame, b"")
+        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The bytes of a file, decompressed, and the file on the disk."""
     with open(path, "rb") as disk:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.GzipFile(fileobj=disk) as file:
                 yield cast(IO[bytes], file), disk
-        elif path.suffix == ".zst":
-            zstandard = import_extra("zstandard", f"reading {path}")
-            reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(disk, read_across_frames=True)
-            yield io.BufferedReader(reader, BLOCK_BYTES), disk
+        elif path.suffix.lower() == ".zst":
+            yield io.BufferedReader(_Zstandard(disk, path), BLOCK_BYTES), disk
         else:
             yield disk, disk
 

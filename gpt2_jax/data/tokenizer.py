@@ -6,13 +6,8 @@ pipeline writes the end-of-text token.
 
 from __future__ import annotations
 
-import base64
 import codecs
-import functools
-import importlib.util
 import pickle
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,88 +151,6 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
     if isinstance(tokenizer, tiktoken.Encoding) and END_OF_TEXT in tokenizer.special_tokens_set:
         return tokenizer.eot_token
     return None
-
-
-def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
-    """The fastest way from UTF-8 to the tokens of `encode_ordinary`, uint16: gigatoken's where it is installed.
-
-    With the byte encoding it takes any bytes. Others raise `UnicodeDecodeError` for what is not UTF-8.
-    """
-    if not isinstance(tokenizer, tiktoken.Encoding):
-        return lambda text: np.array(tokenizer.encode_ordinary(text.decode("utf-8")), dtype=np.uint16)
-    if tokenizer.name == "bytes":  # its own loop, at the speed of a copy
-        return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-    if tokenizer.name == "gpt2" and importlib.util.find_spec("gigatoken"):
-        return _gigatoken(tokenizer)
-    return lambda text: tokenizer.encode_to_numpy(text.decode("utf-8"), disallowed_special=()).astype(np.uint16)
-
-
-def boundary(data: bytes) -> int:
-    """The last place at which UTF-8 text may be cut without changing GPT-2's tokens, 0 if there is none.
-
-    No piece of GPT-2's splitting pattern reaches from a character that is no white space to white space behind it, and
-    its one look ahead is about white space alone. So text may be cut between the two.
-    """
-    end = len(data)
-    while (end := max(data.rfind(b" ", 0, end), data.rfind(b"\n", 0, end))) > 0:
-        start = end - 1
-        while start > 0 and data[start] & 0xC0 == 0x80:  # within a character
-            start -= 1
-        if not data[start:end].decode("utf-8", "replace").isspace():
-            return end
-    return 0
-
-
-class _Gigatoken:
-    """gigatoken's tokenizer of the same byte pairs, without special tokens: it would find those in any text."""
-
-    PIECE_BYTES = 1 << 16  # Of longer texts it is slower, and keeps a hundred megabytes.
-    FRESH_BYTES = 1 << 29  # It remembers what it has seen: a fresh one after so much text bounds its memory.
-
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        ranks = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
-        self._lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
-        self._renew()
-
-    def _renew(self) -> None:
-        import gigatoken
-
-        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.writelines(self._lines)
-            file.flush()
-            self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {}), 0
-
-    def __call__(self, text: bytes) -> np.ndarray:
-        if self._bytes > self.FRESH_BYTES:
-            self._renew()
-        self._bytes += len(text)
-        parts, start = [], 0
-        while start < len(text):
-            piece = text[start : start + self.PIECE_BYTES]
-            end = boundary(piece) if start + len(piece) < len(text) else len(piece)
-            piece = piece[:end] if end else text[start:]
-            parts.append(self._tokenizer.encode(piece.decode("utf-8")).astype(np.uint16))
-            start += len(piece)
-        return np.concatenate([np.empty(0, np.uint16), *parts])
-
-
-_gigatoken = functools.cache(_Gigatoken)
-
-
-def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:
-    """Tokens of one document, uint16, end-of-text before them where the tokenizer has it.
-
-    Raises:
-        UserError: the document is not UTF-8, and the tokenizer is not bytes.
-    """
-    start = end_of_text(tokenizer)
-    try:
-        tokens = encoder(tokenizer)(document)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}); convert it, or type --data.tokenizer bytes"
-        ) from error
-    return np.concatenate([np.array([] if start is None else [start], dtype=np.uint16), tokens])
 
 
 class TextStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -17,8 +18,9 @@ import numpy as np
 
 from gpt2_jax.config import TokenizerName, UserError
 from gpt2_jax.data.corpus import hashed_share
+from gpt2_jax.data.encode import encoder
 from gpt2_jax.data.sources import Block
-from gpt2_jax.data.tokenizer import Tokenizer, encoder, end_of_text, get_tokenizer
+from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +63,40 @@ class BlockTokenizer:
             UserError: something is wrong with a document, and it is not to be skipped.
         """
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
-        text_bytes, skipped = 0, block.skipped
+        text_bytes, skipped, fraction = 0, block.skipped, self._settings.val_fraction
         if block.kind == "text":
             assert isinstance(block.content, bytes)
             text_bytes = len(block.content)
-            parts[block.side == "val"] = [self._start[: int(block.starts)], self._encode(block.content)]
-        else:
-            for document in self._documents(block):
-                if isinstance(document, UserError):
-                    if not self._settings.skip:
-                        raise document
-                    skipped += 1
-                    continue
-                data = _utf8(document)
-                if not data:
-                    continue
-                fraction = self._settings.val_fraction
-                val = block.side == "val" or (block.side is None and fraction > 0 and hashed_share(data) < fraction)
-                parts[val] += [self._start, self._encode(data)]
-                text_bytes += len(data)
+            tokens = self._tokens(block.content, block.where)
+            if isinstance(tokens, UserError):
+                raise tokens
+            parts[block.side == "val"] = [self._start[: int(block.starts)], tokens]
+        for where, document in self._documents(block):
+            tokens = document if isinstance(document, UserError) else self._tokens(document, where)
+            if isinstance(tokens, UserError):
+                if not self._settings.skip:
+                    raise tokens
+                skipped += 1
+            elif document:
+                assert isinstance(document, bytes)
+                val = block.side == "val" or (block.side is None and fraction > 0 and hashed_share(document) < fraction)
+                parts[val] += [self._start, tokens]
+                text_bytes += len(document)
         train, val_tokens = (np.concatenate([np.empty(0, np.uint16), *parts[val]]) for val in (False, True))
         return Tokenized(train, val_tokens, text_bytes, skipped)
 
-    def _documents(self, block: Block) -> Iterator[str | UserError]:
-        """The documents of lines or texts, or what is wrong with them."""
+    def _tokens(self, document: bytes, where: str) -> np.ndarray | UserError:
+        try:
+            return self._encode(document)
+        except ValueError as error:  # not UTF-8, or more white space than tiktoken's pattern takes
+            reason = " ".join(str(error).split())[:100]
+            return UserError(f"{where} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
+
+    def _documents(self, block: Block) -> Iterator[tuple[str, bytes | UserError]]:
+        """The documents of lines or texts with their places, or what is wrong with them."""
         field = self._settings.field
+        if block.kind == "text":
+            return
         lines = block.content.split(b"\n") if isinstance(block.content, bytes) else block.content
         for number, line in enumerate(lines, block.first):
             where = f"{block.where}, {'line' if block.kind == 'lines' else 'row'} {number}"
@@ -96,19 +107,22 @@ class BlockTokenizer:
                 try:
                     table = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield UserError(f"{where} is not JSON ({error}); mend it, or type --on-error skip")
+                    yield where, UserError(f"{where} is not JSON ({error}); {MEND}")
                     continue
                 if not isinstance(table, dict) or field not in table:
                     found = f"the fields {', '.join(table)}" if isinstance(table, dict) else type(table).__name__
-                    yield UserError(f"{where} has no field {field!r}, but {found}; type --field, or --on-error skip")
+                    yield where, UserError(f"{where} has no field {field!r}, but {found}; type --field; or {MEND}")
                     continue
                 document = table[field]
             if isinstance(document, str):
-                yield document
+                yield where, _utf8(document)
+            elif isinstance(document, bytes):
+                yield where, document
             else:
-                yield UserError(
-                    f"{where}: {field} is {type(document).__name__}, not text; type --field, or --on-error skip"
-                )
+                yield where, UserError(f"{where}: {field} is {type(document).__name__}, not text; {MEND}")
+
+
+MEND = "mend it and give another --out, or type --on-error skip"
 
 
 def _utf8(text: str) -> bytes:
@@ -131,30 +145,42 @@ def tokenize_all(blocks: Iterable[Block], settings: Settings, workers: int) -> I
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (settings,))
     waiting: collections.deque[tuple[Block, concurrent.futures.Future[Tokenized]]] = collections.deque()
+    source, error = iter(blocks), None
 
     def finished() -> tuple[Block, Tokenized]:
         block, future = waiting.popleft()
         return dataclasses.replace(block, content=b""), future.result()
 
     try:
-        error: UserError | None = None
-        try:
-            for block in blocks:
+        while True:
+            try:
+                block = next(source, None)
+            except UserError as caught:  # what the source gave before it counts
+                block, error = None, caught
+            if block is None:
+                break
+            with _without_interrupts():
                 waiting.append((block, pool.submit(_work, block)))
-                if len(waiting) > 2 * workers + 1:
-                    yield finished()
-        except UserError as caught:  # in the source: what came before it counts
-            error = caught
+            if len(waiting) > 2 * workers + 1:
+                yield finished()
         while waiting:
             yield finished()
         if error:
             raise error
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError(
-            "a worker was killed, perhaps for want of memory; type the same command, --workers 1"
-        ) from error
+    except concurrent.futures.process.BrokenProcessPool as broken:
+        raise UserError("a worker was killed, perhaps for want of memory; type the same with --workers 1") from broken
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start within do not hear Ctrl-C, which is this one's to answer, not even while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _tokenizer: BlockTokenizer | None = None  # of this worker
@@ -162,7 +188,7 @@ _tokenizer: BlockTokenizer | None = None  # of this worker
 
 def _start_worker(settings: Settings) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
