@@ -109,7 +109,7 @@ class _Gigatoken:
 
     def _encode(self, text: str) -> np.ndarray:
         # The two know letters of different versions of Unicode, newer than Python's.
-        if not text.isascii() and _unassigned().search(text):
+        if not text.isascii() and _unassigned()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any():
             return _tiktoken(self._encoding, text)
         return self._tokenizer.encode(text).astype(np.uint16)
 
@@ -118,9 +118,6 @@ _gigatoken = functools.cache(_Gigatoken)
 
 
 @functools.cache
-def _unassigned() -> re.Pattern[str]:
-    """Characters that this Python's Unicode does not know."""
-    unknown = np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])
-    edges = np.flatnonzero(np.diff(unknown, prepend=False, append=False)).tolist()
-    ranges = (f"\\U{first:08x}-\\U{end - 1:08x}" for first, end in zip(edges[::2], edges[1::2], strict=True))
-    return re.compile(f"[{''.join(ranges)}]")
+def _unassigned() -> np.ndarray:
+    """Of each code point, whether it is no character of this Python's Unicode: bool [0x110000]."""
+    return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])
