@@ -285,32 +285,33 @@ def tokenizing(directory, documents, repeat, megabytes):
 def main():
     """Measures and writes the table and the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["read", "prepare"], help="the pipeline, or `prepare`; by default both")
     parser.add_argument("--text", nargs="*", default=[], help="text files to tokenize instead of the standard library")
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--batches", type=int, default=200, help="of 512 × 1,024 tokens, in each repetition")
-    parser.add_argument("--megabytes", type=int, default=100, help="of text for `prepare`")
-    parser.add_argument("--name", default="data", help="of the file in bench/results")
+    parser.add_argument("--megabytes", type=int, default=40, help="of text for `prepare`")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        for name in ("random", "sparse", "text"):
-            (root / name).mkdir()
-        figures = {"start": start_up(root / "sparse", args.repeat)}
-        figures["pipeline"] = pipeline(root / "random", args.repeat, args.batches)
-        figures["restore"] = restore([root / "random" / f"{number}.bin" for number in range(4)])
-        for path in (root / "random").iterdir():
-            path.unlink()
-        documents = texts(args.text)
-        figures["prepare"] = tokenizing(root / "text", documents, args.repeat, args.megabytes)
-        big = write_text(root / "text" / "big.txt", documents, 2_000_000_000)
-        figures["prepare, 2 GB in one text"] = prepare(root / "text", big, fast=True, workers=2)
-        big.unlink()
-        big = write_lines(root / "text" / "big.jsonl", documents, 2_000_000_000)
-        figures["prepare, 2 GB of lines"] = prepare(root / "text", big, fast=True, workers=2)
+        if args.only != "prepare":
+            report_reading(measure_reading(Path(temporary), args.repeat, args.batches))
+        if args.only != "read":
+            report_prepare(measure_prepare(Path(temporary), args.text, args.repeat, args.megabytes))
 
-    def median(values):
-        return statistics.median(values)
 
+def measure_reading(root, repeat, batches):
+    """All figures of the pipeline."""
+    for name in ("random", "sparse"):
+        (root / name).mkdir()
+    figures = {"start": start_up(root / "sparse", repeat), "pipeline": pipeline(root / "random", repeat, batches)}
+    figures["restore"] = restore([root / "random" / f"{number}.bin" for number in range(4)])
+    for path in (root / "random").iterdir():
+        path.unlink()
+    return figures
+
+
+def report_reading(figures):
+    """Prints them, and writes the file."""
+    median = statistics.median
     speeds, start = figures["pipeline"]["tokens_per_second"], figures["start"]["runs"]
     print(f"pipeline     {median(speeds['ours']) / 1e6:.0f} M tokens/s, nanoGPT's get_batch "
           f"{median(speeds['nanogpt']) / 1e6:.0f} M: {figures['pipeline']['ratio']:.1f} times")  # fmt: skip
@@ -318,16 +319,34 @@ def main():
           f"ahead by Grain {median([run['first_batch_read_ahead_s'] for run in start]):.2f} s; memory grows by "
           f"{max(run['resident_growth_mb'] for run in start):.0f} MB in 200 batches")  # fmt: skip
     print(f"restore      {1000 * median(figures['restore']['seconds']):.1f} ms, exact: {figures['restore']['exact']}")
-    for name, runs in figures["prepare"]["runs"].items():
-        print(f"{name:22}{median([run['mb_per_second'] for run in runs]):7.1f} MB/s once started")
-    for name, value in figures["prepare"]["start_up_s"].items():
-        print(f"start-up, {name:12}{value:7.2f} s")
-    for name, value in figures["prepare"].items():
+    print(write("data-cpu", PACKAGES, figures))
+
+
+def measure_prepare(root, files, repeat, megabytes):
+    """All figures of `prepare`."""
+    (root / "text").mkdir()
+    documents = texts(files)
+    figures = {"text": tokenizing(root / "text", documents, repeat, megabytes)}
+    for name, make in (("2 GB in one text", write_text), ("2 GB of lines", write_lines)):
+        big = make(root / "text" / ("big.txt" if make is write_text else "big.jsonl"), documents, 2_000_000_000)
+        figures[name] = prepare(root / "text", big, fast=True, workers=2)
+        big.unlink()
+    return figures
+
+
+def report_prepare(figures):
+    """Prints them, and writes the file."""
+    for name, runs in figures["text"]["runs"].items():
+        speed = statistics.median([run["mb_per_second"] for run in runs])
+        print(f"{name:40}{speed:.1f} MB/s once started")
+    for name, value in figures["text"]["start_up_s"].items():
+        print(f"{'start-up, ' + name:40}{value:.2f} s")
+    for name, value in figures["text"].items():
         if isinstance(value, float):
             print(f"{name:40}{value:.2f}")
-    for name in ("prepare, 2 GB in one text", "prepare, 2 GB of lines"):
+    for name in ("2 GB in one text", "2 GB of lines"):
         print(f"{name:40}{figures[name]['mb_per_second']:.0f} MB/s, at most {figures[name]['peak_mb']:.0f} MB")
-    print(write(f"{args.name}-cpu", PACKAGES, figures))
+    print(write("prepare-cpu", PACKAGES, figures))
 
 
 if __name__ == "__main__":
