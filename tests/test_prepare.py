@@ -108,7 +108,7 @@ def test_a_damaged_line_in_the_middle_loses_nothing_else(tmp_path, workers, monk
     assert len(documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")) == 1000
 
 
-def test_parquet_need_not_be_utf8(tmp_path):
+def test_parquet_need_not_be_utf8(gpt2_vocabulary, tmp_path):
     texts = pyarrow.array([b"fine", b"\xff\xfe", None, b"too"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     args = [tmp_path / "a.parquet", "--val-fraction", "0", "--out", tmp_path / "out"]
