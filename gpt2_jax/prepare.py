@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import importlib.util
-import json
 import os
 import shlex
 import time
@@ -18,8 +16,9 @@ import tyro
 
 from gpt2_jax.cli import parse_flags, run_command
 from gpt2_jax.config import UserError
+from gpt2_jax.data.encode import uses_gigatoken
 from gpt2_jax.data.hub import DATASETS, TOKENIZED, Hub, download_shakespeare, download_tokenized
-from gpt2_jax.data.prepared import MANIFEST, PROGRESS, Manifest, ShardWriter, Side
+from gpt2_jax.data.prepared import MANIFEST, Manifest, ShardWriter, Side, written_settings
 from gpt2_jax.data.sources import Files, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import Settings, tokenize_all
@@ -135,12 +134,9 @@ def _open_source(flags: Flags, out: Path) -> Source:
     skip = flags.on_error == "skip"
     name = flags.source[0]
     if name in DATASETS and _is_named(name):
-        revision = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # anything wrong with it is found later
-            written = MANIFEST if (out / MANIFEST).exists() else PROGRESS
-            before = json.loads((out / written).read_text(encoding="utf-8"))["settings"]["source"]
-            revision = before["revision"] if before["dataset"] == DATASETS[name].repository else None
-        return Hub(name, flags.field, flags.val_fraction, revision)
+        before = written_settings(out).get("source", {})
+        same = before.get("dataset") == DATASETS[name].repository
+        return Hub(name, flags.field, flags.val_fraction, before.get("revision") if same else None)
     if name == "shakespeare" and _is_named(name):
         path = str(download_shakespeare(out))
         source = Files([path], flags.field, flags.val_fraction, flags.tokenizer, skip)
@@ -161,11 +157,9 @@ def _write(flags: Flags, source: Source, writer: ShardWriter) -> None:
     cursor = writer.cursor
     writer.mark(cursor)
     meter = _Meter(writer, source.total, flags.limit)
-    engine = "gigatoken" if flags.tokenizer == "gpt2" and importlib.util.find_spec("gigatoken") else "tiktoken"
+    engine = " (gigatoken)" if uses_gigatoken(flags.tokenizer) else ""
     with meter.display as display:
-        display.say(
-            f"tokenizer {flags.tokenizer}{f' ({engine})' if flags.tokenizer == 'gpt2' else ''}, {workers} workers"
-        )
+        display.say(f"{'tokenizer':10}{flags.tokenizer}{engine}, {count(workers, 'worker')}")
         if cursor is not None:
             display.say(f"continues after {writer.tokens():,} tokens")
         marked = time.perf_counter()
@@ -207,7 +201,7 @@ class _Meter:
     def __init__(self, writer: ShardWriter, total: int, limit: int) -> None:
         self.display = Display(0, 1 if total or limit else 0, "starting", counts=False)
         self._writer, self._total, self._limit = writer, total, limit
-        self._start, self._tokens, self._bytes = time.perf_counter(), writer.tokens(), writer.text_bytes
+        self._start, self._bytes = time.perf_counter(), writer.text_bytes
         self._first: float | None = None
 
     def show(self, read: int) -> None:

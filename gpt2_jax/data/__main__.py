@@ -17,7 +17,6 @@ from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_chara
 from gpt2_jax.display import Display, count
 
 PROG = "python -m gpt2_jax.data"
-STEP = 1 << 22  # Tokens that are counted at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +73,11 @@ def main(args: Sequence[str]) -> int:
 def _show(
     display: Display, directory: Path, manifest: Manifest | None, files: list[TokenFile], name: TokenizerName, size: int
 ) -> None:
-    """One line per file, then the sums; every token is read once."""
+    """One line per file, then the sums, then whether they are what the manifest says."""
     end = end_of_text_token(name)
     for done, file in enumerate(files, 1):
         documents, largest = 0, 0
-        for start in range(0, len(file), STEP):
-            tokens = file[start : start + STEP]
+        for tokens in file.pieces():
             documents += int(np.count_nonzero(tokens == end)) if end is not None else 0
             largest = max(largest, int(tokens.max()))
         if largest >= size:

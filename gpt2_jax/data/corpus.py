@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +76,19 @@ def read_corpus(config: DataConfig) -> Corpus:
         source = WHERE_TO_GET.get(Path(pattern).name)
         advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"
         raise UserError(f"data.text = {config.text!r} matches no file; type {advice}")
-    root = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-    documents = _read({os.path.relpath(path, root): Path(path) for path in paths})
+    documents = _read(by_name(paths))
     if not documents:
         raise UserError(f"data.text = {config.text!r} is empty; give files with text in them")
     if len(documents) > 1:
         return split_by_name(documents, config.val_fraction)
     return _split_end(documents[0], config)
+
+
+def by_name(paths: Iterable[str]) -> dict[str, Path]:
+    """Files by their names below their common folder, in order."""
+    ordered = sorted({os.path.abspath(path) for path in paths})
+    root = os.path.dirname(ordered[0]) if len(ordered) == 1 else os.path.commonpath(ordered)
+    return {os.path.relpath(path, root): Path(path) for path in ordered}
 
 
 def _read(paths: dict[str, Path]) -> list[Document]:

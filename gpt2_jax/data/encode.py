@@ -29,9 +29,14 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
         return lambda text: np.array(tokenizer.encode_ordinary(text.decode("utf-8")), dtype=np.uint16)
     if tokenizer.name == "bytes":  # its own loop, at the speed of a copy
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-    if tokenizer.name == "gpt2" and importlib.util.find_spec("gigatoken"):
+    if uses_gigatoken(tokenizer.name):
         return _gigatoken(tokenizer)
     return lambda text: _tiktoken(tokenizer, text.decode("utf-8"))
+
+
+def uses_gigatoken(tokenizer: str) -> bool:
+    """Whether gigatoken makes the tokens of a tokenizer of this name: it is GPT-2's, and gigatoken is installed."""
+    return tokenizer == "gpt2" and importlib.util.find_spec("gigatoken") is not None
 
 
 def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:

@@ -7,12 +7,15 @@ the dataset. The revision is looked up once and kept, so that an interrupted run
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import http.client
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gpt2_jax.config import UserError
 from gpt2_jax.data.corpus import WHERE_TO_GET
@@ -50,9 +53,7 @@ class Dataset:
 # Nearly all GPT-2 reproductions train on a sample of 10 B tokens, of which llm.c holds 100 M out; as many here.
 DATASETS = {
     "fineweb-edu-10b": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "10 B tokens of educational web pages"),
-    "fineweb-edu-100b": Dataset(
-        "HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B tokens of them", val_fraction=0.001
-    ),
+    "fineweb-edu-100b": Dataset("HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B of them", val_fraction=0.001),
     "fineweb-10b": Dataset("HuggingFaceFW/fineweb", "sample-10BT", "10 B tokens of web pages"),
     "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B of them", val_fraction=0.001),
     # nanoGPT holds out 0.05%.
@@ -92,10 +93,7 @@ class Hub(Source):
         self._revision = revision or _online(repository, lambda: _info(repository).sha)
         self.identity = {"dataset": repository, "subset": self._dataset.subset, "revision": self._revision}
         self.identity["field"] = field
-        self._streams = [
-            _online(repository, lambda split=split: self._open(split))  # type: ignore[misc]
-            for split, _ in self._dataset.splits
-        ]
+        self._streams = [_online(repository, functools.partial(self._open, split)) for split, _ in self._dataset.splits]
         counts = [
             self._rows(stream, split) for stream, (split, _) in zip(self._streams, self._dataset.splits, strict=True)
         ]
@@ -211,21 +209,14 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
         say(name)
         expected = files[name].lfs.sha256
         if not path.exists():
-            _online(
-                TOKENIZED,
-                lambda name=name: hf_hub_download(  # type: ignore[misc]
-                    TOKENIZED, name, repo_type="dataset", revision=info.sha, local_dir=directory
-                ),
-            )
+            where = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}
+            _online(TOKENIZED, functools.partial(hf_hub_download, TOKENIZED, name, **where))
         found = sha256(path)
         if found != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the hub's; remove it, and type the same command")
         stream = open_tokens(path)
-        starts = sum(
-            int((stream[place : place + (1 << 22)] == GPT2_VOCAB_SIZE - 1).sum())
-            for place in range(0, len(stream), 1 << 22)
-        )
-        shards.append(Shard(name, len(stream), starts, found))
+        documents = sum(int(np.count_nonzero(piece == GPT2_VOCAB_SIZE - 1)) for piece in stream.pieces())
+        shards.append(Shard(name, len(stream), documents, found))
         tokens += 0 if "_val_" in name else len(stream)
     if not shards:
         raise UserError(f"{TOKENIZED} has no token files any more; prepare fineweb-10b instead")

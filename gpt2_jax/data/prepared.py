@@ -90,6 +90,17 @@ def read_manifest(directory: Path) -> Manifest | None:
         return Manifest(settings, table["text_bytes"], table["skipped"], shards)
 
 
+def written_settings(directory: Path) -> dict[str, Any]:
+    """The settings in a directory's manifest or progress, none if it has neither.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    table = _read_json(directory / MANIFEST) or _read_json(directory / PROGRESS) or {}
+    settings: dict[str, Any] = table.get("settings", {})
+    return settings
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None if there is no file."""
     with _damaged(path):

@@ -6,8 +6,8 @@
     build-nanogpt          .npy  NumPy's format, uint16
 
 Windows lie scattered over files that may be larger than memory. They are read, not mapped: a page fault for each
-costs more than a read (5 times, measured with bench/data.py), mapped pages count as the process's memory, and a disk
-that fails raises an error instead of killing the process.
+costs more than a read, mapped pages count as the process's memory, and a disk that fails raises an error instead of
+killing the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import errno
 import glob
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ LLAMA_MAGIC = 20240801
 LLAMA_VERSION = 7
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
+PIECE_TOKENS = 1 << 22
 TEXT_BYTES = 1 << 16  # Of a file without header, to see whether it is text.
 
 
@@ -44,6 +45,11 @@ class Tokens(abc.ABC):
     @abc.abstractmethod
     def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
         """Fills some rows of a C-contiguous array of `dtype`: row `rows[i]` with the tokens from `starts[i]` on."""
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All tokens in order, a few million at a time."""
+        for start in range(0, len(self), PIECE_TOKENS):
+            yield self[start : start + PIECE_TOKENS]
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """The tokens of a slice without step, unsigned [tokens]."""

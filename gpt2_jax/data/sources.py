@@ -26,7 +26,7 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 
 from gpt2_jax.config import TokenizerName, UserError
-from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, held_out_names, stdlib_files
+from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, by_name, held_out_names, stdlib_files
 from gpt2_jax.data.encode import boundary
 from gpt2_jax.data.prepared import Side
 
@@ -246,9 +246,7 @@ def _found(patterns: Sequence[str], without: Path | None) -> dict[str, Path]:
                 advice = f"type curl -o {pattern} {source}" if source else "--help lists the sources that have names"
             raise UserError(f"{pattern!r} matches no file; {advice}")
         paths.update(files)
-    ordered = sorted({os.path.abspath(path) for path in paths})
-    root = os.path.dirname(ordered[0]) if len(ordered) == 1 else os.path.commonpath(ordered)
-    return {os.path.relpath(path, root): Path(path) for path in ordered}
+    return by_name(paths)
 
 
 def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
