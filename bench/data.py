@@ -228,7 +228,7 @@ def tokenizing(directory, documents, repeat, megabytes):
     lines = write_lines(directory / "text.jsonl", documents, megabytes * 1_000_000)
     encoding = tiktoken.get_encoding("gpt2")
     blocks = list(itertools.islice(Files([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
-    sample = [[json.loads(line)["text"] for line in block.content.splitlines()] for block in blocks]
+    sample = [[json.loads(line)["text"] for line in block.content.read().splitlines()] for block in blocks]
     sizes = [sum(len(document.encode()) for document in part) for part in sample]
     find_spec = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *rest: None if name == "gigatoken" else find_spec(name, *rest)

@@ -125,7 +125,7 @@ def test_text_without_a_boundary_takes_no_longer_than_other_text(tmp_path):
         (tmp_path / name).write_bytes(content)
         start = time.perf_counter()
         source = Files([str(tmp_path / name)], "text", 0, "gpt2", False)
-        parts = [block.content for block in source.blocks(None)]
+        parts = [block.content.read() for block in source.blocks(None)]
         assert b"".join(parts) == content
         assert time.perf_counter() - start < 10
         assert (len(parts) > 3) == (name == "words")
@@ -208,7 +208,7 @@ def test_a_single_text_is_cut_by_characters_wherever_blocks_end(tmp_path, monkey
             parts = {"train": b"", "val": b""}
             blocks = list(source.blocks(None))
             for part in blocks:
-                parts[part.side] += part.content
+                parts[part.side] += part.content.read()
             cut = int(len(text.encode()) * 0.7) if tokenizer == "bytes" else len(text[: int(len(text) * 0.7)].encode())
             assert parts == {"train": text.encode()[:cut], "val": text.encode()[cut:]}
             assert [part.side for part in blocks if part.starts] == ["train", "val"]
@@ -221,8 +221,19 @@ def pieces(blocks):
     parts = {"train": (b"", []), "val": (b"", [])}
     for block in blocks:
         content, starts = parts[block.side]
-        parts[block.side] = (content + block.content, starts + [len(content)] * block.starts)
+        parts[block.side] = (content + block.content.read(), starts + [len(content)] * block.starts)
     return parts
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    (path := tmp_path / "text.txt").write_text("some text")
+    blocks = list(Files([str(path)], "text", 0, "bytes", False).blocks(None))
+    path.write_text("some")
+    with pytest.raises(UserError, match=r"text.txt became shorter while it was read"):
+        blocks[0].content.read()
+    path.unlink()
+    with pytest.raises(UserError, match=r"text.txt cannot be read \(No such file or directory\)"):
+        blocks[0].content.read()
 
 
 def test_limit_is_exact(lines, tmp_path):

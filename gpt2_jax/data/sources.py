@@ -36,12 +36,37 @@ COMPRESSED = (".gz", ".zst")
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Bytes of a file, for workers to read: handed through a pipe they would take longer."""
+
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            UserError: they are not there any more.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                data = file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); bring it back") from error
+        if len(data) < self.size:
+            raise UserError(f"{self.path} became shorter while it was read; bring it back as it was")
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """What one worker tokenizes at a time.
 
     Attributes:
         kind: "text" is one document, or a part of one; "lines" are JSON objects, one in each; "texts" are documents.
-        content: bytes of text or lines; a list of documents.
+        content: bytes of text or lines, or where they are; a list of documents.
         where: the file or dataset, for errors.
         first: number of the first line or document, for errors.
         side: where the documents belong; None lets a hash of each decide.
@@ -52,7 +77,7 @@ class Block:
     """
 
     kind: Literal["text", "lines", "texts"]
-    content: bytes | list[Any]
+    content: bytes | Span | list[Any]
     where: str
     first: int
     side: Side | None
@@ -181,7 +206,8 @@ class Files(Source):
                     rest, data = data[end:], data[:end]
                     if data:
                         cursor = [number, place + end, 0]
-                        yield Block("text", data, str(path), 0, side, cursor, disk.tell(), starts=place == start)
+                        content = Span(path, place, len(data)) if file is disk else data
+                        yield Block("text", content, str(path), 0, side, cursor, disk.tell(), starts=place == start)
                         place += end
                     if at_end:
                         break
@@ -192,9 +218,10 @@ class Files(Source):
             while data := file.read(BLOCK_BYTES):
                 if not data.endswith(b"\n"):
                     data += file.readline()
+                content = Span(path, place, len(data)) if file is disk else data
                 place += len(data)
                 first, line = line + 1, line + data.count(b"\n")
-                yield Block("lines", data, str(path), first, None, [number, place, line], disk.tell())
+                yield Block("lines", content, str(path), first, None, [number, place, line], disk.tell())
 
     def _parquet(self, path: Path, number: int, place: int) -> Iterator[Block]:
         pyarrow, parquet = (import_extra(name, f"reading {path}") for name in ("pyarrow", "pyarrow.parquet"))

@@ -19,7 +19,7 @@ import numpy as np
 from gpt2_jax.config import TokenizerName, UserError
 from gpt2_jax.data.corpus import hashed_share
 from gpt2_jax.data.encode import encoder
-from gpt2_jax.data.sources import Block
+from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 
 
@@ -64,14 +64,15 @@ class BlockTokenizer:
         """
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         text_bytes, skipped, fraction = 0, block.skipped, self._settings.val_fraction
+        content = block.content.read() if isinstance(block.content, Span) else block.content
         if block.kind == "text":
-            assert isinstance(block.content, bytes)
-            text_bytes = len(block.content)
-            tokens = self._tokens(block.content, block.where)
+            assert isinstance(content, bytes)
+            text_bytes = len(content)
+            tokens = self._tokens(content, block.where)
             if isinstance(tokens, UserError):
                 raise tokens
             parts[block.side == "val"] = [self._start[: int(block.starts)], tokens]
-        for where, document in self._documents(block):
+        for where, document in self._documents(block, content):
             tokens = document if isinstance(document, UserError) else self._tokens(document, where)
             if isinstance(tokens, UserError):
                 if not self._settings.skip:
@@ -92,12 +93,12 @@ class BlockTokenizer:
             reason = " ".join(str(error).split())[:100]
             return UserError(f"{where} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
 
-    def _documents(self, block: Block) -> Iterator[tuple[str, bytes | UserError]]:
+    def _documents(self, block: Block, content: bytes | list[Any]) -> Iterator[tuple[str, bytes | UserError]]:
         """The documents of lines or texts with their places, or what is wrong with them."""
         field = self._settings.field
         if block.kind == "text":
             return
-        lines = block.content.split(b"\n") if isinstance(block.content, bytes) else block.content
+        lines = content.split(b"\n") if isinstance(content, bytes) else content
         for number, line in enumerate(lines, block.first):
             where = f"{block.where}, {'line' if block.kind == 'lines' else 'row'} {number}"
             document: Any = line
