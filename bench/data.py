@@ -9,6 +9,7 @@ that repeats the standard library's with its lines in other orders, or the files
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.util
 import itertools
@@ -248,23 +249,32 @@ def tokenizing(directory, documents, repeat, megabytes):
 
     pairs = [(loop(part), work(block)) for part, block in zip(sample, blocks, strict=True)]
     looped, worked = map(sum, zip(*pairs, strict=True))
-    cases = {"tiktoken, 1 worker": (False, 1), "tiktoken, 2 workers": (False, 2),
-             "gigatoken, 1 worker": (True, 1), "gigatoken, 2 workers": (True, 2)}  # fmt: skip
-    runs = {name: [] for name in cases}
+    # gigatoken gets eight times as much text: it would be done with the other before it has got going.
+    more = write_lines(directory / "more.jsonl", documents, 8 * megabytes * 1_000_000)
     tiny = write_lines(directory / "tiny.jsonl", ["a document\n"], 1)
+    cases = {"tiktoken, 1 worker": (False, 1, lines), "tiktoken, 2 workers": (False, 2, lines),
+             "gigatoken, 1 worker": (True, 1, more), "gigatoken, 2 workers": (True, 2, more)}  # fmt: skip
     start_up = {
-        fast: statistics.median(prepare(directory, tiny, fast=fast, workers=1)["seconds"] for _ in range(5))
-        for fast in (False, True)
+        name: statistics.median(prepare(directory, tiny, fast=fast, workers=workers)["seconds"] for _ in range(5))
+        for name, (fast, workers, _) in cases.items()
     }
-    size = sum(sizes)
+    runs = {name: [] for name in cases}
+    size, together = sum(sizes), []
     before = size / sum(map(loop, sample)) / 1e6
     for _ in range(repeat):
-        for name, (fast, workers) in cases.items():
-            run = prepare(directory, lines, fast=fast, workers=workers)
-            run["mb_per_second"] *= run["seconds"] / (run["seconds"] - start_up[fast])
+        for name, (fast, workers, source) in cases.items():
+            run = prepare(directory, source, fast=fast, workers=workers)
+            run["mb_per_second"] *= run["seconds"] / (run["seconds"] - start_up[name])
             after = size / sum(map(loop, sample)) / 1e6
             runs[name].append({**run, "encode_ordinary_mb_per_second": (before + after) / 2})
             before = after
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # it works without Python's lock
+            start = time.perf_counter()
+            list(pool.map(lambda part: sum(map(loop, part)), [sample, sample]))
+            both = 2 * size / (time.perf_counter() - start) / 1e6
+        after = size / sum(map(loop, sample)) / 1e6
+        together.append({"two": both, "one": (before + after) / 2})
+        before = after
 
     def ratios(name, other=None):
         """Medians, each run in units of the loop around it."""
@@ -273,11 +283,13 @@ def tokenizing(directory, documents, repeat, megabytes):
 
     return {
         "megabytes": megabytes,
-        "start_up_s": {"tiktoken": start_up[False], "gigatoken": start_up[True]},
+        "start_up_s": start_up,
         "runs": runs,
+        "encode_ordinary_mb_per_second": together,
         "a worker's blocks over encode_ordinary": looped / worked,
         "tiktoken, 1 worker over encode_ordinary": ratios("tiktoken, 1 worker"),
         "tiktoken, 2 workers over 1": ratios("tiktoken, 2 workers", "tiktoken, 1 worker"),
+        "encode_ordinary, 2 at once over 1": statistics.median(pair["two"] / pair["one"] for pair in together),
         "gigatoken, 1 worker over tiktoken's": ratios("gigatoken, 1 worker", "tiktoken, 1 worker"),
     }
 
