@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import tyro
 
-from gpt2_jax.config import TrainConfig, UserError, flatten, nearest_key, preset_names, read_config, validate
+from gpt2_jax.config import TrainConfig, UserError, flatten, validate
+from gpt2_jax.config_file import nearest_key, preset_names, read_config
 
 Flags = TypeVar("Flags")
 Parsed = TypeVar("Parsed")

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from gpt2_jax.attention import Choice
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import TrainConfig, UserError, differences, read_config, to_toml
+from gpt2_jax.config import TrainConfig, UserError, differences
+from gpt2_jax.config_file import read_config, to_toml
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
 from gpt2_jax.data.order import BatchSchedule

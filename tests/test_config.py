@@ -8,17 +8,8 @@ import tomllib
 import pytest
 
 from gpt2_jax.cli import parse_args
-from gpt2_jax.config import (
-    PRESETS,
-    TrainConfig,
-    UserError,
-    differences,
-    flatten,
-    preset_names,
-    read_config,
-    to_toml,
-    validate,
-)
+from gpt2_jax.config import TrainConfig, UserError, differences, flatten, validate
+from gpt2_jax.config_file import PRESETS, preset_names, read_config, to_toml
 
 
 def parse(*args):

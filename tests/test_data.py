@@ -8,7 +8,8 @@ import pytest
 import tiktoken
 from token_files import write_llmc, write_nanogpt
 
-from gpt2_jax.config import DataConfig, SourceConfig, UserError, read_config
+from gpt2_jax.config import DataConfig, SourceConfig, UserError
+from gpt2_jax.config_file import read_config
 from gpt2_jax.data import open_data
 from gpt2_jax.data.corpus import Document, read_corpus, split_by_name, tokenize
 from gpt2_jax.data.encode import encode_document

@@ -11,7 +11,8 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, UserError, to_toml
+from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, UserError
+from gpt2_jax.config_file import to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, TextStream, byte_encoding
 from gpt2_jax.model import GPT2, init_params
 from gpt2_jax.sampling import GREEDY, Sampling

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2_jax import GPT2, GPT2Config, load
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import DataConfig, MeshConfig, ModelConfig, UserError, to_toml
+from gpt2_jax.config import DataConfig, MeshConfig, ModelConfig, UserError
+from gpt2_jax.config_file import to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.convert import main as convert_main
 from gpt2_jax.data.tokenizer import CharTokenizer, byte_encoding, gpt2_encoding

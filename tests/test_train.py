@@ -22,7 +22,8 @@ from torch_gpt2 import as_params, torch_gpt2
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args
-from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig, UserError, read_config, to_toml
+from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig, UserError
+from gpt2_jax.config_file import read_config, to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import eval_batches

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoints, SavedState
-from gpt2_jax.config import DataConfig, ModelConfig, UserError, read_model, to_toml
+from gpt2_jax.config import DataConfig, ModelConfig, UserError
+from gpt2_jax.config_file import read_model, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.interop.stored import StoredModel, checked
 from gpt2_jax.model import Params, padded_vocab_size
