@@ -45,14 +45,18 @@ class Hardware(NamedTuple):
     capability: float = 0.0
 
 
-def current_hardware() -> Hardware:
-    """The hardware that jitted functions run on by default."""
-    device = jax.devices()[0]
+def hardware_of(device: jax.Device) -> Hardware:
+    """The hardware that programs for a device run on."""
     if device.platform == "gpu":
         if "rocm" in device.client.platform_version.lower():
             return Hardware("rocm")
         return Hardware("cuda", float(device.compute_capability))
     return Hardware("tpu" if device.platform == "tpu" else "cpu")
+
+
+def current_hardware() -> Hardware:
+    """The hardware that jitted functions run on by default."""
+    return hardware_of(jax.devices()[0])
 
 
 def why_not(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gpt2_jax.chips import chip_of
 from gpt2_jax.config import UserError
 from gpt2_jax.display import duration, si
 from gpt2_jax.files import replace_text
@@ -17,22 +18,6 @@ from gpt2_jax.files import replace_text
 Row = dict[str, Any]
 
 PLOT_POINTS = 100  # The training curve is the mean of about as many stretches of rows.
-
-# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets (SXM boards for NVIDIA), by `device_kind`.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
@@ -62,8 +47,8 @@ class ThroughputMeter:
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
         self._flops = flops_per_token
-        peak = PEAK_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
-        self._peak = peak and peak * len(devices)
+        chip = chip_of(devices[0]) if dtype == "bfloat16" else None
+        self._peak = chip.flops * len(devices) if chip else None
         self._since: float | None = None
         self._tokens = 0
 

@@ -56,7 +56,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     """
     if jax.process_count() > 1:
         raise UserError(f"training runs in one process so far, found {jax.process_count()}; start it on one host")
-    config, choice = resolve(config)
+    config, choice = resolve(config, attention.current_hardware())
     initial, config = open_initial(config, saved_config(config))
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
@@ -105,13 +105,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     return 0
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, attention.Choice]:
+def resolve(config: TrainConfig, hardware: attention.Hardware) -> tuple[TrainConfig, attention.Choice]:
     """Fills in what follows from the config and the hardware, and chooses the attention backend.
 
     Raises:
         UserError: the attention backend asked for cannot serve.
     """
-    hardware = attention.current_hardware()
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if hardware.platform == "cpu" else "bfloat16"

@@ -5,9 +5,9 @@ import json
 import jax
 import pytest
 
+from gpt2_jax.chips import CHIPS
 from gpt2_jax.config import UserError
 from gpt2_jax.metrics import (
-    PEAK_FLOPS,
     MetricsFile,
     Throughput,
     ThroughputMeter,
@@ -50,7 +50,7 @@ class Chip:
 def test_throughput_counts_training_time_only(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    meter = ThroughputMeter(int(PEAK_FLOPS["NVIDIA H200"]) // 1000, [Chip(), Chip()], "bfloat16")
+    meter = ThroughputMeter(int(CHIPS["NVIDIA H200"].flops) // 1000, [Chip(), Chip()], "bfloat16")
     assert meter.read(500) is None  # the clock stood: compiling
     now[0] += 2
     assert meter.read(2500) == Throughput(1000.0, pytest.approx(0.5))  # 1,000 of the 2 × 1,000 tokens/s at peak
