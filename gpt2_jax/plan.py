@@ -89,6 +89,7 @@ class Plan:
         config: resolved.
         where: topology or machine.
         attention: the backend, and what speaks against the others.
+        attention_kernels: how often they run in one update on each device.
         parameters: name, shape and placement of each.
         micro_batches: per update.
         model_flops: of one update, on all devices, by 6 N + 12 L C T.
@@ -104,6 +105,7 @@ class Plan:
     mesh: dict[str, int]
     n_params: int
     attention: attention.Choice
+    attention_kernels: int
     parameters: tuple[tuple[str, tuple[int, ...], str], ...]
     micro_batches: int
     memory: Memory
@@ -178,6 +180,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         mesh=dict(mesh.shape),
         n_params=size,
         attention=choice,
+        attention_kernels=program.count(ATTENTION_KERNELS),
         parameters=tuple(_parameters(state.params)),
         micro_batches=accumulation,
         memory=memory,
@@ -188,6 +191,8 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         estimate=_estimate(chip, program, products, collectives, mesh) if chip else None,
     )
 
+
+ATTENTION_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w+)"'
 
 # What the TPU compiler says when a program is too large.
 TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])\)?(?: of | exceeds available HBM \()([\d.]+)([KMGT])")
@@ -392,7 +397,7 @@ def describe(plan: Plan) -> str:
                f"{plan.mesh['data']} × fsdp {plan.mesh['fsdp']}; {config.dtype}"),
         ("model", f"{plan.n_params:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
                   f"{', scanned' * shape.scan_layers}; remat {shape.remat}"),
-        ("attention", str(plan.attention)),
+        ("attention", f"{plan.attention}; {plan.attention_kernels} kernel calls per update"),
         ("batch", f"{config.batch_size} sequences = {plan.tokens:,} tokens per update ({plan.devices} devices × "
                   f"{plan.micro_batches} micro-batches × {per_device} sequences)"),
         ("memory", f"{_gib(plan.memory)} per device"),
