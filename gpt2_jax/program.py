@@ -20,6 +20,10 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128} | {
 } | {"bf16": 16}  # fmt: skip
 ARRAY = re.compile(r"\b([a-z]+[0-9]+[a-z0-9]*|pred)\[([\d,]*)\](\{[^{}]*\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$", re.DOTALL)
+# Such as mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}: devices in a mesh, of which those along some axes.
+MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{((?:'\w+',? ?)+)\}"
+)
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -272,9 +276,15 @@ def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", attributes):
         return _table(pairs[1])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        assert shape is not None
-        return np.arange(math.prod(shape)).reshape(dims).transpose(order).reshape(shape)
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    if mesh := MESH_GROUPS.search(attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        ids = _iota(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape(list(sizes.values()))
+        along = re.findall(r"'(\w+)'", mesh[4])
+        names = [*(name for name in sizes if name not in along), *along]
+        return ids.transpose([list(sizes).index(name) for name in names]).reshape(
+            -1, math.prod(sizes[n] for n in along)
+        )
     if groups := re.search(r"replica_groups=\{(.*?\})\}", attributes):
         return _table(groups[1])
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:
@@ -282,8 +292,18 @@ def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
     raise ValueError(f"{instruction.name} has replica groups of an unknown form: {attributes[:200]}")
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, … in the shape `dims`, its axes in another order if one is given."""
+    counted = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return counted.transpose(_numbers(order)) if order else counted
+
+
 def _table(text: str) -> np.ndarray:
-    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{?([\d,]+)\}", text)])
+    return np.array([_numbers(group) for group in re.findall(r"\{?([\d,]+)\}", text)])
 
 
 # --- products ----------------------------------------------------------------------------------------------

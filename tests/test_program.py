@@ -140,3 +140,29 @@ def test_what_cannot_be_read_is_said():
         Program(compiled_for(until, (3,)).as_text())
     with pytest.raises(ValueError, match="this is not HLO text"):
         Program("something else")
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", ("fsdp",), 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("data",), 2),
+        ("[2,4]<=[8]", ("fsdp",), 4),
+        ("[4,2]<=[2,4]T(1,0)", ("data",), 2),
+        ("[1,8]<=[8]", ("data", "fsdp"), 8),
+        ("{}", ("data", "fsdp"), 8),
+        ("mesh['a'=2,'b'=4] {'b'}", ("fsdp",), 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",), 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",), 2),
+        ("mesh['a'=2,'b'=4] {'a', 'b'}", ("data", "fsdp"), 8),
+    ],
+)
+def test_every_way_of_writing_groups(groups, axes, devices):
+    """As XLA's documentation of HLO's text has them; which of them is printed depends on platform and version."""
+    text = f"""HloModule m
+ENTRY %main (x: f32[5]) -> f32[5] {{
+  %x = f32[5]{{0}} parameter(0)
+  ROOT %r = f32[5]{{0}} all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}"""
+    (found,) = Program(text).collectives({"data": 2, "fsdp": 4})
+    assert found == Collective("all-reduce", axes, devices, 1, 20)
