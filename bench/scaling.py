@@ -1,6 +1,6 @@
 """What the four sizes do on slices and clusters, by `gpt2_jax.plan`: compiled, estimated, not run.
 
-    python bench/scaling.py [--topologies v5e v5p h100]
+    python bench/scaling.py [--topologies v5e v5p v6e h100]
 
 Compiles what bench/results/scaling.json lacks at this version of JAX, one to three minutes each (H100 needs the extra
 cuda12), and writes docs/scaling.md from that file.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,10 @@ TOPOLOGIES = {
     "v5p:2x2x2": "v5p-16", "v5p:4x4x4": "v5p-128", "v5p:4x8x8": "v5p-512",
     "h100:8": "8 × H100", "h100:64": "64 × H100", "h100:512": "512 × H100",
 }  # fmt: skip
+ROWS = [(size, topology) for size in SIZES for topology in TOPOLOGIES]
+# What else tests/test_plan.py compares with.
+TOPOLOGIES |= {"v5e:4x4": "v5e-16", "v5p:2x2x4": "v5p-32", "v6e:2x4": "v6e-8"}
+ROWS += [("gpt2-124m", "v5p:2x2x4"), ("gpt2-124m", "v6e:2x4"), ("gpt2-1558m", "v5e:4x4")]
 # Where the state does not fit a chip: how many chips share one copy of it.
 FSDP = {("gpt2-774m", "v5e"): 8, ("gpt2-1558m", "v5e"): 8}
 
@@ -102,19 +107,21 @@ A larger `batch_size` moves that point.
 """
 
 
+def _place(pair):
+    """Sorts rows by size, kind of chip, and how many."""
+    size, topology = pair
+    name, _, shape = topology.partition(":")
+    return SIZES.index(size), ("v5e", "v5p", "v6e", "h100").index(name), math.prod(map(int, shape.split("x")))
+
+
 def document(results):
     """The whole of docs/scaling.md."""
-    rows = [
-        row(size, topology, results[f"{size} {topology}"])
-        for size in SIZES
-        for topology in TOPOLOGIES
-        if f"{size} {topology}" in results
-    ]
+    known = [(*pair, results[" ".join(pair)]) for pair in sorted(ROWS, key=_place) if " ".join(pair) in results]
+    rows = [row(size, topology, table) for size, topology, table in known]
     shares = [
         (size, TOPOLOGIES[topology], table["estimate"]["links"] / table["estimate"]["most"])
-        for size in SIZES
-        for topology in TOPOLOGIES
-        if "estimate" in (table := results.get(f"{size} {topology}", {}))
+        for size, topology, table in known
+        if "estimate" in table
     ]
     heavy = [f"{size} on {chips} ({100 * share:.0f}%)" for size, chips, share in shares if share > 0.5]
     where = (
@@ -126,21 +133,21 @@ def document(results):
 def main():
     """Compiles what is missing, and writes the file and the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topologies", nargs="*", default=["v5e", "v5p", "h100"])
+    parser.add_argument("--topologies", nargs="*", default=["v5e", "v5p", "v6e", "h100"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     args = parser.parse_args()
     file = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     version = importlib.metadata.version("jax")
     if file.get("jax") != version:
         file = {"jax": version, "results": {}}
-    for size in args.sizes:
-        for topology in TOPOLOGIES:
-            key = f"{size} {topology}"
-            if topology.split(":")[0] in args.topologies and key not in file["results"]:
-                print(key, flush=True)
-                file["results"][key] = plan(size, topology)
-                RESULTS.write_text(json.dumps(file, indent=1) + "\n")
-                DOCUMENT.write_text(document(file["results"]))
+    for size, topology in ROWS:
+        key = f"{size} {topology}"
+        wanted = size in args.sizes and topology.split(":")[0] in args.topologies
+        if wanted and key not in file["results"]:
+            print(key, flush=True)
+            file["results"][key] = plan(size, topology)
+            RESULTS.write_text(json.dumps(file, indent=1) + "\n")
+    DOCUMENT.write_text(document(file["results"]))
 
 
 if __name__ == "__main__":
