@@ -42,8 +42,8 @@ from gpt2_jax.config import UserError
 
 OUTCOME = "gpt2_jax/outcome"  # The key that ends all processes: an exit code, or DONE.
 DONE = "done"
-FOREVER = 1 << 31  # Milliseconds. A process that waits for one that died is ended by other means.
-FAREWELL_SECONDS = 10.0  # For the others to read the outcome before this process, and its store, goes.
+FOREVER = 1 << 40  # Milliseconds: 35 years. A process that waits for one that died is ended by other means.
+FAREWELL_SECONDS = 5.0  # For the others to read the outcome before this process, and its store, goes.
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat", re.IGNORECASE)
 RESTART = "start all processes again with the same command: the run goes on from its last checkpoint"
 
@@ -173,10 +173,10 @@ def _own_device(rank: int, neighbours: int, environ: Mapping[str, str]) -> int |
 
 def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Launch:
     processes, neighbours = (_number(environ, f"OMPI_COMM_WORLD_{what}") for what in ("SIZE", "LOCAL_SIZE"))
-    # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911: the number of the job, and where mpirun runs.
-    uri = re.match(r"(\d+)\..*?(?:tcp://|tcp6://\[)([^,:\]]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
-    if not coordinator and uri:
-        coordinator = f"{uri[2]}:{_port(int(uri[1]) >> 12, environ)}"
+    # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the number of the job times 2**12, and where mpirun runs.
+    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
+    if not coordinator and (found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)):
+        coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(int(found[1]) >> 12, environ)}"
     if not coordinator and processes != neighbours:
         raise UserError("this Open MPI does not say where process 0 runs; give --coordinator HOST:PORT")
     if not coordinator:
@@ -221,19 +221,17 @@ def joined(launch: Launch | None, flags: Flags, known: Mapping[type[Exception], 
     """Within, this process is one of those of `launch`, and what ends one ends all.
 
     Where an exception leaves the body in any process, every process exits with the same code, and only one says why.
-    Otherwise the processes leave when all of them have come to the end. Does nothing where `launch` is None.
+    Otherwise the processes leave when all of them have come to the end. Processes that do not come together exit with
+    code 2. Does nothing where `launch` is None.
 
     Args:
         known: errors that are one line for the user, and their exit codes. Others leave a traceback, and code 1.
-
-    Raises:
-        UserError: the processes cannot come together.
     """
     if launch is None:
         yield
         return
     _come_together(launch, flags)
-    last_words = _last_words(flags)
+    last_words = _last_words()
     leaving = threading.Lock()
     watcher = threading.Thread(target=_watch, args=(leaving, last_words), daemon=True)
     watcher.start()
@@ -251,15 +249,15 @@ def joined(launch: Launch | None, flags: Flags, known: Mapping[type[Exception], 
 
 
 def _come_together(launch: Launch, flags: Flags) -> None:
-    """`jax.distributed.initialize` and the first look at the devices, in bounded time."""
+    """`jax.distributed.initialize` and the first look at the devices; ends this process if they fail or take long."""
     problem = (
         f"{launch.processes} processes did not come together at {launch.coordinator} in {flags.coordinator_timeout} s; "
         "start the same command on every host, and see that all reach that address (or give --coordinator HOST:PORT)"
     )
 
-    def give_up() -> None:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        os._exit(2)
+    def give_up(reason: str = "") -> None:
+        print(f"error: {problem}{reason}", file=sys.stderr, flush=True)
+        os._exit(2)  # the interpreter's own end would run into what is half started
 
     # JAX aborts where connecting takes too long, and waits for ever for the other hosts of a TPU slice: so the time
     # that it gets is longer, and a thread keeps ours (JAX does not hold the GIL in either).
@@ -275,10 +273,8 @@ def _come_together(launch: Launch, flags: Flags) -> None:
         )
         jax.devices()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{problem}: {reason}") from error
-    finally:
-        timer.cancel()
+        give_up(f": {' '.join(str(error).split())[:200]}")
+    timer.cancel()
 
 
 def _client() -> Any:
@@ -340,16 +336,15 @@ def _end(code: int, last_words: subprocess.Popen[bytes]) -> None:
     os._exit(code)
 
 
-def _last_words(flags: Flags) -> subprocess.Popen[bytes]:
+def _last_words() -> subprocess.Popen[bytes]:
     """A child that says what happened if this process ends without a farewell.
 
-    That is when it is killed, or when JAX aborts it because another one is gone, which no handler can get ahead of.
+    That is when it is killed, and when JAX aborts it because another one is gone: of that no handler is told in time.
     """
     state = distributed.global_state
     line = (
-        f"error: process {state.process_id} of {state.num_processes} ended without a word: it was killed, or ended by "
-        f"JAX because another one gave no sign of life (for {flags.heartbeat_timeout} s, or at once for process 0); "
-        f"{RESTART}"
+        f"error: process {state.process_id} of {state.num_processes} ended without a word: killed, or by JAX because "
+        f"another process is gone (which it says above); {RESTART}"
     )
     script = "trap '' HUP INT TERM; read -r farewell || echo \"$0\" >&2"
     return subprocess.Popen(["/bin/sh", "-c", script, line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
