@@ -56,7 +56,7 @@ def hardware_of(device: jax.Device) -> Hardware:
 
 def current_hardware() -> Hardware:
     """The hardware that jitted functions run on by default."""
-    return hardware_of(jax.devices()[0])
+    return hardware_of(jax.local_devices()[0])
 
 
 def why_not(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -62,6 +64,22 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
     config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
     validate(config)
     return config
+
+
+def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line as two: the flags that are fields of the dataclass `kind`, with their values, and the rest."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    taken: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in names:
+            taken.append(word)
+            if "=" not in word:
+                taken += itertools.islice(words, 1)
+        else:
+            rest.append(word)
+    return taken, rest
 
 
 def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:

@@ -22,12 +22,13 @@ class Display:
         total: the whole of it; 0 where nobody knows.
         text: what stands beside the bar until the first `show`.
         counts: whether the bar shows the two numbers, or their ratio.
+        quiet: shows nothing: of several processes one speaks.
     """
 
-    def __init__(self, done: float, total: float, text: str, counts: bool = True) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
+    def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         self._bar = None
-        if self.console.is_terminal and not os.environ.get("CI"):
+        if self.console.is_terminal and not os.environ.get("CI") and not quiet:
             self._bar = Progress(
                 BarColumn(bar_width=None),
                 MofNCompleteColumn() if counts else TaskProgressColumn(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gzip
 import importlib.metadata
 import math
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from gpt2_jax import processes
 from gpt2_jax.attention import Choice
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import TrainConfig, UserError, differences
@@ -28,8 +31,8 @@ from gpt2_jax.display import Display
 from gpt2_jax.files import replace_text
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.metrics import MetricsFile, ThroughputMeter, describe, flops_per_token, plot
-from gpt2_jax.model import GPT2, n_params, stack_layers, unstack_layers
-from gpt2_jax.sharding import batch_sharding, micro_batches, put_batch
+from gpt2_jax.model import GPT2, Params, n_params, stack_layers, unstack_layers
+from gpt2_jax.sharding import batch_sharding, local_rows, micro_batches, put_batch
 from gpt2_jax.step import Metrics, TrainState, abstract_state, init_state, make_eval_step, state_shardings
 
 TRAIN = "python -m gpt2_jax.train"
@@ -63,7 +66,7 @@ def open_directory(config: TrainConfig) -> Path:
     """Makes sure of the run directory: that it belongs to this config, if it is there, and can be written.
 
     Raises:
-        UserError: it belongs to another config, or cannot be written.
+        UserError: it belongs to another config, cannot be written, or is another one in other processes.
     """
     out = Path(config.out).expanduser()
     written = saved_config(config)
@@ -74,12 +77,14 @@ def open_directory(config: TrainConfig) -> Path:
             advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
         raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            out.mkdir(parents=True, exist_ok=True)
         for path in (out, *(out / name for name in ("config.toml", "checkpoints", "metrics.jsonl", "loss.png"))):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:
         raise UserError(f"the run directory {out} cannot be written: {error.strerror}; give another --out") from error
+    processes.check_shared(out)
     return out
 
 
@@ -90,6 +95,9 @@ def is_due(step: int, every: int) -> bool:
 
 class Run:
     """A run under way: its state, and what it writes and shows beside the updates themselves.
+
+    All processes call the same methods in the same order. The first writes, plots and speaks; checkpoints are written
+    by all, each its part.
 
     Args:
         config: resolved.
@@ -118,16 +126,17 @@ class Run:
     ) -> None:
         self.config, self.data, self.model, self.mesh = config, data, model, mesh
         self.schedule, self.out, self.checkpoints = schedule, out, checkpoints
-        self.start = checkpoints.latest() or 0
+        self.start = int(processes.of_first("start", str(checkpoints.latest() or 0)))
         self.state = self._restored() if self.start else self._new(initial)
         self.n_params = n_params(self.state.params, model.config)
         self.pending: tuple[int, Metrics] | None = None  # the update whose metrics are still on the device
         self._saved = self.start
         self.val_loss: tuple[int, float] | None = None  # the last evaluation: step and loss
 
-        replace_text(out / "config.toml", to_toml(config))
-        self.metrics = MetricsFile(out / "metrics.jsonl", self.start)
-        self.display = Display(self.start, config.steps, "compiling")
+        self.metrics = MetricsFile(out / "metrics.jsonl", self.start) if processes.is_first() else None
+        if self.metrics:
+            replace_text(out / "config.toml", to_toml(config))
+        self.display = Display(self.start, config.steps, "compiling", quiet=self.metrics is None)
         shape = model.config
         in_products = self.n_params - shape.block_size * shape.n_embd  # without the position embeddings
         per_token = flops_per_token(in_products, shape.n_layer, shape.n_embd, shape.block_size)
@@ -192,7 +201,8 @@ class Run:
             "tokens_per_second": speed and round(speed.tokens_per_second, 1),
             "mfu": speed and speed.mfu and round(speed.mfu, 4),
         }
-        self.metrics.write(row)
+        if self.metrics:
+            self.metrics.write(row)
         left = self.tokens(self.config.steps) - tokens
         parts = describe(row, left / speed.tokens_per_second if speed else None)
         self.display.show(step, f"update {step}/{self.config.steps}", parts)
@@ -202,10 +212,10 @@ class Run:
         per_device = self.config.batch_size // self.mesh.size
         batch_size = min(self.config.micro_batch_size or per_device, per_device) * self.mesh.size
         sharding = batch_sharding(self.mesh, micro_batches=False)
-        process = (jax.process_index(), jax.process_count())
+        rows = functools.partial(local_rows, self.mesh)
         sums = [
             self._eval_step(self.state.params, put_batch(batch, sharding))
-            for batch in eval_batches(self.data.val, batch_size, limit, process)
+            for batch in eval_batches(self.data.val, batch_size, limit, rows)
         ]
         nats, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
         return float(nats), int(targets)
@@ -217,9 +227,10 @@ class Run:
         nats, targets = self.validation_nats(self.config.eval.tokens)
         loss = nats / targets
         self.val_loss = (step, loss)
-        self.metrics.write({"step": step, "tokens": self.tokens(step), "val_loss": loss})
         self.display.say(f"update {step}: validation loss {loss:.4f} over {targets:,} tokens")
-        plot(self.metrics.path, self.out / "loss.png")
+        if self.metrics:
+            self.metrics.write({"step": step, "tokens": self.tokens(step), "val_loss": loss})
+            plot(self.metrics.path, self.out / "loss.png")
 
     def save(self, step: int) -> None:
         """Writes a checkpoint in the background, unless there is one of this step."""
@@ -229,10 +240,27 @@ class Run:
             return
         self._saved = step
         state = self.state
-        if self.model.config.scan_layers:  # taken apart on the host: the device may have no room for a second copy
-            state = unstack_layers(jax.device_get(state))
+        if self.model.config.scan_layers:
+            state = self._unrolled(state)
         val_loss = self.val_loss[1] if self.val_loss and self.val_loss[0] == step else None
         self.checkpoints.save(step, state, {"data": self.data.fingerprint}, val_loss)
+
+    def _unrolled(self, state: TrainState) -> TrainState:
+        """The state with its layers apart, as checkpoints have it."""
+        if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(state)):
+            # On the host: replicated, the state may be so large that the device has no room for a second one.
+            return unstack_layers(jax.device_get(state))
+        # Parts of it are on other hosts, and so no process has it whole; but then a part is all that is copied.
+        unrolled = GPT2(dataclasses.replace(self.model.config, scan_layers=False), self.model.dtype)
+        shardings = state_shardings(unrolled, self.config.optimizer, self.mesh)
+        return jax.jit(unstack_layers, out_shardings=shardings)(state)
+
+    def _local_params(self) -> Params:
+        """The parameters on devices of this process alone; all processes have to call it."""
+        params = self.state.params
+        if jax.process_count() > 1:
+            params = jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
+        return params
 
     def say_hello(self, choice: Choice) -> None:
         """What will be trained on what, and where."""
@@ -265,6 +293,9 @@ class Run:
         """What the finished run reached, a sample of what it writes, and what to type next."""
         config, data, say = self.config, self.data, self.display.say
         nats, targets = self.validation_nats(0 if data.val_text else config.eval.tokens)
+        params = self._local_params() if config.eval.sample_tokens and data.tokenizer else None
+        if not processes.is_first():
+            return
         say("")
         say(f"{'loss':10}{nats / targets:.4f} nats per token over {targets:,} held-out tokens")
         if data.val_text:
@@ -274,11 +305,11 @@ class Run:
                 f"{'':10}{nats / math.log(2) / n_bytes:.3f} bits per byte; gzip -9 needs {zipped:.3f} for the same "
                 f"{n_bytes:,} bytes"
             )
-        if config.eval.sample_tokens and data.tokenizer:
+        if params is not None and data.tokenizer:
             prompt = [int(data.val.streams[0][:1][0])]  # end-of-text, or what a text without it starts with
             n_vocab, n_tokens = data.tokenizer.n_vocab, config.eval.sample_tokens
             (tokens,) = generate(
-                self.model, self.state.params, [prompt], n_tokens, seed=config.seed, vocab_size=n_vocab, slide=True
+                self.model, params, [prompt], n_tokens, seed=config.seed, vocab_size=n_vocab, slide=True
             )
             text = data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
             text = "".join(

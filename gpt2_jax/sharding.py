@@ -91,9 +91,22 @@ def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
     return per_device // micro
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The numbers of the sequences of a batch that the devices of this process hold, in order.
+
+    They need not follow on one another: on TPU, `jax.make_mesh` orders devices by the wires between them, so that
+    those of one host may stand apart.
+    """
+    sharding = batch_sharding(mesh, micro_batches=False)
+    numbers = np.arange(batch_size)
+    parts = [numbers[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    return np.unique(np.concatenate(parts))
+
+
 def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """This process's slice of a global batch -> the global array, each device with its share."""
-    return jax.make_array_from_process_local_data(sharding, batch)
+    """This process's rows of a global batch, as `local_rows` has them -> the global array, each device its share."""
+    with jax.transfer_guard_host_to_device("allow"):  # explicit, though JAX counts it so in a single process only
+        return jax.make_array_from_process_local_data(sharding, batch)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

@@ -23,8 +23,17 @@ def windows_over(streams, block_size=4, vocab_size=1000, document_start=None):
     return Windows(tokens, [f"stream {n}" for n in range(len(tokens))], block_size, vocab_size, document_start)
 
 
-def batches_of(windows, schedule, micro_batches, seed=0, process=(0, 1)):
-    return TrainBatches(Sequences([windows], [1.0], seed), schedule, micro_batches, process)
+def part(process, processes):
+    """The rows of one of several processes; those of process 0 first, or dealt out one by one."""
+    return lambda size: np.arange(size).reshape(processes, -1)[process]
+
+
+def dealt(process, processes):
+    return lambda size: np.arange(size)[process::processes]
+
+
+def batches_of(windows, schedule, micro_batches, seed=0, rows=np.arange):
+    return TrainBatches(Sequences([windows], [1.0], seed), schedule, micro_batches, rows)
 
 
 @given(
@@ -45,9 +54,9 @@ def test_every_window_once_per_epoch_for_any_number_of_processes(sizes, block_si
     updates = -(-2 * n_windows // batch)
     source = batches_of(windows, schedule, {batch: 1}, seed)
     whole = [source[k][0] for k in range(updates)]
-    parts = [batches_of(windows, schedule, {batch: 1}, seed, (p, processes)) for p in range(processes)]
+    parts = [batches_of(windows, schedule, {batch: 1}, seed, part(p, processes)) for p in range(processes)]
     for k in range(updates):
-        np.testing.assert_array_equal(np.concatenate([part[k][0] for part in parts]), whole[k])
+        np.testing.assert_array_equal(np.concatenate([own[k][0] for own in parts]), whole[k])
     rows = np.concatenate(whole)[: 2 * n_windows]
     np.testing.assert_array_equal(rows[:, 1:], rows[:, :1] + np.arange(1, block_size + 1))  # whole windows
     expected = sorted(
@@ -91,12 +100,46 @@ def test_another_number_of_processes_goes_on_with_the_next_batch():
     for k, processes in enumerate([1, 2, 4, 8, 4, 2, 1, 8, 2, 8, 1, 4]):
         batches = []
         for process in range(processes):
-            iterator = read_ahead(batches_of(windows, schedule, micro, process=(process, processes)), k, 12)
+            iterator = read_ahead(batches_of(windows, schedule, micro, rows=part(process, processes)), k, 12)
             batches.append(next(iterator))
             iterator.close()
+        np.testing.assert_array_equal(np.concatenate(batches, axis=1), expected[k])
+
+
+class Recorded(TokenArray):
+    """Tokens that note where they are read."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.places = set()
+
+    def read(self, starts, out, rows):
+        self.places |= set(map(int, starts))
+        super().read(starts, out, rows)
+
+    def __getitem__(self, index):
+        self.places.add(index.start or 0)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("share", [part, dealt])
+def test_a_process_reads_only_its_own_windows(share):
+    schedule, micro = BatchSchedule(16, (), 4), {16: 2}
+    whole = batches_of(windows_of(4 * 64 + 1), schedule, micro)[1]
+    for process in range(4):
+        tokens = Recorded(np.arange(4 * 64 + 1, dtype=np.uint16))
+        windows = Windows([tokens], ["recorded"], 4, 1000)
+        rows = share(process, 4)
+        tokens.places.clear()
+        own = batches_of(windows, schedule, micro, rows=rows)[1]
+        np.testing.assert_array_equal(own, whole[:, rows(8)])
+        assert tokens.places == set(own[..., 0].flatten().tolist())
+        tokens.places.clear()
+        batches = np.concatenate(list(eval_batches(windows, 16, rows=rows)))
         np.testing.assert_array_equal(
-            np.concatenate([batch.reshape(-1, 5) for batch in batches]), expected[k].reshape(-1, 5)
+            batches[:, 0], 4 * np.concatenate([rows(16) + first for first in range(0, 64, 16)])
         )
+        assert tokens.places == set(batches[:, 0].tolist())
 
 
 def test_a_growing_batch_repeats_and_loses_nothing():
@@ -172,13 +215,14 @@ def test_windows_of_files_are_those_of_arrays(tmp_path, write):
         expected = windows_over(streams, document_start=document_start)
         index = np.random.default_rng(0).permutation(len(expected))
         np.testing.assert_array_equal(ours[index], expected[index])
-        np.testing.assert_array_equal(list(ours.all_targets()), list(expected.all_targets()))
+        for place in expected.all_targets():
+            np.testing.assert_array_equal(ours.at(*place), expected.at(*place))
 
 
 def test_evaluation_covers_every_token_but_the_first_once():
     windows = windows_over([np.arange(23), np.arange(100, 109)])
     for processes in (1, 2):
-        parts = [list(eval_batches(windows, 6, process=(p, processes))) for p in range(processes)]
+        parts = [list(eval_batches(windows, 6, rows=part(p, processes))) for p in range(processes)]
         batches = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
         assert all(batch.shape == (6, 5) for batch in batches)
         targets = np.concatenate(batches)[:, 1:].flatten()

@@ -424,7 +424,7 @@ def test_starts_from_another_model(tiny_run, origin, tmp_path, layers):
     data, _ = open_data(read_config(str(tmp_path / "out" / "config.toml")))
     with torch.no_grad():
         nats, targets = 0.0, 0
-        for (batch,) in ([batch] for batch in eval_batches(data.val, 1, 0, (0, 1))):
+        for (batch,) in ([batch] for batch in eval_batches(data.val, 1)):
             tokens = torch.from_numpy(batch).long()
             counted = tokens[:, 1:] != IGNORE
             logits = theirs(tokens[:, :-1].clamp(min=0)).logits

@@ -7,7 +7,8 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,23 +100,31 @@ class Windows:
         moved = starts + (strides == self.document_start).argmax(axis=1)
         return np.where(moved + self.block_size < len(stream), moved, starts)
 
-    def all_targets(self, limit: int = 0) -> Iterator[np.ndarray]:
-        """Every window in order, int32 [block_size + 1], the last of each stream filled up with `IGNORE`.
+    def all_targets(self, limit: int = 0) -> Iterator[tuple[int, int]]:
+        """Places of windows, (stream, start), in order: every token but the first of each stream is a target once.
 
-        Every token but the first of each stream is a target exactly once. `limit` stops after that many
-        targets (rounded up to a window); 0 means all.
+        Args:
+            limit: stops after that many targets (rounded up to a window); 0 means all.
         """
         seen = 0
-        for stream, name in zip(self.streams, self.names, strict=True):
+        for number, stream in enumerate(self.streams):
             for start in range(0, len(stream) - 1, self.block_size):
                 if limit and seen >= limit:
                     return
-                window = np.full(self.block_size + 1, IGNORE, dtype=np.int32)
-                piece = stream[start : start + self.block_size + 1]
-                self._check(piece, name)
-                window[: len(piece)] = piece
-                seen += len(piece) - 1
-                yield window
+                seen += min(self.block_size, len(stream) - 1 - start)
+                yield number, start
+
+    def at(self, stream: int, start: int) -> np.ndarray:
+        """The window at a place of `all_targets`, int32 [block_size + 1], filled up with `IGNORE`.
+
+        Raises:
+            UserError: it holds a token beyond the vocabulary, or cannot be read.
+        """
+        window = np.full(self.block_size + 1, IGNORE, dtype=np.int32)
+        piece = self.streams[stream][start : start + self.block_size + 1]
+        self._check(piece, self.names[stream])
+        window[: len(piece)] = piece
+        return window
 
 
 class Sequences:
@@ -152,14 +161,20 @@ class Sequences:
         return windows[index]
 
 
+Rows = Callable[[int], np.ndarray]  # Of so many sequences, the numbers of those that this process holds, in order.
+
+
 class TrainBatches:
-    """Record k is this process's slice of global batch k, whatever the number of processes.
+    """Record k is this process's part of global batch k.
+
+    Sequence s of micro-batch m is number m · (sequences per micro-batch) + s of its batch, whatever the number of
+    processes and devices; only its own sequences are read.
 
     Args:
         sequences: of training windows.
         schedule: sequences per update.
         micro_batches: of each batch size, into how many micro-batches it is cut.
-        process: (index, count) of this process.
+        rows: of a micro-batch, what this process holds.
     """
 
     def __init__(
@@ -167,20 +182,21 @@ class TrainBatches:
         sequences: Sequences,
         schedule: BatchSchedule,
         micro_batches: dict[int, int],
-        process: tuple[int, int] = (0, 1),
+        rows: Rows = np.arange,
     ) -> None:
-        self.sequences, self.schedule, self.micro_batches, self.process = sequences, schedule, micro_batches, process
+        self.sequences, self.schedule, self.micro_batches, self.rows = sequences, schedule, micro_batches, rows
 
     def __len__(self) -> int:
         return 1 << 62  # epochs never end
 
     def __getitem__(self, update: int) -> np.ndarray:
-        """int32 [micro_batches, sequences / micro_batches / processes, block_size + 1]."""
+        """int32 [micro_batches, rows of this process, block_size + 1]."""
         first, size = self.schedule.at(int(update))
-        index, count = self.process
-        share = size // count
-        windows = self.sequences[np.arange(first + index * share, first + (index + 1) * share)]
-        return windows.reshape(self.micro_batches[size], -1, windows.shape[-1])
+        count = self.micro_batches[size]
+        starts = np.arange(first, first + size, size // count)
+        numbers = starts[:, None] + self.rows(size // count)
+        windows = self.sequences[numbers.flatten()]
+        return windows.reshape(*numbers.shape, windows.shape[-1])
 
 
 def read_ahead(source: TrainBatches, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
@@ -191,21 +207,14 @@ def read_ahead(source: TrainBatches, start: int, stop: int) -> grain.DatasetIter
     return iter(records.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def eval_batches(
-    windows: Windows, batch_size: int, limit: int = 0, process: tuple[int, int] = (0, 1)
-) -> Iterator[np.ndarray]:
-    """Batches that cover the windows in order, int32 [batch_size / processes, block_size + 1] for this process.
+def eval_batches(windows: Windows, batch_size: int, limit: int = 0, rows: Rows = np.arange) -> Iterator[np.ndarray]:
+    """Batches that cover the windows in order, int32 [rows of this process, block_size + 1] of `batch_size` each.
 
-    The last batch is filled up with windows of `IGNORE`, so that all have one shape.
+    The last batch is filled up with windows of `IGNORE`, so that all have one shape. Only the windows of this
+    process are read.
     """
-    index, count = process
-    share = batch_size // count
-    rows: list[np.ndarray] = []
-    for window in windows.all_targets(limit):
-        rows.append(window)
-        if len(rows) == batch_size:
-            yield np.stack(rows[index * share : (index + 1) * share])
-            rows = []
-    if rows:
-        rows += [np.full(windows.block_size + 1, IGNORE, dtype=np.int32)] * (batch_size - len(rows))
-        yield np.stack(rows[index * share : (index + 1) * share])
+    own = rows(batch_size)
+    nothing = np.full(windows.block_size + 1, IGNORE, dtype=np.int32)
+    places = windows.all_targets(limit)
+    while batch := list(itertools.islice(places, batch_size)):
+        yield np.stack([windows.at(*batch[row]) if row < len(batch) else nothing for row in own])
