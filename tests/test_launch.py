@@ -1,7 +1,10 @@
 """The launch scripts: what they run, against the documentation; what that does, against shells; what they refuse."""
 
 import json
+import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 TPU_VM = ROOT / "launch" / "tpu_vm.sh"
@@ -265,11 +269,131 @@ def test_bad_input_is_one_line_and_exit_code_2(cloud, args, says):
     assert not any("create" in call or "ssh" in call for call in cloud.calls())
 
 
-def test_shellcheck_finds_nothing():
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck here; pip install -e '.[test]'")
-    result = subprocess.run(["shellcheck", TPU_VM], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+def lint(command, text=None):
+    """Runs a linter, which has to find nothing."""
+    if not shutil.which(command[0]):
+        pytest.skip(f"no {command[0]} here; pip install -e '.[test]'")
+    result = subprocess.run(list(map(str, command)), input=text, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])
+def test_shellcheck_finds_nothing(name):
+    lint(["shellcheck", ROOT / "launch" / name])
+
+
+def slurm(*args, **variables):
+    """`launch/slurm.sbatch` without SLURM."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | variables
+    command = ["bash", ROOT / "launch" / "slurm.sbatch", *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_slurm_script_starts_a_process_per_gpu_or_as_many_as_sbatch_says():
+    args = ("--dry-run", "--config", "gpt2-124m", "--data.train", "it's a/*.bin")
+    words = shlex.split(slurm(*args, SLURM_JOB_NUM_NODES="2", SLURM_GPUS_ON_NODE="8").stdout)
+    assert words[:3] == ["srun", "--nodes=2", "--ntasks-per-node=8"]
+    assert words[-7:] == ["python", "-m", "gpt2_jax.train", *args[1:]]
+    variables = {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "48"}
+    words = shlex.split(slurm(*args, **variables).stdout)
+    assert {"--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=48"} < set(words)
+    assert slurm("--help").stdout.startswith("Trains under SLURM")
+    outside = slurm(*args[1:])
+    assert (outside.returncode, len(outside.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["jobset-gpu", "jobset-tpu"])
+def test_a_jobset_is_one_and_its_numbers_agree(name):
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install -e '.[test]'")
+    jobset = yaml.safe_load((ROOT / "launch" / "kubernetes" / f"{name}.yaml").read_text())
+    # Types are checked on the way in; what is no field of a JobSet, a Job or a Pod does not come out again.
+    assert models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
+
+    (train,) = jobset["spec"]["replicatedJobs"]
+    job = train["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert job["parallelism"] == job["completions"]
+    assert pod["restartPolicy"] == "Never"  # or Kubernetes does not take a podFailurePolicy
+    assert [volume["name"] for volume in pod["volumes"]] == [mount["name"] for mount in container["volumeMounts"]]
+    rules = job["podFailurePolicy"]["rules"]
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {container["name"]}
+    # The message of https://github.com/kubernetes/kubernetes/blob/master/pkg/controller/job/pod_failure_policy.go
+    message = (
+        "Container train for pod default/gpt2-train-0-1-abc failed with exit code {} matching FailJob rule at index 0"
+    )
+    bad_input, preempted = jobset["spec"]["failurePolicy"]["rules"]
+    (pattern,) = bad_input["onJobFailureMessagePatterns"]
+    assert [bool(re.search(pattern, message.format(code))) for code in (2, 143, 254)] == [True, False, False]
+    assert preempted["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    if name == "jobset-tpu":
+        chips = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+        assert math.prod(map(int, chips)) == job["completions"] * container["resources"]["limits"]["google.com/tpu"]
+    else:
+        processes = pytest.importorskip("gpt2_jax.processes")
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        launch = processes.detect(processes.Flags(), variables | {"JOB_COMPLETION_INDEX": "1"})
+        assert launch.processes == job["completions"]
+        # https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2: <jobSet>-<replicatedJob>-<job>-<pod>.<subdomain>
+        jobset_name = jobset["metadata"]["name"]
+        assert launch.coordinator == f"{jobset_name}-{train['name']}-0-0.{jobset_name}:8476"
+
+
+def test_the_image_installs_what_its_target_needs():
+    dockerfile = ROOT / "launch" / "docker" / "Dockerfile"
+    lint(["hadolint", dockerfile])
+    (snippet,) = re.findall(r'python -c "(.*?)" >', dockerfile.read_text())
+    for target in ("cuda12", "cuda13", "tpu"):
+        command = f'python -c "{snippet}"'
+        printed = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=os.environ | {"TARGET": target}, capture_output=True, text=True
+        )
+        requirements = printed.stdout.splitlines()
+        assert f"jax[{target}]" in requirements
+        assert any(requirement.startswith("orbax-checkpoint") for requirement in requirements)
+
+
+@pytest.fixture
+def sky():
+    return yaml.safe_load((ROOT / "launch" / "sky.yaml").read_text())
+
+
+@pytest.mark.parametrize("part", ["setup", "run"])
+def test_shellcheck_finds_nothing_in_what_skypilot_runs(sky, part):
+    # $ARGS are several words; exporting what a command failed to say would be noticed by the training.
+    lint(["shellcheck", "--shell=bash", "--exclude=SC2086,SC2155", "-"], sky[part])
+
+
+@pytest.mark.parametrize(("fate", "starts"), [("0", 1), ("2", 1), ("143", 1), ("134", 4)])
+def test_what_skypilot_runs_starts_again_after_crashes_only(sky, tmp_path, fate, starts):
+    python, nvidia = tmp_path / "gpt2_jax" / "bin" / "python", tmp_path / "bin" / "nvidia-smi"
+    for path, text in ((python, f'env > ~/environment; echo "$*" >> ~/starts; exit {fate}'), (nvidia, "")):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": f"{nvidia.parent}:{os.environ['PATH']}",
+        "ARGS": "--config gpt2-355m",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
+    code = subprocess.run(["bash", "-c", sky["run"]], env=environment, capture_output=True).returncode
+    assert code == int(fate)
+    assert (tmp_path / "starts").read_text().splitlines() == ["-m gpt2_jax.train --config gpt2-355m"] * starts
+    processes = pytest.importorskip("gpt2_jax.processes")
+    variables = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
+    launch = processes.detect(processes.Flags(), variables)
+    assert (launch.processes, launch.coordinator, launch.arguments["process_id"]) == (2, "10.0.0.1:8476", 1)
+
+
+@pytest.mark.slow
+def test_skypilot_accepts_its_task(sky):
+    task = pytest.importorskip("sky", reason="no SkyPilot here; pip install skypilot").Task
+    task = task.from_yaml_config(sky | {"envs": sky["envs"] | {"BUCKET": "gs://mine"}})
+    assert len(task.resources) == len(sky["resources"]["any_of"])
+    assert all(resources.use_spot for resources in task.resources)
 
 
 class TpuApi(BaseHTTPRequestHandler):
