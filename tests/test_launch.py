@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Cloud:
         environment = os.environ | {"GCLOUD": str(self.path), "PATH": path, "POLL_SECONDS": "0.1"}
         (self.path / "calls.jsonl").write_text("")
         return subprocess.run(
-            [TPU_VM, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+            [TPU_VM, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
         )
 
     def calls(self):
@@ -193,6 +194,29 @@ def test_setup_run_status_stop_and_logs_on_two_workers(cloud, tmp_path):
     assert cloud("stop", *TPU).stdout.count("not running") == 2
     cloud("exec", *TPU, "--", "echo hello > said; pwd")
     assert (cloud.workers[1] / "gpt2_jax" / "said").read_text() == "hello\n"
+
+
+@pytest.mark.slow
+def test_a_real_training_on_a_worker_is_stopped_and_continued(cloud, tmp_path):
+    (tmp_path / "bin" / "training").write_text(f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {sys.executable} "$@"\n')
+    shutil.rmtree(cloud.workers.pop())
+    (worker,) = cloud.workers
+    assert cloud("setup", *TPU, "--storage", "none").returncode == 0
+    run = ["run", *TPU, "--", "--config", "quickstart", "--steps", "300", "--log.every", "1"]
+    assert cloud(*run).returncode == 0
+    metrics = worker / "storage" / "runs" / "quickstart" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+        assert "running" in cloud("status", *TPU).stdout, (worker / "training" / "log").read_text()
+        time.sleep(0.5)
+    assert cloud("stop", *TPU).stdout == "worker-0: stopped\n"
+    assert "ended with exit code 143" in cloud("status", *TPU).stdout
+    result = cloud("watch", *TPU, *V5E, "--", *run[run.index("--config") :])
+    assert result.returncode == 0, result.stderr
+    log = (worker / "training" / "log").read_text()
+    assert re.search(r"continued after update \d+", log)
+    assert [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row] == list(
+        range(1, 301)
+    )
 
 
 def test_watch_resumes_until_the_training_has_ended(cloud):
