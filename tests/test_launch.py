@@ -64,13 +64,13 @@ class Cloud:
     def be(self, *states):
         (self.path / "states").write_text("\n".join(states))
 
-    def __call__(self, *args):
+    def __call__(self, *args, seconds=60):
         """What `launch/tpu_vm.sh ARGS` did: the finished process."""
         path = f"{self.path / 'gcloud-bin'}:{os.environ['PATH']}"
         environment = os.environ | {"GCLOUD": str(self.path), "PATH": path, "POLL_SECONDS": "0.1"}
         (self.path / "calls.jsonl").write_text("")
         return subprocess.run(
-            [TPU_VM, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            [TPU_VM, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
         )
 
     def calls(self):
@@ -210,7 +210,7 @@ def test_a_real_training_on_a_worker_is_stopped_and_continued(cloud, tmp_path):
         time.sleep(0.5)
     assert cloud("stop", *TPU).stdout == "worker-0: stopped\n"
     assert "ended with exit code 143" in cloud("status", *TPU).stdout
-    result = cloud("watch", *TPU, *V5E, "--", *run[run.index("--config") :])
+    result = cloud("watch", *TPU, *V5E, "--", *run[run.index("--config") :], seconds=300)
     assert result.returncode == 0, result.stderr
     log = (worker / "training" / "log").read_text()
     assert re.search(r"continued after update \d+", log)
