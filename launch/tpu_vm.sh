@@ -22,11 +22,11 @@ usage: launch/tpu_vm.sh COMMAND NAME --zone ZONE [flags] [-- arguments of python
   --zone ZONE          such as us-west4-a (cloud.google.com/tpu/docs/regions-zones)
   --type TYPE          accelerator type: v4-32, v5litepod-16, v5p-8, v6e-16, ... (up, watch, create)
   --spot               cheaper, and taken away at any time
-  --queued             as a queued resource: it waits until there is a TPU (in every command but setup, run, logs, ...)
+  --queued             as a queued resource, which waits until there is a TPU (status and delete need the flag, too)
   --storage WHERE      keeps runs/ (up, watch, setup): HOST:/SHARE for NFS, gs://BUCKET for a bucket with a hierarchical
                        namespace, none for the TPU's own disk, which goes with it
   --init FILE          bash script that setup runs on every worker, in the checkout, before it mounts --storage: to
-                       fetch data/, for example
+                       fetch data/, for example, or to install gcsfuse for gs:// where the image has none
   --version VERSION    software of the TPU VM; by default what fits the type
   --project PROJECT    by default that of gcloud's configuration
   --create-flag=FLAG   one more flag for gcloud's create, such as --create-flag=--reserved; may be repeated

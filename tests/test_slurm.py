@@ -27,8 +27,9 @@ pytestmark = [
 ]
 SCRIPT = Path(__file__).parents[1] / "launch" / "slurm.sbatch"
 
-# Two daemons on this machine are two nodes (the first has to be a name that resolves: JAX's coordinator is there). A
-# job of the partition `high` has those of `low` requeued; after the 5 s that a credential lasts they start again.
+# Two daemons on this machine are two nodes; of their names the first in the alphabet has to resolve, as JAX's
+# coordinator is there. A job of the partition `high` has those of `low` requeued; these start again after the 5 s that
+# a credential lasts.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -54,7 +55,7 @@ SwitchType=switch/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName={host} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=second NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName={host}-second NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
@@ -100,7 +101,7 @@ def slurm():
         daemon("munged", "--foreground", "--force", f"--socket={root}/munge.socket", *files)
         daemon("slurmctld", "-D", "-c")
         daemon("slurmd", "-D", "-N", socket.gethostname())
-        daemon("slurmd", "-D", "-N", "second")
+        daemon("slurmd", "-D", "-N", f"{socket.gethostname()}-second")
         deadline = time.monotonic() + 60
         while (
             "2 idle"
@@ -147,8 +148,10 @@ def tiny(tmp_path):
     return ["--config", tmp_path / "tiny.toml", "--data.text", tmp_path / "text.txt", "--steps", "200"]
 
 
-@pytest.mark.parametrize("nodes", [1])
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_job_that_is_preempted_and_requeued_is_bit_for_bit_the_job_that_was_not(slurm, tiny, tmp_path, nodes):
+    if nodes > 1:
+        pytest.importorskip("gpt2_jax.processes")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--partition=low", f"--nodes={nodes}", "--ntasks-per-node=1"]
     Job(slurm, tmp_path, flags, [*tiny, "--out", whole]).wait("COMPLETED")
