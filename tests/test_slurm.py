@@ -142,10 +142,10 @@ class Job:
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The command line of a tiny run, without its --out."""
+    """The command line of a tiny run, without its --out; so long that SLURM's scheduler comes in between."""
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "text.txt").write_text("".join(f"{number} squared is {number**2}\n" for number in range(300)))
-    return ["--config", tmp_path / "tiny.toml", "--data.text", tmp_path / "text.txt", "--steps", "200"]
+    return ["--config", tmp_path / "tiny.toml", "--data.text", tmp_path / "text.txt", "--steps", "500"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -173,7 +173,7 @@ def test_a_job_that_is_preempted_and_requeued_is_bit_for_bit_the_job_that_was_no
     assert log.count("queued again, to continue") == 1  # the first time by SLURM itself
     for key in ("loss", "grad_norm", "val_loss"):
         assert rows(parts, key) == rows(whole, key), key
-    assert len(rows(whole, "loss")) == 200
+    assert len(rows(whole, "loss")) == 500
     jax.tree.map(np.testing.assert_array_equal, final_state(parts), final_state(whole))
 
 
