@@ -11,12 +11,10 @@ the same for generation, where keys and values of earlier tokens are kept.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import AttentionBackend, UserError
 
@@ -211,14 +209,5 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: boo
         interpret=interpret,
     )
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return jax.vmap(kernel)(q * head_dim**-0.5, k, v).swapaxes(1, 2)  # the kernel does not scale
-
-    # XLA cannot partition a Pallas kernel: mesh axes that are still its to place become manual here.
-    axes = jax.sharding.get_abstract_mesh().auto_axes
-    if not axes:
-        return attend(q, k, v)
-    by_batch = P(axes)
-    sharded = functools.partial(jax.shard_map, in_specs=by_batch, out_specs=by_batch, axis_names=set(axes))
-    return sharded(attend, check_vma=False)(q, k, v)  # Pallas outputs carry no replication types
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(q * head_dim**-0.5, k, v).swapaxes(1, 2)  # the kernel does not scale
