@@ -194,7 +194,10 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues)
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests."""
+    """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests.
+
+    On several devices it has to be in a `shard_map` over all axes of the mesh: XLA cannot split a Pallas kernel.
+    """
     # Not at the top: whoever has no TPU can do without it, and it is experimental.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask

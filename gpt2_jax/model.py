@@ -37,17 +37,7 @@ INIT_STD = 0.02  # Of every matrix and both embeddings.
 LAYER_NORM_EPSILON = 1e-5  # Flax's default is 1e-6.
 VOCAB_MULTIPLE = 128  # Matrix units want multiples of 128: 50257 becomes 50304.
 
-
-def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """A policy that keeps everything for the backward pass, but for whole parameters in any dtype."""
-    return primitive not in (jax.lax.all_gather_p, jax.lax.convert_element_type_p)
-
-
-REMAT_POLICIES = {
-    "none": _all_but_gathered,  # where there is something to gather
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
-}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def padded_vocab_size(config: GPT2Config) -> int:
@@ -132,8 +122,8 @@ class GPT2(nn.Module):
     Attributes:
         config: the architecture.
         dtype: of activations and of the operands of matrix products; parameters are float32.
-        whole: makes the parameters of one block whole where the block uses them, for callers that hold parts of
-            them (`step.py`, under `fsdp`).
+        whole: makes one block's parameters whole where the block uses them, for who has only parts of them
+            (`step.py`).
     """
 
     config: GPT2Config
@@ -173,7 +163,7 @@ class GPT2(nn.Module):
         block: Any = Block
         if whole := self.whole:
             block = nn.map_variables(block, "params", lambda variables: {"params": whole(variables["params"])})
-        if config.remat != "none" or self.whole:
+        if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=(2,))
         if config.scan_layers:

@@ -1,7 +1,8 @@
 """The device mesh, and where parameters and batches live on it.
 
 Axes: `data` replicates the model and splits the batch; `fsdp` splits the batch too, and the parameters,
-gradients and optimizer state. Plain data parallelism is `fsdp` = 1.
+gradients and optimizer state. Plain data parallelism is `fsdp` = 1. Where split parameters are needed whole,
+`gather` makes them so.
 """
 
 from __future__ import annotations

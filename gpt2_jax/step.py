@@ -1,8 +1,12 @@
 """The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
 
 The devices of the mesh axis `data` each scan their micro-batches; `optax.MultiSteps` accumulates inside that
-scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer. `fsdp` is left to
-the compiler.
+scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer.
+
+Within, each micro-batch is split over `fsdp`. The devices gather a block's parameters where the block uses them
+(once more in the backward pass under `remat`, which does not keep them), and its gradients are summed into the parts
+that each device holds (ZeRO stage 3, Rajbhandari et al. 2020). The optimizer works on the parts: all of it is
+elementwise but for the norm, and what to add up for that is left to the compiler.
 """
 
 from __future__ import annotations
@@ -48,12 +52,12 @@ EvalStep = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def _manual(
-    function: Callable[..., Any], model: GPT2, mesh: Mesh, axes: set[str], in_specs: Any, out_specs: Any
+    function: Callable[..., Any], model: GPT2, mesh: Mesh | None, axes: set[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`function` as each device of the mesh axes `axes` runs it, on its parts."""
+    """`function` as each device along the mesh axes `axes` runs it, on its parts. No mesh: inside another one's."""
     return jax.shard_map(
         function,
-        mesh=None if jax.sharding.get_abstract_mesh().manual_axes else mesh,  # inside another one, its mesh
+        mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=axes,
@@ -63,31 +67,25 @@ def _manual(
 
 
 def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
-    """The axis, if it has more than one device: XLA refuses a reduction over an axis of one device beside one that
-    it places itself."""
+    """The axis, if there is something to reduce over it. XLA refuses a reduction over an axis of one device beside
+    one that it places itself."""
     return (name,) if mesh.shape[name] > 1 else ()
 
 
-def _specs(model: GPT2, mesh: Mesh) -> Any:
-    """How each parameter is split."""
+def _param_specs(model: GPT2, mesh: Mesh) -> Any:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, shapes))
 
 
-def _nats(model: GPT2, specs: Any, params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """The sum of nats over tokens [batch, block_size + 1] of one device, which holds parts of `params`."""
-    config = model.config
-    if any("fsdp" in spec for spec in jax.tree.leaves(specs)):
-        blocks = {name for name in params if name not in ("wte", "wpe", "ln_f")}
-        in_block = jax.tree.map(lambda spec: P(*spec[1:]), specs["h"]) if config.scan_layers else specs["h_0"]
-        model = model.clone(whole=functools.partial(gather, specs=in_block, dtype=model.dtype))
-        params = {
-            name: value if name in blocks else gather(value, specs[name], model.dtype) for name, value in params.items()
-        }
-    rngs = None if key is None else {"dropout": key}
-    inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
-    hidden = model.apply({"params": params}, inputs, key is None, method="hidden", rngs=rngs)
-    return cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
+    """What can be applied on a device that holds parts of the parameters: a model that gathers those of each block
+    in the block, and parameters in which the others are whole."""
+    if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
+        return model, params
+    block = jax.tree.map(lambda spec: P(*spec[1:]), specs["h"]) if "h" in specs else specs["h_0"]
+    model = model.clone(whole=functools.partial(gather, specs=block, dtype=model.dtype))
+    ends = {name: gather(params[name], specs[name], model.dtype) for name in ("wte", "wpe", "ln_f")}
+    return model, params | ends
 
 
 def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
@@ -129,26 +127,35 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences split over the mesh. Each pair of
     lengths compiles once.
     """
+    config = model.config
     data, fsdp = _axis(mesh, "data"), _axis(mesh, "fsdp")
     inner = once_per_update(make_optimizer(optimizer), mean_over=data)
     schedule = learning_rate_schedule(optimizer)
-    specs = _specs(model, mesh)
+    specs = _param_specs(model, mesh)
+
+    def micro_loss(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        """One device's share of the mean nats per token of a micro-batch over `fsdp`."""
+        gathering, params = _gathered(model, params, specs)
+        rngs = {"dropout": key} if config.dropout else None
+        hidden = gathering.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
+        targets = tokens[:, 1:]
+        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+        return total / (targets.size * mesh.shape["fsdp"])
 
     def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
-        """Of one micro-batch on one device: its share of the mean nats per token over `fsdp`, and the gradient of
-        that mean with respect to the device's part of the parameters."""
+        """Each device's share of the loss, float32 [1], and the gradient of the whole loss by its parts."""
         if fsdp:
             key = jax.random.fold_in(key, jax.lax.axis_index(fsdp))
-        # As for `data` below: the whole parameters are shared, and their gradients summed once all are there.
-        params = jax.tree.map(
-            lambda part, spec: part if "fsdp" in spec else jax.lax.pcast(part, fsdp, to="varying"), params, specs
-        )
-        targets = tokens[:, 1:].size * mesh.shape["fsdp"]
-        nats = functools.partial(_nats, model, specs, tokens=tokens, key=key if model.config.dropout else None)
-        loss, grads = jax.value_and_grad(lambda params: nats(params) / targets)(params)
-        return loss[None], jax.tree.map(
-            lambda grad, spec: grad if "fsdp" in spec else jax.lax.psum(grad, fsdp), grads, specs
-        )
+
+        def whole_ones(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
+            return jax.tree.map(lambda leaf, spec: leaf if "fsdp" in spec else function(leaf), tree, specs)
+
+        # As `update` does for `data`: what is whole counts as different on each device until its gradient is summed.
+        params = whole_ones(lambda leaf: jax.lax.pcast(leaf, fsdp, to="varying"), params)
+        loss, grads = jax.value_and_grad(micro_loss)(params, tokens, key)
+        return loss[None], whole_ones(lambda grad: jax.lax.psum(grad, fsdp), grads)
+
+    over_fsdp = _manual(gradient, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
 
     def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         micro_batches = tokens.shape[0]
@@ -158,7 +165,6 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         # Gradients with respect to parameters that count as different on each device: with respect to shared
         # ones, differentiation itself would add a reduction to every micro-step.
         params = jax.lax.pcast(state.params, data, to="varying")
-        over_fsdp = _manual(gradient, model, mesh, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
 
         def micro_step(
             carry: tuple[optax.MultiStepsState, jax.Array, Any], batch: tuple[jax.Array, jax.Array]
@@ -201,12 +207,16 @@ def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
 
     `tokens` is int32 [sequences, block_size + 1], sequences split over the mesh; `IGNORE` fills up.
     """
-    specs = _specs(model, mesh)
+    config = model.config
     axes = _axis(mesh, "data") + _axis(mesh, "fsdp")
+    specs = _param_specs(model, mesh)
 
     def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = _nats(model, specs, params, tokens), jnp.sum(tokens[:, 1:] != IGNORE)
-        return jax.lax.psum(sums, axes)
+        gathering, params = _gathered(model, params, specs)
+        targets = tokens[:, 1:]
+        hidden = gathering.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
+        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+        return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
 
     sharded = _manual(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P())
     replicated = NamedSharding(mesh, P())
