@@ -11,12 +11,10 @@ the same for generation, where keys and values of earlier tokens are kept.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import AttentionBackend, UserError
 
@@ -200,7 +198,10 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues)
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests."""
+    """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests.
+
+    On several devices it has to be in a `shard_map` over all axes of the mesh: XLA cannot split a Pallas kernel.
+    """
     # Not at the top: whoever has no TPU can do without it, and it is experimental.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -215,14 +216,5 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: boo
         interpret=interpret,
     )
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return jax.vmap(kernel)(q * head_dim**-0.5, k, v).swapaxes(1, 2)  # the kernel does not scale
-
-    # XLA cannot partition a Pallas kernel: mesh axes that are still its to place become manual here.
-    axes = jax.sharding.get_abstract_mesh().auto_axes
-    if not axes:
-        return attend(q, k, v)
-    by_batch = P(axes)
-    sharded = functools.partial(jax.shard_map, in_specs=by_batch, out_specs=by_batch, axis_names=set(axes))
-    return sharded(attend, check_vma=False)(q, k, v)  # Pallas outputs carry no replication types
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(q * head_dim**-0.5, k, v).swapaxes(1, 2)  # the kernel does not scale

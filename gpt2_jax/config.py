@@ -47,7 +47,8 @@ class GPT2Config:
     scan_layers: bool = False
     """Compile one block and scan over the layers: faster to compile, smaller program, slower steps."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks."""
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks. With the last two it
+    also gathers parameters split over mesh.fsdp again, and does not keep them."""
     loss_chunk: int = 4096
     """Tokens whose logits exist at the same time in the training loss; 0 for all."""
 

@@ -11,6 +11,7 @@ With `scan_layers` the blocks' parameters are stacked along a leading axis under
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from flax import linen as nn
 from gpt2_jax.attention import KeyValues, cached_attention, causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.loss import head_logits
-from gpt2_jax.sharding import constrain_batch
 
 Params = dict[str, Any]
 
@@ -108,7 +108,6 @@ class Block(nn.Module):
         self, x: jax.Array, deterministic: bool, cache: KeyValues | None = None
     ) -> tuple[jax.Array, KeyValues | None]:
         """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
-        x = constrain_batch(x)
         y, cache = Attention(self.config, self.dtype, name="attn")(
             _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache
         )
@@ -123,10 +122,13 @@ class GPT2(nn.Module):
     Attributes:
         config: the architecture.
         dtype: of activations and of the operands of matrix products; parameters are float32.
+        whole: makes one block's parameters whole where the block uses them, for who has only parts of them
+            (`step.py`).
     """
 
     config: GPT2Config
     dtype: jnp.dtype = jnp.float32
+    whole: Callable[[Params], Params] | None = None
 
     def hidden(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
         """The output of the final layer norm, from which `loss.cross_entropy` starts.
@@ -159,6 +161,8 @@ class GPT2(nn.Module):
         wpe = nn.Embed(config.block_size, config.n_embd, dtype=self.dtype, embedding_init=init, name="wpe")
         x = nn.Dropout(config.dropout)(wte(tokens) + wpe(positions), deterministic)
         block: Any = Block
+        if whole := self.whole:
+            block = nn.map_variables(block, "params", lambda variables: {"params": whole(variables["params"])})
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=(2,))

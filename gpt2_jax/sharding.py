@@ -1,15 +1,18 @@
 """The device mesh, and where parameters and batches live on it.
 
 Axes: `data` replicates the model and splits the batch; `fsdp` splits the batch too, and the parameters,
-gradients and optimizer state. Plain data parallelism is `fsdp` = 1.
+gradients and optimizer state. Plain data parallelism is `fsdp` = 1. Where split parameters are needed whole,
+`gather` makes them so.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -43,19 +46,54 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
 
-    The largest dimension that `fsdp` divides is split. Vectors stay whole (unless layers are stacked): they are
-    small, and a layer norm's gather costs more than its memory.
+    The largest dimension that `fsdp` divides is split; an array without one stays whole. So do vectors: they are
+    small, and to gather one costs more than its memory. Scanned layers stand under `h` with one axis more, which is
+    neither counted nor split.
     """
     fsdp = mesh.shape["fsdp"]
 
-    def place(leaf: Any) -> NamedSharding:
-        divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
-        if fsdp == 1 or len(leaf.shape) < 2 or not divisible:
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        stacked = any(getattr(key, "key", None) == "h" for key in path)
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0 and axis >= stacked]
+        if fsdp == 1 or len(leaf.shape) - stacked < 2 or not divisible:
             return NamedSharding(mesh, P())
         largest = max(divisible, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, P(*(None,) * largest, "fsdp"))
 
-    return jax.tree.map(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
+    """Whole parameters from one device's parts of them, in a function that is manual over `fsdp`.
+
+    Args:
+        params: tree of arrays, each the part that its spec leaves on a device.
+        specs: tree of `PartitionSpec`, as of `state_sharding`.
+        dtype: what parameters are computed with. The values are rounded to it and travel in it; the arrays keep
+            their own dtype, so that the model and its gradients are as they are on one device.
+
+    The gradient of a part is the sum over the devices of their gradients of the whole.
+    """
+    return jax.tree.map(
+        lambda part, spec: _gather(part, spec.index("fsdp"), dtype) if "fsdp" in spec else part, params, specs
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True).astype(part.dtype)
+
+
+def _gather_forward(part: jax.Array, axis: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _gather(part, axis, dtype), None
+
+
+def _gather_backward(axis: int, dtype: jnp.dtype, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    # Summed in float32, as gradients are over `data`: JAX's own transpose would round every partial sum to `dtype`.
+    return (jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_sharding(mesh: Mesh, *, micro_batches: bool) -> NamedSharding:
@@ -107,13 +145,3 @@ def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """This process's rows of a global batch, as `local_rows` has them -> the global array, each device its share."""
     with jax.transfer_guard_host_to_device("allow"):  # explicit, though JAX counts it so in a single process only
         return jax.make_array_from_process_local_data(sharding, batch)
-
-
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the batch of an activation split where the compiler chooses placements.
-
-    Without it GSPMD splits the residual stream by features, after the weights, and moves activations
-    all-to-all in every block.
-    """
-    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().auto_axes if axis in BATCH_AXES)
-    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x

@@ -1,8 +1,12 @@
 """The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
 
 The devices of the mesh axis `data` each scan their micro-batches; `optax.MultiSteps` accumulates inside that
-scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer. `fsdp` is left to
-the compiler.
+scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer.
+
+Within, each micro-batch is split over `fsdp`. The devices gather a block's parameters where the block uses them
+(once more in the backward pass under `remat`, which does not keep them), and its gradients are summed into the parts
+that each device holds (ZeRO stage 3, Rajbhandari et al. 2020). The optimizer works on the parts: all of it is
+elementwise but for the norm, and what to add up for that is left to the compiler.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, init_params
 from gpt2_jax.optimizer import OncePerUpdateState, learning_rate_schedule, make_optimizer, once_per_update
-from gpt2_jax.sharding import batch_sharding, state_sharding
+from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -47,28 +51,41 @@ TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Mesh axes that the step handles itself. `fsdp` of 1 joins them, so that kernels see plain local arrays."""
-    return ("data", "fsdp") if mesh.shape["fsdp"] == 1 else ("data",)
-
-
-def _reduced_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The manual axes over which there is something to reduce. XLA refuses a reduction over an axis of one device
-    beside one that it places itself."""
-    return tuple(axis for axis in _manual_axes(mesh) if mesh.shape[axis] > 1)
-
-
-def _manual(function: Callable[..., Any], model: GPT2, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` per device of the manual axes, the compiler taking care of the others."""
+def _manual(
+    function: Callable[..., Any], model: GPT2, mesh: Mesh | None, axes: set[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`function` as each device along the mesh axes `axes` runs it, on its parts. No mesh: inside another one's."""
     return jax.shard_map(
         function,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=set(_manual_axes(mesh)),
+        axis_names=axes,
         # The proof that replicated results are equal everywhere; JAX's Pallas kernels cannot take part in it.
         check_vma=model.config.attention != "splash",
     )
+
+
+def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The axis, if there is something to reduce over it. XLA refuses a reduction over an axis of one device beside
+    one that it places itself."""
+    return (name,) if mesh.shape[name] > 1 else ()
+
+
+def _param_specs(model: GPT2, mesh: Mesh) -> Any:
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, shapes))
+
+
+def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
+    """What can be applied on a device that holds parts of the parameters: a model that gathers those of each block
+    in the block, and parameters in which the others are whole."""
+    if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
+        return model, params
+    block = jax.tree.map(lambda spec: P(*spec[1:]), specs["h"]) if "h" in specs else specs["h_0"]
+    model = model.clone(whole=functools.partial(gather, specs=block, dtype=model.dtype))
+    ends = {name: gather(params[name], specs[name], model.dtype) for name in ("wte", "wpe", "ln_f")}
+    return model, params | ends
 
 
 def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
@@ -111,33 +128,50 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
     lengths compiles once.
     """
     config = model.config
-    axes = _reduced_axes(mesh)
-    inner = once_per_update(make_optimizer(optimizer), mean_over=axes)
+    data, fsdp = _axis(mesh, "data"), _axis(mesh, "fsdp")
+    inner = once_per_update(make_optimizer(optimizer), mean_over=data)
     schedule = learning_rate_schedule(optimizer)
+    specs = _param_specs(model, mesh)
 
     def micro_loss(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        """Mean nats per token of one micro-batch on one device."""
+        """One device's share of the mean nats per token of a micro-batch over `fsdp`."""
+        gathering, params = _gathered(model, params, specs)
         rngs = {"dropout": key} if config.dropout else None
-        hidden = model.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
+        hidden = gathering.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
         targets = tokens[:, 1:]
         total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
-        return total / targets.size
+        return total / (targets.size * mesh.shape["fsdp"])
+
+    def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
+        """Each device's share of the loss, float32 [1], and the gradient of the whole loss by its parts."""
+        if fsdp:
+            key = jax.random.fold_in(key, jax.lax.axis_index(fsdp))
+
+        def whole_ones(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
+            return jax.tree.map(lambda leaf, spec: leaf if "fsdp" in spec else function(leaf), tree, specs)
+
+        # As `update` does for `data`: what is whole counts as different on each device until its gradient is summed.
+        params = whole_ones(lambda leaf: jax.lax.pcast(leaf, fsdp, to="varying"), params)
+        loss, grads = jax.value_and_grad(micro_loss)(params, tokens, key)
+        return loss[None], whole_ones(lambda grad: jax.lax.psum(grad, fsdp), grads)
+
+    over_fsdp = _manual(gradient, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
 
     def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         micro_batches = tokens.shape[0]
         multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        key = jax.random.fold_in(key, jax.lax.axis_index(axes) if axes else 0)
+        key = jax.random.fold_in(key, jax.lax.axis_index(data) if data else 0)
         # Gradients with respect to parameters that count as different on each device: with respect to shared
         # ones, differentiation itself would add a reduction to every micro-step.
-        params = jax.lax.pcast(state.params, axes, to="varying")
+        params = jax.lax.pcast(state.params, data, to="varying")
 
         def micro_step(
             carry: tuple[optax.MultiStepsState, jax.Array, Any], batch: tuple[jax.Array, jax.Array]
         ) -> tuple[tuple[optax.MultiStepsState, jax.Array, Any], None]:
             opt_state, total, _ = carry
             index, tokens = batch
-            loss, grads = jax.value_and_grad(micro_loss)(params, tokens, jax.random.fold_in(key, index))
+            loss, grads = over_fsdp(params, tokens, jax.random.fold_in(key, index))
             emit = opt_state.mini_step == micro_batches - 1
             updates, opt_state = multi_steps.update(grads, opt_state, state.params, emit=emit)
             return (opt_state, total + loss, updates), None
@@ -147,16 +181,17 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=state.step,
             inner_opt_state=state.opt_state,
-            acc_grads=jax.lax.pcast(zeros, axes, to="varying"),
+            acc_grads=jax.lax.pcast(zeros, data, to="varying"),
             skip_state=(),
         )
-        carry = (start, jax.lax.pcast(jnp.zeros((), jnp.float32), axes, to="varying"), zeros)
+        carry = (start, jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying"), zeros)
         (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
         new = TrainState(opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state)
-        loss = jax.lax.pmean(total / micro_batches, axes) if axes else total / micro_batches
+        loss = jnp.sum(total) / micro_batches
+        loss = jax.lax.pmean(loss, data)
         return new, Metrics(loss, new.opt_state.grad_norm, schedule(state.step))
 
-    sharded = _manual(update, model, mesh, in_specs=(P(), P(None, axes)), out_specs=(P(), P()))
+    sharded = _manual(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P()))
     shardings = state_shardings(model, optimizer, mesh)
     replicated = NamedSharding(mesh, P())
     return jax.jit(
@@ -173,16 +208,17 @@ def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
     `tokens` is int32 [sequences, block_size + 1], sequences split over the mesh; `IGNORE` fills up.
     """
     config = model.config
-    axes = _reduced_axes(mesh)
+    axes = _axis(mesh, "data") + _axis(mesh, "fsdp")
+    specs = _param_specs(model, mesh)
 
     def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gathering, params = _gathered(model, params, specs)
         targets = tokens[:, 1:]
-        hidden = model.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
+        hidden = gathering.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
         total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
-        sums = total, jnp.sum(targets != IGNORE)
-        return jax.lax.psum(sums, axes) if axes else sums
+        return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
 
-    sharded = _manual(evaluate, model, mesh, in_specs=(P(), P(axes)), out_specs=(P(), P()))
+    sharded = _manual(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P())
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         sharded,

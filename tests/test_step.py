@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from gpt2_jax import attention
+from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import IGNORE, MeshConfig, OptimizerConfig
 from gpt2_jax.model import GPT2, unstack_layers
 from gpt2_jax.sharding import batch_sharding, make_mesh, put_batch
@@ -53,6 +54,15 @@ def run(config, mesh, batches, accumulation, optimizer=OPTIMIZER):
     return [row.loss for row in rows], [row.grad_norm for row in rows], jax.device_get(params)
 
 
+def trace(config, mesh, accumulation, dtype=jnp.float32):
+    """The step for micro-batches of two sequences per device, not yet lowered, and the state it is for."""
+    model = GPT2(config, dtype)
+    shape = (accumulation, 2 * mesh.size, config.block_size + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
+    state = abstract_state(model, OPTIMIZER, mesh)
+    return make_train_step(model, OPTIMIZER, mesh, seed=0).trace(state, tokens), state
+
+
 @pytest.fixture(scope="module")
 def whole_batch(tiny_config, batches):
     return run(tiny_config, mesh_of(1), batches, 1)
@@ -65,11 +75,9 @@ def whole_batch(tiny_config, batches):
         (1, 1, 16, {}),
         (2, 1, 1, {}),
         (2, 1, 4, {}),
-        (8, 1, 1, {}),
         (8, 1, 2, {}),
         (2, 4, 2, {}),
-        (1, 8, 1, {}),
-        (1, 4, 4, {}),
+        (1, 4, 4, {"scan_layers": True, "remat": "dots"}),
         (1, 1, 2, {"scan_layers": True, "remat": "full"}),
         (4, 1, 2, {"scan_layers": True, "remat": "dots"}),
         (1, 1, 1, {"loss_chunk": 24}),
@@ -93,13 +101,33 @@ def test_however_a_batch_is_cut_up_the_updates_are_equal(
     assert np.sqrt(sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(total))) < 1e-6
 
 
-def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch):
+@pytest.fixture(scope="module")
+def twenty(tiny_config):
+    """Twenty batches, of a few tokens so that there is something to learn, and their losses on one device."""
+    batches = np.random.default_rng(1).integers(0, 8, (20, 32, tiny_config.block_size + 1), dtype=np.int32)
+    return batches, run(tiny_config, mesh_of(1), batches, 1)[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_twenty_losses_are_the_same_on_every_mesh(tiny_config, twenty, data, fsdp, accumulation):
+    batches, expected = twenty
+    scanned = accumulation == 4
+    config = dataclasses.replace(tiny_config, scan_layers=scanned, remat="full" if scanned else "none")
+    losses = run(config, mesh_of(data, fsdp), batches, accumulation)[0]
+    assert expected[-1] < 3 < expected[0]
+    # Rounding errors of 1e-7, which twenty updates may amplify.
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (2, 4)])
+def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch, data, fsdp):
     """Interpreted, as there is no TPU: the step's way around Pallas kernels is what is under test."""
     config = dataclasses.replace(tiny_config, block_size=128, n_layer=1)
-    batches = np.random.default_rng(0).integers(0, 65, (2, 8, 129), dtype=np.int32)
-    expected = run(config, mesh_of(4), batches, 2)
+    batches = np.random.default_rng(0).integers(0, 65, (2, 16, 129), dtype=np.int32)
+    expected = run(config, mesh_of(data, fsdp), batches, 2)
     monkeypatch.setattr(attention, "splash_attention", functools.partial(attention.splash_attention, interpret=True))
-    losses, norms, _ = run(dataclasses.replace(config, attention="splash"), mesh_of(4), batches, 2)
+    losses, norms, _ = run(dataclasses.replace(config, attention="splash"), mesh_of(data, fsdp), batches, 2)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)  # another order of sums in every attention row
     np.testing.assert_allclose(norms, expected[1], rtol=1e-4)
 
@@ -116,28 +144,27 @@ def test_the_gradient_that_adamw_sees_has_the_clipped_norm(tiny_config, batches)
     assert norm == pytest.approx(OPTIMIZER.clip_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("fsdp", [1, 4])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_the_bfloat16_step_for_cuda_calls_cudnn(tiny_config, scan_layers, monkeypatch):
+def test_the_bfloat16_step_for_cuda_calls_cudnn(tiny_config, scan_layers, fsdp, monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is none here
     config = dataclasses.replace(
         tiny_config, n_head=2, n_embd=128, block_size=128, attention="cudnn", scan_layers=scan_layers
     )
-    mesh = mesh_of(8)
-    model = GPT2(config, jnp.bfloat16)
-    tokens = jax.ShapeDtypeStruct((2, 16, 129), jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
-    traced = make_train_step(model, OPTIMIZER, mesh, seed=0).trace(abstract_state(model, OPTIMIZER, mesh), tokens)
+    traced = trace(config, mesh_of(8 // fsdp, fsdp), 2, jnp.bfloat16)[0]
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(__cudnn\$\w+)", program)
     assert set(calls) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 
 
-def test_dropout_differs_by_micro_batch_and_device_and_is_reproducible(tiny_config, batches):
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (1, 2)])
+def test_dropout_differs_by_micro_batch_and_device_and_is_reproducible(tiny_config, batches, data, fsdp):
     config = dataclasses.replace(tiny_config, dropout=0.5, n_layer=1)
     same = np.repeat(batches[:1, :1], BATCH, axis=1)  # one sequence, sixteen times
-    losses, norms, params = run(config, mesh_of(2), same, 8)
-    again = run(config, mesh_of(2), same, 8)
+    losses, norms, params = run(config, mesh_of(data, fsdp), same, 8)
+    again = run(config, mesh_of(data, fsdp), same, 8)
     assert losses == again[0]
     jax.tree.map(np.testing.assert_array_equal, params, again[2])
     # With one mask for all, each of the 16 would have the gradient of the first, and so would their mean.
@@ -145,16 +172,11 @@ def test_dropout_differs_by_micro_batch_and_device_and_is_reproducible(tiny_conf
     assert norms[0] < 0.9 * one_norm
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny_config):
-    """The step for 8 devices and 4 micro-batches, optimised by XLA."""
-    mesh = mesh_of(8)
-    model = GPT2(tiny_config)
-    step = make_train_step(model, OPTIMIZER, mesh, seed=0)
-    shape = (4, BATCH, tiny_config.block_size + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
-    state = abstract_state(model, OPTIMIZER, mesh)
-    return step.lower(state, tokens).compile(), state
+@pytest.fixture(scope="module", params=[1, 4, 16])
+def compiled(tiny_config, request):
+    """The step for 8 devices, optimised by XLA, its state and the number of micro-batches."""
+    traced, state = trace(dataclasses.replace(tiny_config, n_layer=1), mesh_of(8), request.param)
+    return traced.lower().compile(), state, request.param
 
 
 def computations(text):
@@ -184,11 +206,11 @@ def reduced_bytes(body):
 
 
 def test_gradients_cross_the_mesh_once_per_update(compiled):
-    program, state = compiled
+    program, state, accumulation = compiled
     text = program.as_text()
     bodies = computations(text)
     loops = re.findall(r"body=%?([\w.\-]+)", text)
-    assert loops, "the micro-batches are a loop"
+    assert loops or accumulation == 1, "the micro-batches are a loop"
     for loop in loops:
         # What runs in every micro-step; the branch that runs once per update is behind a conditional.
         assert sum(reduced_bytes(bodies[name]) for name in called_from(loop, bodies)) == 0
@@ -198,13 +220,81 @@ def test_gradients_cross_the_mesh_once_per_update(compiled):
 
 
 def test_the_state_is_donated(compiled):
-    program, state = compiled
+    program, state, _ = compiled
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes >= state_bytes
 
 
+def moved(text, operation):
+    """Result shapes of an operation in an HLO module's text, sorted."""
+    results = re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
+    assert not any(result.startswith("(") for result in results)
+    return sorted(tuple(map(int, re.search(r"\[([\d,]+)\]", result)[1].split(","))) for result in results)
+
+
+@pytest.mark.parametrize(("data", "change"), [(1, {"n_layer": 1}), (2, {"scan_layers": True, "remat": "dots"})])
+def test_under_fsdp_only_parameters_and_gradients_move(tiny_config, data, change):
+    traced, state = trace(dataclasses.replace(tiny_config, **change), mesh_of(data, 8 // data), 4)
+    program = traced.lower().compile()
+    text = program.as_text()
+    gathered, scattered, whole_bytes, part_bytes = [], [], 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        part = leaf.sharding.shard_shape(leaf.shape)
+        if part == leaf.shape:
+            whole_bytes += 4 * leaf.size
+            continue
+        part_bytes += 4 * int(np.prod(part))
+        stacked = path[0].key == "h"  # one block after the other, forward and backward
+        gathered += [leaf.shape[stacked:]] * (1 + stacked)
+        scattered.append(part[stacked:])
+    assert moved(text, "all-gather") == sorted(gathered)
+    assert moved(text, "reduce-scatter") == sorted(scattered)
+    assert moved(text, "all-to-all") == moved(text, "collective-permute") == []
+
+    # Vectors in every micro-step over `fsdp`; vectors and parts once per update over `data`; and scalars: the loss, and
+    # one sum of squares for each parameter in the norm.
+    bodies = computations(text)
+    in_loops = set().union(*(called_from(loop, bodies) for loop in re.findall(r"body=%?([\w.\-]+)", text)))
+    assert sum(reduced_bytes(bodies[name]) for name in in_loops) == whole_bytes
+    over_data = whole_bytes + part_bytes if data > 1 else 0
+    scalars = sum(map(reduced_bytes, bodies.values())) - whole_bytes - over_data
+    assert 0 <= scalars <= 4 * (len(jax.tree.leaves(state.params)) + 2)
+
+    state_bytes = sum(
+        leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
+    )
+    assert program.memory_analysis().alias_size_in_bytes >= state_bytes
+
+
+def test_parameters_travel_in_bfloat16_and_gradients_in_float32(tiny_config):
+    traced, state = trace(tiny_config, mesh_of(2, 4), 2, jnp.bfloat16)
+    text = traced.lower().as_text()
+    split = sum("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
+    for operation, dtype in (("all_gather", "bf16"), ("reduce_scatter", "f32"), ("all_reduce", "f32")):
+        results = re.findall(rf'"stablehlo.{operation}".*?-> tensor<(?:\d+x)*(\w+)>', text, re.DOTALL)
+        assert set(results) == {dtype}
+        assert operation == "all_reduce" or len(results) == split
+
+
+def test_a_state_is_the_same_on_every_mesh(tiny_config, tmp_path):
+    """Bit for bit, through a checkpoint."""
+    model = GPT2(tiny_config)
+    states = {mesh: abstract_state(model, OPTIMIZER, mesh_of(*mesh)) for mesh in ((2, 4), (8, 1), (1, 8), (1, 1))}
+    numbers = np.random.default_rng(0)
+    values = jax.tree.map(lambda leaf: numbers.normal(size=leaf.shape).astype(leaf.dtype), states[2, 4])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, states[2, 4])
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, jax.device_put(values, shardings), {})
+        for abstract in states.values():
+            restored = checkpoints.restore(1, abstract)
+            jax.tree.map(np.testing.assert_array_equal, restored, values)
+            assert jax.tree.all(
+                jax.tree.map(lambda leaf, expected: leaf.sharding == expected.sharding, restored, abstract)
+            )
+
+
 def test_the_state_holds_no_accumulator(compiled):
-    _, state = compiled
+    _, state, _ = compiled
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * n_params + 10  # parameters and two moments
 
@@ -215,11 +305,12 @@ def test_evaluation_counts_every_target_once(tiny, batches):
     tokens[3, 20:] = IGNORE
     tokens[7:] = IGNORE
     sums = []
-    for mesh in (mesh_of(1), mesh_of(8)):
+    for mesh in (mesh_of(1), mesh_of(8), mesh_of(2, 4)):
         eval_step = make_eval_step(model, mesh)
         sums.append(jax.device_get(eval_step(params, put_batch(tokens, batch_sharding(mesh, micro_batches=False)))))
-    assert sums[0][1] == sums[1][1] == 6 * 32 + 19
+    assert sums[0][1] == sums[1][1] == sums[2][1] == 6 * 32 + 19
     assert float(sums[0][0]) == pytest.approx(float(sums[1][0]), rel=1e-6)
+    assert float(sums[0][0]) == pytest.approx(float(sums[2][0]), rel=1e-6)
     logits = model.apply({"params": params}, np.maximum(tokens[:7, :-1], 0))
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), np.maximum(tokens[:7, 1:], 0)[..., None], axis=-1)[..., 0]
     assert float(sums[0][0]) == pytest.approx(float(jnp.sum(nats * (tokens[:7, 1:] >= 0))), rel=1e-6)
