@@ -1,7 +1,7 @@
 """Trains a GPT-2: `python -m gpt2_jax.train --config NAME|FILE.toml [--section.key value ...]`.
 
 Started again with the same config, a run continues from its newest checkpoint, bit for bit. Started once on every host,
-it is one run over all of them (`processes.py` says how they find each other).
+it is one run over all of them (`launcher.py` says how they find each other).
 
 Exit codes, the same in all processes: 0, the run is done; 143 after SIGTERM, with a checkpoint, and the same command
 continues; 2, something that the user has to mend; any other, it crashed, and the same command goes on from the last
@@ -20,7 +20,7 @@ from contextlib import closing, nullcontext
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax import attention, processes
+from gpt2_jax import attention, launcher, processes
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args, parse_flags, run_command, take_flags
 from gpt2_jax.config import TrainConfig, UserError
@@ -31,6 +31,7 @@ from gpt2_jax.data.pipeline import TrainBatches, read_ahead
 from gpt2_jax.files import exclusive
 from gpt2_jax.interop.initial import open_initial
 from gpt2_jax.model import GPT2
+from gpt2_jax.resolve import resolve
 from gpt2_jax.run import TRAIN, DivergedError, Run, is_due, open_directory, saved_config
 from gpt2_jax.sharding import batch_sharding, local_rows, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import make_train_step
@@ -43,11 +44,11 @@ they may take to come together, --heartbeat-timeout SECONDS (100) how long one m
 
 def main(args: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    words, args = take_flags(processes.Flags, args)
+    words, args = take_flags(launcher.Flags, args)
     if not {"--config", "--help", "-h"} & set(args):
         parse_args(TRAIN, DESCRIPTION, args)  # shows what there is, and exits
-    flags = parse_flags(processes.Flags, words, prog=TRAIN, description=DESCRIPTION)
-    launch = processes.detect(flags, os.environ)
+    flags = parse_flags(launcher.Flags, words, prog=TRAIN, description=DESCRIPTION)
+    launch = launcher.detect(flags, os.environ)
     try:
         with processes.joined(launch, flags, {UserError: 2, DivergedError: 1}):
             return train(parse_args(TRAIN, DESCRIPTION, args))
@@ -125,27 +126,6 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 return 128 + signal_number
         run.summarize()
     return 0
-
-
-def resolve(config: TrainConfig, hardware: attention.Hardware) -> tuple[TrainConfig, attention.Choice]:
-    """Fills in what follows from the config and the hardware, and chooses the attention backend.
-
-    Raises:
-        UserError: the attention backend asked for cannot serve.
-    """
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if hardware.platform == "cpu" else "bfloat16"
-    optimizer = dataclasses.replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.steps)
-    choice = attention.choose(
-        config.model.attention,
-        hardware=hardware,
-        dtype=jnp.dtype(dtype),
-        time=config.model.block_size,
-        head_dim=config.model.n_embd // config.model.n_head,
-        dropout=config.model.dropout,
-    )
-    return dataclasses.replace(config, dtype=dtype, optimizer=optimizer), choice
 
 
 if __name__ == "__main__":

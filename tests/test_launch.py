@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpt2_jax import launcher
+
 ROOT = Path(__file__).parents[1]
 TPU_VM = ROOT / "launch" / "tpu_vm.sh"
 TPU = ["my-tpu", "--zone", "us-west4-a"]
@@ -354,9 +356,8 @@ def test_a_jobset_is_one_and_its_numbers_agree(name):
         chips = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
         assert math.prod(map(int, chips)) == job["completions"] * container["resources"]["limits"]["google.com/tpu"]
     else:
-        processes = pytest.importorskip("gpt2_jax.processes")
         variables = {variable["name"]: variable["value"] for variable in container["env"]}
-        launch = processes.detect(processes.Flags(), variables | {"JOB_COMPLETION_INDEX": "1"})
+        launch = launcher.detect(launcher.Flags(), variables | {"JOB_COMPLETION_INDEX": "1"})
         assert launch.processes == job["completions"]
         # https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2: <jobSet>-<replicatedJob>-<job>-<pod>.<subdomain>
         jobset_name = jobset["metadata"]["name"]
@@ -406,9 +407,8 @@ def test_what_skypilot_runs_starts_again_after_crashes_only(sky, tmp_path, fate,
     code = subprocess.run(["bash", "-c", sky["run"]], env=environment, capture_output=True).returncode
     assert code == int(fate)
     assert (tmp_path / "starts").read_text().splitlines() == ["-m gpt2_jax.train --config gpt2-355m"] * starts
-    processes = pytest.importorskip("gpt2_jax.processes")
     variables = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
-    launch = processes.detect(processes.Flags(), variables)
+    launch = launcher.detect(launcher.Flags(), variables)
     assert (launch.processes, launch.coordinator, launch.arguments["process_id"]) == (2, "10.0.0.1:8476", 1)
 
 

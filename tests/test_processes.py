@@ -23,9 +23,9 @@ from gpt2_jax.cli import parse_flags, take_flags
 from gpt2_jax.config import UserError
 from gpt2_jax.config_file import read_config
 from gpt2_jax.files import exclusive
+from gpt2_jax.launcher import Flags, detect
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
-from gpt2_jax.processes import Flags, detect
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.step import abstract_state
 
@@ -256,12 +256,12 @@ PLACING = """
 import os, sys
 import jax, numpy as np
 from jax.sharding import Mesh
-from gpt2_jax import processes
+from gpt2_jax import launcher, processes
 from gpt2_jax.cli import parse_flags
 from gpt2_jax.sharding import batch_sharding, local_rows, put_batch
 
-flags = parse_flags(processes.Flags, sys.argv[1:], prog="", description="")
-with processes.joined(processes.detect(flags, os.environ), flags, {}):
+flags = parse_flags(launcher.Flags, sys.argv[1:], prog="", description="")
+with processes.joined(launcher.detect(flags, os.environ), flags, {}):
     whole = np.arange(2 * 16 * 3).reshape(2, 16, 3)
     for order in ("01234567", "04152637", "70615243", "45012367"):
         for shape in ((8, 1), (4, 2), (2, 4), (1, 8)):
