@@ -150,8 +150,6 @@ def tiny(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_job_that_is_preempted_and_requeued_is_bit_for_bit_the_job_that_was_not(slurm, tiny, tmp_path, nodes):
-    if nodes > 1:
-        pytest.importorskip("gpt2_jax.processes")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--partition=low", f"--nodes={nodes}", "--ntasks-per-node=1"]
     Job(slurm, tmp_path, flags, [*tiny, "--out", whole]).wait("COMPLETED")
