@@ -5,6 +5,7 @@ What it says of time is arithmetic on the makers' data sheets, not a measurement
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -47,7 +48,8 @@ class Estimate:
         compute: matrix products at the peak.
         memory: everything read and written, at the bandwidth.
         links: everything sent, by ring algorithms.
-        compiled: the TPU compiler's estimate of all but kernels, copies and collectives, and the kernels at the peak.
+        compiled: products and memory together, as the TPU compiler estimates them, and at the peak the attention
+            kernels, of which it has no estimate; None for GPUs.
     """
 
     compute: float
@@ -58,7 +60,7 @@ class Estimate:
     @property
     def least(self) -> float:
         """If all overlaps."""
-        return max(self.compute, self.memory, self.links, self.compiled or 0.0)
+        return max(self.compiled or max(self.compute, self.memory), self.links)
 
     @property
     def most(self) -> float:
@@ -238,9 +240,9 @@ def _estimate(
 
 
 def _speed(chip: Chip, axes: tuple[str, ...], mesh: Mesh) -> float:
-    """Bytes per second between the devices along some mesh axes: the slowest way that they have to take."""
-    if not chip.network:
+    """Bytes per second that each of the devices along some mesh axes can send to the others at the same time."""
+    group = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)]
+    hosts = collections.Counter(host_of(device) for device in group.flat)
+    if not chip.network or len(hosts) == 1:
         return chip.link
-    first = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
-    group = mesh.devices[first]
-    return chip.network if len({host_of(device) for device in group.flat}) > 1 else chip.link
+    return min(chip.link, chip.network * min(hosts.values()))  # the ring runs in parallel through all ports of a host

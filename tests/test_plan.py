@@ -1,5 +1,6 @@
 """Plans: what they say of a program against the program, for chips that are not there, and of what does not fit."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -12,11 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from gpt2_jax import plan
-from gpt2_jax.chips import CHIPS, devices_of
-from gpt2_jax.config import UserError
+from gpt2_jax import cost, plan
+from gpt2_jax.chips import CHIPS, Chip, devices_of
+from gpt2_jax.config import MeshConfig, UserError
 from gpt2_jax.config_file import read_config
 from gpt2_jax.metrics import flops_per_token
+from gpt2_jax.sharding import make_mesh
 
 RECORDED = json.loads((Path(__file__).parents[1] / "bench" / "results" / "scaling.json").read_text())
 TINY = ["--config", "quickstart", "--batch_size", "16", "--model.n_layer", "1"]
@@ -170,3 +172,13 @@ def test_slices_that_do_not_exist():
         pytest.skip("libtpu, of the extra plan, is not installed")
     with pytest.raises(UserError, match="no such slice: v5e:3x3"):
         devices_of("v5e:3x3")
+
+
+def test_devices_of_a_host_share_its_ports(monkeypatch):
+    monkeypatch.setattr(cost, "host_of", lambda device: device.id // 4)
+    mesh = make_mesh(MeshConfig(2, 4), jax.devices())  # two hosts, `fsdp` within each
+    chip = Chip(flops=1e12, memory=1e9, bandwidth=1e11, link=450, network=50)
+    assert cost._speed(chip, ("fsdp",), mesh) == 450
+    assert cost._speed(chip, ("data",), mesh) == 50
+    assert cost._speed(chip, ("data", "fsdp"), mesh) == 4 * 50
+    assert cost._speed(dataclasses.replace(chip, network=0), ("data",), mesh) == 450  # a TPU's links go everywhere
