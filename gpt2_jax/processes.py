@@ -235,17 +235,17 @@ def check_shared(directory: Path) -> None:
     if is_first():
         seen.touch()
     barrier("written")
-    patience = time.monotonic() + 10  # Network file systems may be late.
-    while not seen.exists():
-        if time.monotonic() > patience:
-            raise UserError(
-                f"{directory.absolute()} on this host is not the directory in which process 0 writes; give an --out on "
-                "a file system that all hosts share"
-            )
+    patience = time.monotonic() + 10  # network file systems may be late
+    while not (found := seen.exists()) and time.monotonic() < patience:
         time.sleep(0.1)
     barrier("seen")
     if is_first():
         seen.unlink()
+    if not found:
+        raise UserError(
+            f"{directory.absolute()} on this host is not the directory in which process 0 writes; give an --out on a "
+            "file system that all hosts share"
+        )
 
 
 # --- stopping -------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ they may take to come together, --heartbeat-timeout SECONDS (100) how long one m
 def main(args: Sequence[str]) -> int:
     """The command; returns its exit code."""
     words, args = take_flags(launcher.Flags, args)
-    if not {"--config", "--help", "-h"} & set(args):
+    if {"--help", "-h"} & set(args) or not any(word.split("=")[0] == "--config" for word in args):
         parse_args(TRAIN, DESCRIPTION, args)  # shows what there is, and exits
     flags = parse_flags(launcher.Flags, words, prog=TRAIN, description=DESCRIPTION)
     launch = launcher.detect(flags, os.environ)
