@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -74,45 +75,81 @@ def test_mistakes_are_one_clear_line(args, message):
         plan.main([*TINY, *args])
 
 
-@pytest.fixture
-def small_chip(monkeypatch):
-    """CPUs with a little memory, so that what does not fit can be seen without a chip."""
+def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch, capsys):
+    """On CPUs with a little memory, so that it can be seen without a chip."""
+    args = [*TINY, "--topology", "cpu:8", "--batch_size", "512"]
+    assert plan.main([*args, "--json"]) == 0
+    needed = json.loads(capsys.readouterr().out)["memory"]["needed"]
+    small = Chip(flops=1e12, memory=0.8 * needed, bandwidth=1e11, link=1e10)
+    monkeypatch.setitem(CHIPS, "cpu", small)
+    with pytest.raises(UserError, match=r"needs .* GiB too much; type --micro_batch_size 32$"):
+        plan.main(args)
+    assert plan.main([*args, "--micro_batch_size", "32", "--json"]) == 0  # the change that it names does fit
+    table = json.loads(capsys.readouterr().out)
+    assert table["memory"]["needed"] <= small.memory
+    estimate = table["estimate"]
+    assert 0 < estimate["least"] == max(estimate["compute"], estimate["memory"], estimate["links"])
+    assert estimate["most"] == estimate["compute"] + estimate["memory"] + estimate["links"]
 
-    def give(memory):
-        chip = CHIPS["TPU v5 lite"]
-        monkeypatch.setitem(CHIPS, "cpu", type(chip)(1e12, memory, 1e11, 1e10))
+
+@pytest.fixture
+def invented(monkeypatch):
+    """Plans of which memory and time are invented, so that searching among them takes no compiler."""
+    monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v5 lite"])
+    tried = []
+
+    def give(memory, seconds, available):
+        def make_plan(config, devices, where):
+            fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else len(devices)
+            choice = (config.micro_batch_size or config.batch_size // len(devices), config.model.remat, fsdp)
+            tried.append(choice)
+            needed = cost.Memory(memory(*choice), available)
+            if not needed.fits:
+                raise cost.TooLargeError(needed)
+            estimate = cost.Estimate(compute=seconds(*choice), memory=0.0, links=0.0, compiled=None)
+            return SimpleNamespace(memory=needed, estimate=estimate)
+
+        monkeypatch.setattr(plan, "make_plan", make_plan)
+        return tried
 
     return give
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would(small_chip, capsys):
-    args = [*TINY, "--topology", "cpu:8", "--batch_size", "512"]
-    small_chip(10e9)
-    assert plan.main([*args, "--json"]) == 0
-    needed = json.loads(capsys.readouterr().out)["memory"]["needed"]
-    small_chip(0.6 * needed)
-    with pytest.raises(UserError, match=r"needs .* GiB too much; type --micro_batch_size (\d+)$") as error:
-        plan.main(args)
-    flags = str(error.value).rsplit("type ", 1)[1].split()
-    assert plan.main([*args, *flags, "--json"]) == 0  # the change that it names does fit
-    assert json.loads(capsys.readouterr().out)["memory"]["needed"] <= 0.6 * needed
-    small_chip(1000)
-    with pytest.raises(UserError, match="nothing smaller fits; take more chips"):
-        plan.main([*args, "--model.n_layer", "1", "--batch_size", "8"])
+CONFIG = dataclasses.replace(read_config("gpt2-124m"), batch_size=512)  # 64 sequences for each of 8 devices
 
 
-def test_find_takes_the_least_time_of_what_fits(small_chip, capsys):
-    small_chip(10e9)
-    args = [*TINY, "--topology", "cpu:8", "--batch_size", "32"]
-    assert plan.main([*args, "--find", "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
-    flags = table["found"].split()
-    assert plan.main([*args, *flags, "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["estimate"] == table["estimate"]
-    for other in ("1", "2", "4"):
-        assert plan.main([*args, "--micro_batch_size", other, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["estimate"]["most"] >= table["estimate"]["most"]
+@pytest.mark.parametrize(
+    ("available", "flags"),
+    [
+        (900, "--micro_batch_size 8"),  # 100 for the state and 100 for each sequence
+        (199, "--micro_batch_size 1 --model.remat full"),
+        (101, "--micro_batch_size 1 --model.remat full --mesh.data -1 --mesh.fsdp 8"),
+        (1, None),
+    ],
+)
+def test_the_smallest_change_that_fits(invented, available, flags):
+    def memory(micro, remat, fsdp):
+        return 100 // fsdp + (100 if remat == "none" else 50) * micro
+
+    invented(memory, lambda *_: 1.0, available)
+    assert plan.smallest_change(CONFIG, jax.devices(), "here") == flags
+
+
+def test_find_takes_the_least_time_of_what_fits(invented):
+    def memory(micro, remat, fsdp):
+        return {"none": 8, "dots": 4, "full": 1}[remat] * micro
+
+    def seconds(micro, remat, fsdp):
+        return {"none": 10.5, "dots": 11, "full": 13}[remat] + 8 / micro
+
+    tried = invented(memory, seconds, 33)
+    flags, found = plan.find(CONFIG, jax.devices(), "here")
+    assert flags == "--micro_batch_size 8 --model.remat dots"  # 12 s; none takes 12.5 at 4, full 13.25 at 32
+    assert found.estimate.most == 12.0
+    assert len(tried) <= 3 * 3  # of seven sizes for each policy
+    invented(memory, seconds, 0)
+    with pytest.raises(UserError, match="nothing fits on here, not even micro-batches of one"):
+        plan.find(CONFIG, jax.devices(), "here")
 
 
 # --- chips that are not there ----------------------------------------------------------------------------------
