@@ -32,14 +32,16 @@ ROWS = [(size, topology) for size in SIZES for topology in TOPOLOGIES]
 # What else tests/test_plan.py compares with.
 TOPOLOGIES |= {"v5e:4x4": "v5e-16", "v5p:2x2x4": "v5p-32", "v6e:2x4": "v6e-8"}
 ROWS += [("gpt2-124m", "v5p:2x2x4"), ("gpt2-124m", "v6e:2x4"), ("gpt2-1558m", "v5e:4x4")]
-# Where the state does not fit a chip: how many chips share one copy of it.
-FSDP = {("gpt2-774m", "v5e"): 8, ("gpt2-1558m", "v5e"): 8}
+# Where a preset does not fit a chip as it is: how many chips share one copy of the state, and smaller micro-batches.
+FLAGS = {
+    ("gpt2-774m", "v5e"): ["--mesh.fsdp", "8"],
+    ("gpt2-1558m", "v5e"): ["--mesh.fsdp", "8", "--micro_batch_size", "4"],
+}
 
 
 def plan(size, topology):
     """The plan as a table: of the flags that it needs, or with an error."""
-    fsdp = FSDP.get((size, topology.split(":")[0]), 1)
-    flags = ["--mesh.fsdp", str(fsdp)] if fsdp > 1 else []
+    flags = FLAGS.get((size, topology.split(":")[0]), [])
     command = [sys.executable, "-m", "gpt2_jax.plan", "--config", size, "--topology", topology, "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     if done.returncode == 2:
