@@ -76,7 +76,7 @@ def row(size, topology, table):
         f"{start}| {mesh['data']} × {mesh['fsdp']} | {table['micro_batches']} × {per_device} "
         f"| {memory['needed'] / 2**30:.1f} of {memory['available'] / 2**30:.0f} | {sent} | {least:.0f} – {most:.0f} "
         f"| {100 * share:.0f}% | {100 * min(estimate['mfu']):.0f} – {100 * max(estimate['mfu']):.0f}% "
-        f"| {hours[0]:.1f} – {hours[1]:.1f} |"
+        f"| {hours[0]:.2g} – {hours[1]:.2g} |"
     )
 
 
@@ -104,8 +104,8 @@ within a host of eight, and beyond it 50 GB/s for each GPU, used by all of a hos
 ## Where communication dominates
 
 The links' share is that of an update in which nothing overlaps. The batch of a preset is fixed: more chips have fewer
-sequences for each, and the gradients weigh the same for all: {where}
-A larger `batch_size` moves that point.
+sequences for each, and the gradients weigh the same for all. With the presets' batches {where};
+more than a quarter: {quarter}. A larger `batch_size` moves that point.
 """
 
 
@@ -125,11 +125,19 @@ def document(results):
         for size, topology, table in known
         if "estimate" in table
     ]
-    heavy = [f"{size} on {chips} ({100 * share:.0f}%)" for size, chips, share in shares if share > 0.5]
+
+    def above(least):
+        return ", ".join(
+            f"{size.removeprefix('gpt2-').upper()} on {chips} ({100 * share:.0f}%)"
+            for size, chips, share in shares
+            if share > least
+        )
+
+    half = above(0.5)
     where = (
-        f"more than half of the time goes to the links for {', '.join(heavy)}." if heavy else "no row is above half."
+        f"more than half of the time goes to the links for {half}" if half else "nowhere here do the links take half"
     )
-    return HEADER + "\n".join(rows) + FOOTER.format(where=where)
+    return HEADER + "\n".join(rows) + FOOTER.format(where=where, quarter=above(0.25) or "none")
 
 
 def main():
