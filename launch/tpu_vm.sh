@@ -33,7 +33,7 @@ usage: launch/tpu_vm.sh COMMAND NAME --zone ZONE [flags] [-- arguments of python
   --worker N           whose log
   --dry-run            print the commands, run none
 
-A TPU costs money from READY to delete, whether it computes or not: 16 chips at 1.20 $ an hour each are 461 $ a day.
+A TPU costs money from READY to delete, whether it computes or not: 16 chips at, say, 1.20 $ an hour each, 461 $ a day.
 END
 }
 
