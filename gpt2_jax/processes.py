@@ -75,6 +75,7 @@ def joined(launch: Launch | None, flags: Flags, known: Mapping[type[Exception], 
 
 def _come_together(launch: Launch, flags: Flags) -> None:
     """`jax.distributed.initialize` and the first look at the devices; ends this process if they fail or take long."""
+    _check_port(launch)
     problem = (
         f"{launch.processes} processes did not come together at {launch.coordinator} in {flags.coordinator_timeout} s; "
         "start the same command on every host, and see that all reach that address (or give --coordinator HOST:PORT)"
@@ -100,6 +101,23 @@ def _come_together(launch: Launch, flags: Flags) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         give_up(f": {' '.join(str(error).split())[:200]}")
     timer.cancel()
+
+
+def _check_port(launch: Launch) -> None:
+    """Raises UserError where process 0 cannot listen at the coordinator's port: JAX 0.10 dies of a signal there."""
+    if launch.arguments.get("process_id") != 0 or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    port = int(launch.coordinator.rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"process 0 cannot listen at port {port}: {reason}; give another --coordinator HOST:PORT"
+        ) from None
 
 
 def _client() -> Any:

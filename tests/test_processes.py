@@ -368,7 +368,7 @@ def test_a_port_in_use_says_so(environment, directory):
         command += ["--processes", "2", "--process", "0"]
         done = subprocess.run(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert "Failed to start RPC server" in done.stderr
+    assert re.fullmatch(r"error: process 0 cannot listen at port \d+: Address already in use; give .*\n", done.stderr)
 
 
 # --- the environment -------------------------------------------------------------------------------------
