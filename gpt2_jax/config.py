@@ -170,6 +170,9 @@ class TrainConfig:
     """Seeds the initial parameters, the data order and dropout."""
     dtype: Dtype = "auto"
     """Of the matrix products: auto is bfloat16 on accelerators and float32 on CPU. The rest is float32."""
+    compilation_cache: str = "auto"
+    """Directory for compiled programs, which the next start need not compile: auto is gpt2_jax/programs in the user's
+    cache directory, empty for none."""
     model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -190,7 +193,7 @@ class ModelConfig:
 # Keys that change speed, memory or what is written, but not what is computed: at most the order of float
 # additions and, with dropout, which of the equally likely masks are drawn.
 NOT_MATHEMATICS = re.compile(
-    r"out|steps|micro_batch_size|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
+    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
     r"|data\.(text|train|val|sources)"  # files may move; that they are the same is seen from their fingerprint
 )
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import tyro
 
+from gpt2_jax import runtime
 from gpt2_jax.attention import current_hardware
 from gpt2_jax.cli import parse_flags, run_command
 from gpt2_jax.config import Dtype, UserError
@@ -82,6 +83,7 @@ def main(args: Sequence[str]) -> int:
         prompt = [stop]
     room = stored.config.block_size - len(prompt)
     n_tokens = flags.max_new_tokens or (DEFAULT_TOKENS if flags.slide or room < 1 else min(DEFAULT_TOKENS, room))
+    runtime.keep_programs("auto")
     dtype = flags.dtype
     if dtype == "auto":
         dtype = "float32" if current_hardware().platform == "cpu" else "bfloat16"

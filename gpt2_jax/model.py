@@ -11,6 +11,7 @@ With `scan_layers` the blocks' parameters are stacked along a leading axis under
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +48,23 @@ def padded_vocab_size(config: GPT2Config) -> int:
 
 def _dense(config: GPT2Config, dtype: jnp.dtype, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
     init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name, dot_general=_flat_dot)
+
+
+def _flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` of Flax's dense layers, [..., i] and [i, o] -> [..., o], as a product of two matrices.
+
+    That matters for the gradient of the kernel: where it sums over batch and time as two axes, XLA's CPU backend
+    first transposes the gradient of the output, which took a quarter of a training step.
+    """
+    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), in float32, as torch has it. (JAX takes erfc, for which XLA's CPU backend computes erf as well.)"""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def _layer_norm(config: GPT2Config, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -91,7 +108,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """[batch, time, n_embd] -> [batch, time, n_embd]."""
         config = self.config
-        y = nn.gelu(_dense(config, self.dtype, 4 * config.n_embd, "c_fc")(x), approximate=config.gelu == "tanh")
+        gelu = nn.gelu if config.gelu == "tanh" else _exact_gelu
+        y = gelu(_dense(config, self.dtype, 4 * config.n_embd, "c_fc")(x))
         std = INIT_STD / (2 * config.n_layer) ** 0.5
         y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y)
         return nn.Dropout(config.dropout)(y, deterministic)
@@ -237,12 +255,20 @@ def init_cache(model: GPT2, pad: jax.Array, slots: int) -> Cache:
     return Cache(((zeros, zeros),) * config.n_layer, jnp.zeros((), jnp.int32), pad)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: GPT2, key: jax.Array) -> Params:
     """Initial float32 parameters, the same whether the layers are scanned or not."""
     unrolled = GPT2(dataclasses.replace(model.config, scan_layers=False, attention="xla"), model.dtype)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params: Params = unrolled.init(key, tokens, method="hidden")["params"]
     return stack_layers(params) if model.config.scan_layers else params
+
+
+@functools.cache
+def abstract_params(model: GPT2) -> Params:
+    """Shapes and dtypes of the parameters."""
+    shapes: Params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    return shapes
 
 
 def _is_params(node: Any) -> bool:

@@ -6,6 +6,7 @@ as nanoGPT and llm.c read them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -80,17 +81,22 @@ def once_per_update(
     def init(params: optax.Params) -> OncePerUpdateState:
         return OncePerUpdateState(inner.init(params), jnp.zeros((), jnp.float32))
 
+    @functools.partial(jax.jit, inline=True)  # `MultiSteps` traces it four times
+    def run(
+        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params
+    ) -> tuple[optax.Updates, OncePerUpdateState]:
+        grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
+        updates, inner_state = inner.update(grads, state.inner, params)
+        return updates, OncePerUpdateState(inner_state, optax.global_norm(grads))
+
+    def skip(
+        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params
+    ) -> tuple[optax.Updates, OncePerUpdateState]:
+        return jax.tree.map(lambda grad: jnp.zeros(grad.shape, grad.dtype), grads), state
+
     def update(
         grads: optax.Updates, state: OncePerUpdateState, params: optax.Params | None = None, *, emit: jax.Array
     ) -> tuple[optax.Updates, OncePerUpdateState]:
-        def run(grads: optax.Updates, state: OncePerUpdateState) -> tuple[optax.Updates, OncePerUpdateState]:
-            grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
-            updates, inner_state = inner.update(grads, state.inner, params)
-            return updates, OncePerUpdateState(inner_state, optax.global_norm(grads))
-
-        def skip(grads: optax.Updates, state: OncePerUpdateState) -> tuple[optax.Updates, OncePerUpdateState]:
-            return jax.tree.map(lambda grad: jnp.zeros(grad.shape, grad.dtype), grads), state
-
-        return jax.lax.cond(emit, run, skip, grads, state)
+        return jax.lax.cond(emit, run, skip, grads, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.loss import cross_entropy
-from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.model import GPT2, Params, abstract_params, init_params
 from gpt2_jax.optimizer import OncePerUpdateState, learning_rate_schedule, make_optimizer, once_per_update
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
 
@@ -73,8 +73,7 @@ def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
 
 
 def _param_specs(model: GPT2, mesh: Mesh) -> Any:
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, shapes))
+    return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, abstract_params(model)))
 
 
 def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
@@ -96,7 +95,7 @@ def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params |
 
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    shapes = jax.eval_shape(functools.partial(_new_state, model, config, seed=0))
+    shapes = jax.eval_shape(functools.partial(_new_state, model, config, 0), abstract_params(model))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

@@ -20,7 +20,7 @@ from contextlib import closing, nullcontext
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax import attention, launcher, processes
+from gpt2_jax import attention, launcher, processes, runtime
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import parse_args, parse_flags, run_command, take_flags
 from gpt2_jax.config import TrainConfig, UserError
@@ -49,6 +49,7 @@ def main(args: Sequence[str]) -> int:
         parse_args(TRAIN, DESCRIPTION, args)  # shows what there is, and exits
     flags = parse_flags(launcher.Flags, words, prog=TRAIN, description=DESCRIPTION)
     launch = launcher.detect(flags, os.environ)
+    runtime.one_heap()
     try:
         with processes.joined(launch, flags, {UserError: 2, DivergedError: 1}):
             return train(parse_args(TRAIN, DESCRIPTION, args))
@@ -73,7 +74,11 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         UserError: config, data, devices and run directory do not fit together.
         DivergedError: the loss is not finite any more.
     """
-    config, choice = resolve(config, attention.current_hardware())
+    hardware = attention.current_hardware()
+    if hardware.platform == "cpu":
+        runtime.keep_memory()
+    runtime.keep_programs(config.compilation_cache)
+    config, choice = resolve(config, hardware)
     initial, config = open_initial(config, saved_config(config))
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)

@@ -1,12 +1,17 @@
 """Eight simulated CPU devices, strict guards, and the fixtures that several files share."""
 
 import os
+import tempfile
 
 # Before JAX starts. Single-device tests take the first of the eight.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# One program is compiled once, for all tests and the commands that they start; the user's own programs are not touched.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-programs-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +21,10 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, init_params
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,8 @@ from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 
 STDLIB = "stdlib"
 # Tests, third-party packages, and what programs wrote: code pages, help texts, character tables, build settings.
-STDLIB_WITHOUT = re.compile(
-    r"(.*/)?(test|tests|idle_test|site-packages|dist-packages|lib2to3|encodings|pydoc_data)/.*"
-    r"|html/entities\.py|_sysconfigdata.*"
-)
+STDLIB_WITHOUT_FOLDERS = re.compile(r"tests?|idle_test|(site|dist)-packages|lib2to3|encodings|pydoc_data|__pycache__")
+STDLIB_WITHOUT = re.compile(r"html/entities\.py|_sysconfigdata.*")
 
 WHERE_TO_GET = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -149,8 +147,14 @@ def stdlib_files() -> dict[str, Path]:
         UserError: this Python has none.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py")) if path.is_file()}
-    files = {name: path for name, path in paths.items() if not STDLIB_WITHOUT.fullmatch(name)}
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(root):
+        # Not even looked into: site-packages may be huge.
+        folders[:] = [name for name in folders if not STDLIB_WITHOUT_FOLDERS.fullmatch(name)]
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        files |= {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    ordered = sorted(files, key=lambda name: name.split("/"))
+    files = {name: files[name] for name in ordered if not STDLIB_WITHOUT.fullmatch(name)}
     if not files:
         raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")
     return files

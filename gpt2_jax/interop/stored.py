@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt2_jax.config import GPT2Config, UserError
 from gpt2_jax.data.tokenizer import Tokenizer
-from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.sharding import state_sharding
 
 Find = Callable[[str], Path | None]  # a file of a model by its name, or None
@@ -80,7 +80,7 @@ class StoredModel:
     def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> tuple[GPT2, Params]:
         """The model and its parameters: see `interop.load`."""
         model = GPT2(dataclasses.replace(self.config, attention="auto", scan_layers=False, remat="none"), dtype)
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = abstract_params(model)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
         return model, self.place(
@@ -117,8 +117,7 @@ class StoredModel:
 @functools.cache
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its name, the vocabulary not padded."""
-    model = GPT2(dataclasses.replace(config, scan_layers=False, attention="xla"))
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = abstract_params(GPT2(dataclasses.replace(config, scan_layers=False)))
     by_name = {
         "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }

@@ -1,0 +1,98 @@
+"""Compiled programs kept on disk, freed memory kept in the process, and how often anything is compiled or moved."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gpt2_jax import runtime
+from gpt2_jax.config import UserError
+
+FAULTS = """
+import resource, sys
+from gpt2_jax import runtime
+if "keep" in sys.argv:
+    runtime.one_heap()
+    runtime.keep_memory()
+import jax, jax.numpy as jnp
+@jax.jit
+def update(x):  # 64 MB of temporary memory
+    y = x.reshape(4096, 64)
+    z = y @ y.T
+    return x + (z * jnp.roll(z, 1)).sum()
+x = jnp.ones(4096 * 64)
+for _ in range(20):
+    x = update(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    x = update(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+"""
+
+
+@pytest.fixture
+def jax_config():
+    """Puts back what `keep_programs` sets."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_compilation_cache_max_size",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield jax.config
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def page_faults(*args: str) -> int:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", FAULTS, *args], env=environment, capture_output=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_cpu_program_finds_its_memory_again():
+    # 64 MB are 16,384 pages. A few faults may come from elsewhere: threads that start, other small blocks.
+    assert page_faults() > 10000
+    assert page_faults("keep") < 100
+
+
+def test_the_users_own_malloc_settings_stay(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: pytest.fail("mallopt was called"))
+    runtime.one_heap()
+    runtime.keep_memory()
+
+
+def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, jax_config):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runtime.keep_programs("auto")
+    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "gpt2_jax" / "programs")
+    assert (tmp_path / "gpt2_jax" / "programs").is_dir()
+    runtime.keep_programs("")
+    assert jax_config.jax_compilation_cache_dir is None
+    runtime.keep_programs(str(tmp_path / "mine"))
+    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_the_environment_decides(monkeypatch, tmp_path, jax_config):
+    before = jax_config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    runtime.keep_programs("auto")
+    assert jax_config.jax_compilation_cache_dir == before
+
+
+def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path, jax_config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"compilation_cache = '.*file/x' cannot be written; type --compilation_cache ''"
+    ):
+        runtime.keep_programs(str(tmp_path / "file" / "x"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    runtime.keep_programs("auto")  # a user without a home
+    assert jax_config.jax_compilation_cache_dir is None
