@@ -55,9 +55,9 @@ def page_faults(*args: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_cpu_program_finds_its_memory_again():
-    # 64 MB are 16,384 pages. A few faults may come from elsewhere: threads that start, other small blocks.
-    assert page_faults() > 10000
-    assert page_faults("keep") < 100
+    # 64 MB are 16,384 pages. In one of the ten calls that are counted the heap may still find it a new place.
+    assert page_faults() > 16000
+    assert page_faults("keep") < 4000
 
 
 def test_the_users_own_malloc_settings_stay(monkeypatch):
