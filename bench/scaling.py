@@ -49,8 +49,8 @@ def plan(size, topology):
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     table = json.loads(done.stdout)
-    keep = ("devices", "hosts", "mesh", "n_params", "attention_kernels", "micro_batches", "memory", "model_flops",
-            "hardware_flops", "traffic", "collectives", "estimate", "tokens")  # fmt: skip
+    keep = ("devices", "hosts", "mesh", "n_params", "attention_kernels", "attention_copies", "micro_batches", "memory",
+            "model_flops", "hardware_flops", "traffic", "collectives", "estimate", "tokens")  # fmt: skip
     config = table["config"]
     return {"flags": flags, "batch_size": config["batch_size"], "steps": config["steps"],
             "attention": table["attention"]["backend"], **{key: table[key] for key in keep}}  # fmt: skip

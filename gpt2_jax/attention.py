@@ -208,10 +208,20 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: boo
 
     _, time, n_head, head_dim = q.shape
     block = next(size for size in (512, 256, SPLASH_BLOCK) if time % size == 0)
+    # Time along the lanes of a register, of which head dimension 64 would fill half; and so the projections write it.
+    layout = splash_kernel.QKVLayout.SEQ_MINOR
     kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((time, time))] * n_head),
         block_sizes=splash_kernel.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+            q_layout=layout,
+            k_layout=layout,
+            v_layout=layout,
         ),
         interpret=interpret,
     )

@@ -77,11 +77,13 @@ class Plan:
         where: topology or machine.
         attention: the backend, and what speaks against the others.
         attention_kernels: how often they run in one update on each device.
+        attention_copies: arrays that are copied around them into another layout, in one update on each device.
         parameters: name, shape and placement of each.
         micro_batches: per update.
         model_flops: of one update, on all devices, by 6 N + 12 L C T.
         hardware_flops: of one update, on all devices: of the products in the program.
         traffic: bytes that a device reads and writes in its memory in one update.
+        cycles: of a TPU core in one update outside attention kernels, by the compiler's estimate; 0 for other chips.
     """
 
     config: TrainConfig
@@ -93,12 +95,14 @@ class Plan:
     n_params: int
     attention: attention.Choice
     attention_kernels: int
+    attention_copies: int
     parameters: tuple[tuple[str, tuple[int, ...], str], ...]
     micro_batches: int
     memory: Memory
     model_flops: float
     hardware_flops: float
     traffic: int
+    cycles: int
     collectives: tuple[Collective, ...]
     estimate: Estimate | None
 
@@ -168,18 +172,21 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         n_params=size,
         attention=choice,
         attention_kernels=program.count(ATTENTION_KERNELS),
+        attention_copies=program.count(ATTENTION_COPIES),
         parameters=tuple(_parameters(state.params)),
         micro_batches=accumulation,
         memory=memory,
         model_flops=per_token * config.batch_size * config.model.block_size,
         hardware_flops=sum(products.values()),
         traffic=program.memory_traffic(),
+        cycles=program.estimated_cycles(),
         collectives=collectives,
         estimate=_estimate(chip, program, products, collectives, mesh) if chip else None,
     )
 
 
 ATTENTION_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w+)"'
+ATTENTION_COPIES = r'^(copy|transpose)\(.*op_name="[^"]*/attn/'
 
 # What the TPU compiler says when a program is too large.
 TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])\)?(?: of | exceeds available HBM \()([\d.]+)([KMGT])")

@@ -51,8 +51,8 @@ def _dense(config: GPT2Config, dtype: jnp.dtype, features: int, name: str, std: 
     return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name, dot_general=_flat_dot)
 
 
-def _flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
-    """`jax.lax.dot_general` of Flax's dense layers, [..., i] and [i, o] -> [..., o], as a product of two matrices.
+def _flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any = None, **options: Any) -> jax.Array:
+    """The `dot_general` of dense layers, [..., i] and [i, o] -> [..., o], as a product of two matrices.
 
     That matters for the gradient of the kernel: where it sums over batch and time as two axes, XLA's CPU backend
     first transposes the gradient of the output, which took a quarter of a training step.
@@ -72,8 +72,33 @@ def _layer_norm(config: GPT2Config, dtype: jnp.dtype, name: str) -> nn.LayerNorm
     return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype, use_bias=config.bias, use_fast_variance=False, name=name)
 
 
+class QueriesKeysValues(nn.Module):
+    """The projection c_attn: one kernel for queries, keys and values, as checkpoints have it.
+
+    For `splash` each is a product of its own, which writes it in the layout that the attention kernel takes; out of
+    one product XLA would copy them. On CPUs one product is faster.
+    """
+
+    config: GPT2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """[batch, time, n_embd] -> three times [batch, time, n_head, head_dim]."""
+        n_embd, n_head = self.config.n_embd, self.config.n_head
+        kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (n_embd, 3 * n_embd)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (3 * n_embd,)) if self.config.bias else jnp.zeros(3 * n_embd)
+        bias = bias.astype(self.dtype)
+        if self.config.attention == "splash":
+            kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
+            parts = [x @ kernel + bias for kernel, bias in zip(kernels, biases, strict=True)]
+        else:
+            parts = jnp.split(_flat_dot(x, kernel) + bias, 3, axis=-1)
+        return [part.reshape(*x.shape[:-1], n_head, n_embd // n_head) for part in parts]
+
+
 class Attention(nn.Module):
-    """Causal self-attention with one fused projection for queries, keys and values."""
+    """Causal self-attention."""
 
     config: GPT2Config
     dtype: jnp.dtype
@@ -85,9 +110,7 @@ class Attention(nn.Module):
         """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
         config = self.config
         dropout = 0.0 if deterministic else config.dropout
-        heads = (*x.shape[:2], config.n_head, config.n_embd // config.n_head)
-        qkv = _dense(config, self.dtype, 3 * config.n_embd, "c_attn")(x)
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = QueriesKeysValues(config, self.dtype, name="c_attn")(x)
         if cache is None:
             key = self.make_rng("dropout") if dropout else None
             y = causal_attention(q, k, v, backend=config.attention, dropout=dropout, dropout_key=key)
@@ -267,7 +290,7 @@ def init_params(model: GPT2, key: jax.Array) -> Params:
 @functools.cache
 def abstract_params(model: GPT2) -> Params:
     """Shapes and dtypes of the parameters."""
-    shapes: Params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    shapes: Params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return shapes
 
 

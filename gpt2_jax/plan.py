@@ -164,7 +164,8 @@ def describe(plan: Plan) -> str:
                f"{plan.mesh['data']} × fsdp {plan.mesh['fsdp']}; {config.dtype}"),
         ("model", f"{plan.n_params:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
                   f"{', scanned' * shape.scan_layers}; remat {shape.remat}"),
-        ("attention", f"{plan.attention}; {plan.attention_kernels} kernel calls per update"),
+        ("attention", f"{plan.attention}; {plan.attention_kernels} kernel calls per update, "
+                      f"{plan.attention_copies} copies around them"),
         ("batch", f"{config.batch_size} sequences = {plan.tokens:,} tokens per update ({plan.devices} devices × "
                   f"{plan.micro_batches} micro-batches × {per_device} sequences)"),
         ("memory", f"{_gib(plan.memory)} per device"),

@@ -184,7 +184,11 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
             skip_state=(),
         )
         carry = (start, jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying"), zeros)
-        (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
+        if micro_batches == 1:
+            # No loop of one turn: XLA's TPU compiler would move half of the loss out of it, with logits of its own.
+            (opt_state, total, updates), _ = micro_step(carry, (jnp.zeros((), jnp.int32), tokens[0]))
+        else:
+            (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
         new = TrainState(opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state)
         loss = jnp.sum(total) / micro_batches
         loss = jax.lax.pmean(loss, data)
