@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 from record import arguments, gpu, slug, write
-from trainers import Trainer, TrainerError, alternate, median_time, updates_for
+from trainers import Trainer, TrainerError, alternate, median_time, training_config, updates_for
 
-from gpt2_jax.cli import parse_args
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.shards import header_bytes
 
@@ -64,7 +63,7 @@ def fastest(side: str, choices: list[list[str]], tried: list[dict[str, Any]], **
             continue
         tried.append({"trainer": trainer.name, "flags": flags, **trainer.about, "trial_s": seconds or None})
         if seconds < least:
-            least, best, trainer = seconds, trainer, best  # type: ignore[assignment]
+            least, best, trainer = seconds, trainer, best
         if trainer:
             trainer.close()
     return best
@@ -130,7 +129,7 @@ def main() -> None:
 
     outside = {}
     if args.llmc:
-        parsed = [parse_args("bench/peers.py", "", flags) for flags in choices]
+        parsed = [training_config(flags) for flags in choices]
         measured = [llmc(args.llmc, config) for config in parsed]
         outside["llm.c"] = max(measured, key=lambda figures: figures.get("tokens_per_second", 0.0))
 

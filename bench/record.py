@@ -45,6 +45,11 @@ def slug(text: str) -> str:
     return text.lower().replace(" ", "-")
 
 
+def python_path() -> str:
+    """PYTHONPATH of processes that are to import this checkout, installed or not."""
+    return os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
+
+
 def gpu() -> str | None:
     """Name and driver of the NVIDIA GPU, None without one."""
     try:

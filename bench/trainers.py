@@ -38,12 +38,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from record import python_path
 
 from gpt2_jax.cli import parse_args
 from gpt2_jax.config import TrainConfig, UserError
 
 BATCHES = 8  # different ones, over and over
 PADDED = {50257: 50304}  # as nanoGPT's train.py does
+VOCABULARIES = {"gpt2": 50257, "bytes": 257}  # with end-of-text
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -81,8 +83,8 @@ class Trainer:
         self.name = side + (" compiled" if compile else "")
         settings = {"side": side, "flags": list(flags), "compile": compile, "nanogpt": nanogpt}
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        # Several share the card: none may take it all. Python's path is this one's: the same package.
-        ours = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Several share the card: none may take it all.
+        ours = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": python_path()}
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -195,6 +197,19 @@ class Side(Protocol):
         """The most memory it had so far: of the device, on a CPU of the process."""
 
 
+def training_config(flags: Sequence[str]) -> TrainConfig:
+    """The config of a training's flags, without dropout, and with the vocabulary that its data would give it.
+
+    Raises:
+        UserError: as `parse_args`, or the vocabulary depends on a text.
+    """
+    config = parse_args("bench", "", [*flags, "--model.dropout", "0.0"])
+    size = config.model.vocab_size or VOCABULARIES.get(config.data.tokenizer)
+    if not size:
+        raise UserError("the vocabulary depends on the text; type --model.vocab_size N")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
 def random_batches(config: TrainConfig) -> list[np.ndarray]:
     """The same for all sides: int32 [micro_batches, sequences, block_size + 1]."""
     rng = np.random.default_rng(0)
@@ -301,7 +316,7 @@ class Ours:
         from gpt2_jax.sharding import put_batch
 
         with self._precision():
-            return self.step.lower(self.state, put_batch(self.batches[0], self.sharding)).compile()  # type: ignore[attr-defined]
+            return self.step.lower(self.state, put_batch(self.batches[0], self.sharding)).compile()
 
     def program(self) -> dict[str, int]:
         """As `Trainer.program`."""
@@ -452,7 +467,7 @@ def nanogpt(directory: str, config: TrainConfig, device: Any) -> tuple[Any, Any,
 
 def build(settings: Mapping[str, Any]) -> Side:
     """The side that the settings name."""
-    config = parse_args("bench", "", [*settings["flags"], "--model.dropout", "0.0"])
+    config = training_config(settings["flags"])
     if settings["side"] == "ours":
         return Ours(config)
     builders: dict[str, Callable[..., Any]] = {
@@ -484,7 +499,7 @@ def serve(settings: Mapping[str, Any], requests: Any, answers: Any) -> None:
         built = time.perf_counter()
         side.updates(1)
         first = time.perf_counter() - built
-        config = parse_args("bench", "", settings["flags"])
+        config = training_config(settings["flags"])
         tokens = config.batch_size * config.model.block_size
         answer(**side.about(), tokens=tokens, build_s=built - start, first_update_s=first)
         for line in requests:
