@@ -101,7 +101,9 @@ headline() {
 }
 
 why() {
-  measure why 90 bench/why.py --config gpt2-124m --batch_size 64 --micro_batch_size 32 || true
+  # Without CUDA graphs, or the profiler may see each as one operation.
+  XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" measure why 90 bench/why.py --config gpt2-124m \
+    --batch_size 64 --micro_batch_size 32 || true
 }
 
 variants() {

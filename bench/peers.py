@@ -45,28 +45,23 @@ def flags_of(case: str, batch: int | None, micro_batch: int | None, extra: list[
     return CASES[case] + [word for flag, size in sizes.items() if size for word in (flag, str(size))] + extra
 
 
-def fastest(side: str, choices: list[list[str]], tried: list[dict[str, Any]], **settings: Any) -> Trainer | None:
-    """The trainer with the flags that make it fastest, of those that fit; the others are closed."""
-    best: Trainer | None = None
-    least = float("inf")
+def fastest(side: str, choices: list[list[str]], tried: list[dict[str, Any]], **settings: Any) -> list[str]:
+    """The flags with which a side is fastest, each tried alone; what was tried is added to `tried`."""
+    if len(choices) == 1:
+        return choices[0]
+    times: list[float] = []
     for flags in choices:
+        name = side + (" compiled" if settings.get("compile") else "")
         try:
-            trainer = Trainer(side, flags, **settings)
-            seconds = 0.0
-            if len(choices) > 1:
+            with Trainer(side, flags, **settings) as trainer:
                 trainer.run(2)
-                seconds = trainer.run(5)["seconds"] / 5
+                times.append(trainer.run(5)["seconds"] / 5)
+                tried.append({"trainer": name, "flags": flags, **trainer.about, "seconds_per_update": times[-1]})
         except TrainerError as error:
-            name = side + (" compiled" if settings.get("compile") else "")
-            print(f"{name}: {error}", flush=True)
+            print(f"{name}, {' '.join(flags)}: {error}", flush=True)
             tried.append({"trainer": name, "flags": flags, "error": str(error)})
-            continue
-        tried.append({"trainer": trainer.name, "flags": flags, **trainer.about, "trial_s": seconds or None})
-        if seconds < least:
-            least, best, trainer = seconds, trainer, best
-        if trainer:
-            trainer.close()
-    return best
+            times.append(float("inf"))
+    return choices[int(np.argmin(times))]
 
 
 def write_shard(path: Path, n_tokens: int, vocab_size: int) -> Path:
@@ -134,17 +129,19 @@ def main() -> None:
         outside["llm.c"] = max(measured, key=lambda figures: figures.get("tokens_per_second", 0.0))
 
     tried: list[dict[str, Any]] = []
+    about: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         trainers = []
-        for side, settings in sides:
-            if trainer := fastest(side, choices, tried, **settings):
-                trainers.append(stack.enter_context(trainer))
-        if not trainers or trainers[0].name != "ours":
-            raise SystemExit(f"our own training does not run: {tried[0]['error']}")
-        blocks = [updates_for(trainer, args.seconds, args.updates) for trainer in trainers]
-        runs = alternate(trainers, blocks, args.repeat)
-        last = {trainer.name: trainer.run(1) for trainer in trainers}
-        about = {trainer.name: trainer.about for trainer in trainers}
+        try:
+            for side, settings in sides:
+                flags = fastest(side, choices, tried, **settings)
+                trainers.append(stack.enter_context(Trainer(side, flags, **settings)))
+                about[trainers[-1].name] = {"flags_of_training": flags, **trainers[-1].about}
+            blocks = [updates_for(trainer, args.seconds, args.updates) for trainer in trainers]
+            runs = alternate(trainers, blocks, args.repeat)
+            last = {trainer.name: trainer.run(1) for trainer in trainers}
+        except TrainerError as error:
+            raise SystemExit(f"a trainer ended: {error}; fewer at once take less memory") from error
 
     ours = median_time(runs, "ours")
     tokens = about["ours"]["tokens"]
@@ -161,7 +158,6 @@ def main() -> None:
     packages = [name for name in ("jax", "jaxlib", "flax", "torch", "transformers", "numpy") if installed(name)]
     figures = {
         "case": args.case,
-        "flags_of_training": choices,
         "tokens_per_update": tokens,
         "fastest_peer": peer,
         "ratio": ours / others[peer] if peer else None,

@@ -57,6 +57,8 @@ def traced(ours: Ours, updates: int, top: int) -> dict[str, Any]:
             times[name] += nanoseconds
             counts[name] += 1
     total = sum(times.values())
+    if not total:
+        raise SystemExit("the profiler saw no operations on the device")
     return {
         "updates": updates,
         "seconds_per_update": seconds / updates,
