@@ -35,7 +35,7 @@ def main() -> None:
                     digests.append(trainer.digest())
                     device = trainer.about["device"]
             except TrainerError as error:
-                raise SystemExit(str(error)) from error
+                raise SystemExit(f"{error.trainer}: {error}") from error
         kinds[kind] = {"same": digests[0] == digests[1], "digests": digests, "seconds_per_update": seconds}
     cost = statistics.median(kinds["deterministic"]["seconds_per_update"]) / statistics.median(
         kinds["default"]["seconds_per_update"]

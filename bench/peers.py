@@ -141,7 +141,7 @@ def main() -> None:
             runs = alternate(trainers, blocks, args.repeat)
             last = {trainer.name: trainer.run(1) for trainer in trainers}
         except TrainerError as error:
-            raise SystemExit(f"a trainer ended: {error}; fewer at once take less memory") from error
+            raise SystemExit(f"{error.trainer}: {error}") from error
 
     ours = median_time(runs, "ours")
     tokens = about["ours"]["tokens"]

@@ -35,7 +35,8 @@ def cpu_model() -> str:
 
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The parser of a benchmark with this docstring, with the flag that all have: where the file goes."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    # No abbreviations: flags of training pass through some of the benchmarks.
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="directory of the file written")
     return parser
 

@@ -50,7 +50,15 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class TrainerError(Exception):
-    """A trainer could not do what it was told; the text says why, `OUT_OF_MEMORY` if it was that."""
+    """A trainer could not do what it was told; the text says why, `OUT_OF_MEMORY` if it was that.
+
+    Args:
+        trainer: its name.
+    """
+
+    def __init__(self, reason: str, trainer: str) -> None:
+        super().__init__(reason)
+        self.trainer = trainer
 
 
 class Trainer:
@@ -145,10 +153,10 @@ class Trainer:
             self._errors.seek(0)
             last = "\n".join(self._errors.read().splitlines()[-10:])
             # Linux kills what takes more memory than there is.
-            raise TrainerError(OUT_OF_MEMORY if code == -9 else f"{self.name} ended with exit code {code}: {last}")
+            raise TrainerError(OUT_OF_MEMORY if code == -9 else f"exit code {code}: {last}", self.name)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise TrainerError(answer["error"])
+            raise TrainerError(answer["error"], self.name)
         return answer
 
 

@@ -124,15 +124,28 @@ def test_llmc_reads_the_random_tokens(bench, tmp_path):
     assert path.stat().st_size == 1024 + 2 * 5000
 
 
-def test_llmc_times_are_those_it_prints(bench):
-    output = """| step                  |                                                    |
+def test_llmc_is_run_and_its_times_are_those_it_prints(bench, tmp_path):
+    # A stand-in that prints what its train_gpt2.cu prints.
+    (tmp_path / "train_gpt2cu").write_text("""#!/usr/bin/env bash
+[[ $1 = -i && -s $2 ]] || exit 1
+cat << END
+| step                  |                                                    |
 val loss 11.01
 step    1/30 | loss 11.009 (+nanz)| norm 24.10 (+nanz)| lr 3.00e-04 | 900.50 ms | 10.0% bf16 MFU | 18200 tok/s
 step    2/30 | loss 10.809 (+nanz)| norm 20.15 (+nanz)| lr 3.00e-04 | 110.25 ms | 44.0% bf16 MFU | 148400 tok/s
 step   30/30 | loss 10.809 (+0.12z)| norm 20.15 (-0.5z)| lr 3.00e-04 | 111.75 ms | 43.6% bf16 MFU | 148000 tok/s
 total average iteration time: 111.0 ms
-"""
-    assert bench("peers").read_llmc(output) == [0.11025, 0.11175]
+END
+""")
+    (tmp_path / "train_gpt2cu").chmod(0o755)
+    config = bench("trainers").training_config(TINY)
+    figures = bench("peers").llmc(tmp_path, config)
+    assert figures["seconds_per_update"] == [0.11025, 0.11175]
+    assert figures["tokens_per_second"] == pytest.approx(4 * 32 / 0.111)
+    asked = dict(zip(figures["command"][::2], figures["command"][1::2], strict=True))
+    assert [asked[flag] for flag in ("-b", "-t", "-d", "-e")] == ["2", "32", "128", "d1"]
+    (tmp_path / "train_gpt2cu").write_text("#!/bin/sh\necho no GPU >&2; exit 1\n")
+    assert bench("peers").llmc(tmp_path, config)["error"] == "no GPU\n"
 
 
 def test_a_trainer_answers(bench):
