@@ -8,7 +8,6 @@ that repeats the standard library's with its lines in other orders, or the files
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import importlib.util
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from record import median_ratio, write
+from record import arguments, median_ratio, write
 
 from gpt2_jax.data.corpus import stdlib_files
 from gpt2_jax.data.order import BatchSchedule
@@ -296,7 +295,7 @@ def tokenizing(directory, documents, repeat, megabytes):
 
 def main():
     """Measures and writes the table and the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--only", choices=["read", "prepare"], help="the pipeline, or `prepare`; by default both")
     parser.add_argument("--text", nargs="*", default=[], help="text files to tokenize instead of the standard library")
     parser.add_argument("--repeat", type=int, default=11)
@@ -305,9 +304,9 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if args.only != "prepare":
-            report_reading(measure_reading(Path(temporary), args.repeat, args.batches))
+            report_reading(measure_reading(Path(temporary), args.repeat, args.batches), args.results)
         if args.only != "read":
-            report_prepare(measure_prepare(Path(temporary), args.text, args.repeat, args.megabytes))
+            report_prepare(measure_prepare(Path(temporary), args.text, args.repeat, args.megabytes), args.results)
 
 
 def measure_reading(root, repeat, batches):
@@ -321,7 +320,7 @@ def measure_reading(root, repeat, batches):
     return figures
 
 
-def report_reading(figures):
+def report_reading(figures, results):
     """Prints them, and writes the file."""
     median = statistics.median
     speeds, start = figures["pipeline"]["tokens_per_second"], figures["start"]["runs"]
@@ -331,7 +330,7 @@ def report_reading(figures):
           f"ahead by Grain {median([run['first_batch_read_ahead_s'] for run in start]):.2f} s; memory grows by "
           f"{max(run['resident_growth_mb'] for run in start):.0f} MB in 200 batches")  # fmt: skip
     print(f"restore      {1000 * median(figures['restore']['seconds']):.1f} ms, exact: {figures['restore']['exact']}")
-    print(write("data-cpu", PACKAGES, figures))
+    print(write("data-cpu", PACKAGES, figures, results=results))
 
 
 def measure_prepare(root, files, repeat, megabytes):
@@ -346,7 +345,7 @@ def measure_prepare(root, files, repeat, megabytes):
     return figures
 
 
-def report_prepare(figures):
+def report_prepare(figures, results):
     """Prints them, and writes the file."""
     for name, runs in figures["text"]["runs"].items():
         speed = statistics.median([run["mb_per_second"] for run in runs])
@@ -358,7 +357,7 @@ def report_prepare(figures):
             print(f"{name:40}{value:.2f}")
     for name in ("2 GB in one text", "2 GB of lines"):
         print(f"{name:40}{figures[name]['mb_per_second']:.0f} MB/s, at most {figures[name]['peak_mb']:.0f} MB")
-    print(write("prepare-cpu", PACKAGES, figures))
+    print(write("prepare-cpu", PACKAGES, figures, results=results))
 
 
 if __name__ == "__main__":

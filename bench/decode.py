@@ -8,7 +8,6 @@ tokens. They alternate in one process; what is compiled or allocated at first is
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from record import median_ratio, write
+from record import arguments, median_ratio, slug, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_jax import load
@@ -55,7 +54,7 @@ def theirs(model, prompts, n_tokens):
 
 def main():
     """Measures and writes the table and the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument(
         "--model", default="", help="directory or hub name; by default random weights of the 124M shape"
     )
@@ -120,7 +119,8 @@ def main():
         "torch_threads": torch.get_num_threads(),
         "cases": cases,
     }
-    print(write(f"{args.name}-{jax.devices()[0].device_kind.lower().replace(' ', '-')}", PACKAGES, figures))
+    name = f"{args.name}-{slug(jax.devices()[0].device_kind)}"
+    print(write(name, PACKAGES, figures, results=args.results))
 
 
 if __name__ == "__main__":
