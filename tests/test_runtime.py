@@ -1,14 +1,20 @@
 """Compiled programs kept on disk, freed memory kept in the process, and how often anything is compiled or moved."""
 
+import collections
+import dataclasses
+import logging
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from gpt2_jax import runtime
+from gpt2_jax import runtime, train
+from gpt2_jax.cli import parse_args
 from gpt2_jax.config import UserError
 
 FAULTS = """
@@ -96,3 +102,28 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path, jax_config):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     runtime.keep_programs("auto")  # a user without a home
     assert jax_config.jax_compilation_cache_dir is None
+
+
+def test_each_program_is_compiled_once_and_each_update_moves_one_batch(monkeypatch, tmp_path, jax_config, caplog):
+    jax_config.update("jax_compilation_cache_dir", None)
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, " * 2000)
+    flags = "--steps 50 --optimizer.warmup_steps 5 --eval.every 10 --checkpoint.every 20 --eval.sample_tokens 20"
+    flags += " --model.n_embd 24 --model.block_size 32 --compilation_cache ''"
+    config = parse_args("train", "", ["--config", "quickstart", "--data.text", str(text), *shlex.split(flags)])
+    calls = collections.Counter()
+
+    def counted(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.update([name]) or function(*args))
+
+    counted(train, "put_batch")
+    counted(jax, "device_get")
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        train.train(dataclasses.replace(config, out=str(tmp_path / "run")), jax.devices()[:1])
+    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text))
+    ours = {"_new_state": 1, "update": 1, "evaluate": 1, "_prefill": 1, "_decode": 1}
+    assert {name: compiled[name] for name in ours} == ours
+    assert compiled.total() < 20  # the rest are single operations of JAX, around the sampling
+    # Of the metrics of each update, and of the sums of five evaluations and the one of the summary.
+    assert calls == {"put_batch": 50, "device_get": 50 + 6}
