@@ -367,7 +367,7 @@ def _attention_kernel(eqn: Any) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "pallas_call":
         units = next(units for part, units in KERNELS["splash"].items() if f"_{part}_" in params["name"])
-        *lead, time, head_dim = next(var.aval.shape for var in eqn.invars if var.aval.ndim == 4)  # q
+        *lead, head_dim, time = next(var.aval.shape for var in eqn.invars if var.aval.ndim == 4)  # q
     elif name.startswith("dot_product_attention_"):
         units = KERNELS["cudnn"][name.removeprefix("dot_product_attention_").removesuffix("_wrapper")]
         batch, time, heads, head_dim = eqn.invars[0].aval.shape
