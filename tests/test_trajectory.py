@@ -1,5 +1,6 @@
 """A hundred updates beside torch: the model is transformers', the optimizer torch's, the loop written out below."""
 
+import contextlib
 import math
 
 import jax
@@ -21,8 +22,9 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def torch_loop(model, batches):
+def torch_loop(model, batches, dtype=torch.float32):
     """Updates with clipping, decay of matrices only, warm-up, cosine and accumulation; the losses."""
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -33,7 +35,7 @@ def torch_loop(model, batches):
             rate = OPTIMIZER.learning_rate * (step + 1) / OPTIMIZER.warmup_steps
         else:  # the half cosine starts at the last update of the warm-up
             begin = OPTIMIZER.warmup_steps - 1
-            done = (step - begin) / (OPTIMIZER.decay_steps - begin)
+            done = min((step - begin) / (OPTIMIZER.decay_steps - begin), 1.0)
             spread = OPTIMIZER.learning_rate - OPTIMIZER.final_learning_rate
             rate = OPTIMIZER.final_learning_rate + spread * 0.5 * (1 + math.cos(math.pi * done))
         for group in adamw.param_groups:
@@ -41,7 +43,8 @@ def torch_loop(model, batches):
         adamw.zero_grad()
         total = 0.0
         for tokens in torch.from_numpy(micro_batches).long():
-            logits = model(tokens[:, :-1]).logits
+            with autocast:
+                logits = model(tokens[:, :-1]).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / ACCUMULATION
             loss.backward()
             total += loss.item()
@@ -51,26 +54,50 @@ def torch_loop(model, batches):
     return losses
 
 
-@pytest.fixture(scope="module")
-def trajectories(shared_data):
-    """Losses and final parameters of both, from the same weights and the same batches of real text."""
-    text = np.frombuffer((shared_data / "tinyshakespeare.txt").read_bytes(), np.uint8).astype(np.int32)
-    window = CONFIG.block_size + 1
-    starts = np.random.default_rng(0).integers(0, len(text) - window, (UPDATES, ACCUMULATION, SEQUENCES))
-    batches = text[starts[..., None] + np.arange(window)]
-    theirs = torch_gpt2(CONFIG)
-    start = jax.tree.map(jnp.asarray, as_params(theirs.state_dict(), CONFIG))
-
+def our_loop(batches, start, dtype=jnp.float32):
+    """The losses and the final parameters of our training step."""
     mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    model = GPT2(CONFIG)
+    model = GPT2(CONFIG, dtype)
     state = init_state(model, OPTIMIZER, mesh, 0, jax.tree.map(jnp.copy, start))
     step = make_train_step(model, OPTIMIZER, mesh, 0)
     losses = []
     for batch in batches:
         state, metrics = step(state, put_batch(batch, batch_sharding(mesh, micro_batches=True)))
         losses.append(float(metrics.loss))
+    return np.array(losses), state.params
+
+
+def text_batches(shared_data, updates):
+    """Windows of real text, [updates, ACCUMULATION, SEQUENCES, block_size + 1]."""
+    text = np.frombuffer((shared_data / "tinyshakespeare.txt").read_bytes(), np.uint8).astype(np.int32)
+    window = CONFIG.block_size + 1
+    starts = np.random.default_rng(0).integers(0, len(text) - window, (updates, ACCUMULATION, SEQUENCES))
+    return text[starts[..., None] + np.arange(window)]
+
+
+@pytest.fixture(scope="module")
+def trajectories(shared_data):
+    """Losses and final parameters of both, from the same weights and the same batches of real text."""
+    batches = text_batches(shared_data, UPDATES)
+    theirs = torch_gpt2(CONFIG)
+    start = jax.tree.map(jnp.asarray, as_params(theirs.state_dict(), CONFIG))
+    losses, params = our_loop(batches, start)
     expected = torch_loop(theirs, batches)
-    return np.array(losses), np.array(expected), start, state.params, as_params(theirs.state_dict(), CONFIG)
+    return losses, np.array(expected), start, params, as_params(theirs.state_dict(), CONFIG)
+
+
+def test_bfloat16_follows_float32(shared_data):
+    batches = text_batches(shared_data, 2 * UPDATES)  # the second half at the final learning rate
+    theirs = torch_gpt2(CONFIG)
+    start = jax.tree.map(jnp.asarray, as_params(theirs.state_dict(), CONFIG))
+    expected = our_loop(batches, start)[0]
+    ours = np.abs(our_loop(batches, start, jnp.bfloat16)[0] - expected)
+    autocast = np.abs(torch_loop(theirs, batches, torch.bfloat16) - expected)
+    assert ours.max() > 0  # it is another dtype
+    # What rounding to 8 bits does to these losses, torch's own bfloat16 shows: 6.6e-4 at most was seen, and 3.5e-4 of
+    # ours. Which way single roundings go is chance, and so which of the two is nearer.
+    assert ours.max() < 2 * autocast.max()
+    assert ours.mean() < 2 * autocast.mean()
 
 
 def test_every_loss(trajectories):
