@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import torch
 from record import arguments, slug, write
-from trainers import Ours, training_config
+from sides import Ours, training_config
 
 from gpt2_jax import runtime
 from gpt2_jax.checkpoint import Checkpoints

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from record import arguments, gpu, slug, write
-from trainers import Trainer, TrainerError, alternate, median_time, training_config, updates_for
+from sides import training_config
+from trainers import Trainer, TrainerError, alternate, median_time, updates_for
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.shards import header_bytes

@@ -259,13 +259,12 @@ def plot_peers(results: Path, image: Path) -> bool:
     for axes, (title, figures) in zip(panels, cases, strict=True):
         trainers = sorted(figures["trainers"].items(), key=lambda item: -item[1]["median_s"])
         names = ["gpt2_jax" if name == "ours" else name for name, _ in trainers]
-        milli = [1000 * trainer["median_s"] for _, trainer in trainers]
+        seconds = [trainer["median_s"] for _, trainer in trainers]
         colors = ["tab:blue" if name == "gpt2_jax" else "0.7" for name in names]
-        bars = axes.barh(names, milli, color=colors, height=0.65)
-        axes.bar_label(bars, [f"{value:,.3g} ms" if value < 1000 else f"{value / 1000:.3g} s" for value in milli],
-                       padding=4, fontsize=9)  # fmt: skip
+        bars = axes.barh(names, seconds, color=colors, height=0.65)
+        axes.bar_label(bars, list(map(milliseconds, seconds)), padding=4, fontsize=9)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlim(0, 1.15 * max(milli))
+        axes.set_xlim(0, 1.15 * max(seconds))
         axes.set_xticks([])
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(left=False)

@@ -9,7 +9,7 @@ wrong-DEVICE.json instead of right-DEVICE.json, and the exit code is 1:
                float32: the kernel's error is at most twice plain XLA's, whose rounding is the same
     updates    ten of a small model in float32, on the accelerator and on the CPU: losses differ by at most 1e-4
     text       300 updates of the quickstart, as a user runs them: the validation loss falls below 0.6 of the first
-               update's (bytes that are guessed have ln 257 = 5.55, their frequencies alone about 3.2)
+               update's (bytes that are guessed have ln 257 = 5.55, their frequencies alone give 3.25)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from record import arguments, python_path, slug, write
-from trainers import Ours, training_config
+from sides import Ours, training_config
 
 from gpt2_jax.attention import causal_attention, choose, hardware_of
 
@@ -89,8 +89,8 @@ def text(steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "run"
         command = [sys.executable, "-m", "gpt2_jax.train", "--config", "quickstart", "--steps", str(steps),
-                   "--optimizer.warmup_steps", str(steps // 10), "--log.every", "1",
-               "--eval.sample_tokens", "0", "--out", str(out)]  # fmt: skip
+                   "--optimizer.warmup_steps", str(steps // 10), "--log.every", "1", "--eval.sample_tokens", "0",
+                   "--out", str(out)]  # fmt: skip
         # This process holds the device too.
         environment = {**os.environ, "PYTHONPATH": python_path(), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

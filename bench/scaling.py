@@ -99,7 +99,7 @@ real cluster's network, stragglers and thermal limits take.
 
 FOOTER = """
 
-† Compiled before commit 5523d3d, which made the step faster on TPU: 124M on v5e-8 took 670 ms then, 597 ms now.
+† Compiled with an earlier step, of which the estimates are longer on TPU: for 124M on v5e-8 they were 666 – 670 ms.
 
 Micro-batches × sequences are per chip. Sent are the bytes that a chip sends by the ring algorithms, over each axis of
 the mesh. Links, in one direction: TPU 200 GB/s (v5e) and 600 GB/s (v5p), all links of a chip together; H100 450 GB/s

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from record import arguments, slug, write
-from trainers import Ours, training_config
+from sides import Ours, training_config
 
 from gpt2_jax import runtime
 from gpt2_jax.config import UserError

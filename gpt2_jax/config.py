@@ -193,7 +193,8 @@ class ModelConfig:
 # Keys that change speed, memory or what is written, but not what is computed: at most the order of float
 # additions and, with dropout, which of the equally likely masks are drawn.
 NOT_MATHEMATICS = re.compile(
-    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*|model\.(attention|scan_layers|remat|loss_chunk)"
+    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*"
+    r"|model\.(attention|scan_layers|remat|loss_chunk)"
     r"|data\.(text|train|val|sources)"  # files may move; that they are the same is seen from their fingerprint
 )
 

@@ -156,6 +156,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         compiled = _compile(traced.lower(), arguments)
     memory = _memory(compiled, devices[0])
     program = Program(compiled.as_text() or "")
+    traffic, cycles = program.memory_traffic(), program.estimated_cycles()
     products = flops(traced.jaxpr)
     collectives = tuple(program.collectives(dict(mesh.shape)))
     size = n_params(state.params, config.model)
@@ -178,10 +179,10 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         memory=memory,
         model_flops=per_token * config.batch_size * config.model.block_size,
         hardware_flops=sum(products.values()),
-        traffic=program.memory_traffic(),
-        cycles=program.estimated_cycles(),
+        traffic=traffic,
+        cycles=cycles,
         collectives=collectives,
-        estimate=_estimate(chip, program, products, collectives, mesh) if chip else None,
+        estimate=_estimate(chip, traffic, cycles, products, collectives, mesh) if chip else None,
     )
 
 
@@ -231,16 +232,16 @@ def _parameters(params: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 def _estimate(
     chip: Chip,
-    program: Program,
+    traffic: int,
+    cycles: int,
     products: dict[Part, float],
     collectives: Sequence[Collective],
     mesh: Mesh,
 ) -> Estimate:
     kernels = products["attention"] / mesh.size / chip.flops
-    cycles = program.estimated_cycles()
     return Estimate(
         compute=sum(products.values()) / mesh.size / chip.flops,
-        memory=program.memory_traffic() / chip.bandwidth,
+        memory=traffic / chip.bandwidth,
         links=sum(one.sent() / _speed(chip, one.axes, mesh) for one in collectives),
         compiled=cycles / chip.clock + kernels if cycles else None,
     )

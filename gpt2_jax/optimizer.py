@@ -81,7 +81,7 @@ def once_per_update(
     def init(params: optax.Params) -> OncePerUpdateState:
         return OncePerUpdateState(inner.init(params), jnp.zeros((), jnp.float32))
 
-    @functools.partial(jax.jit, inline=True)  # `MultiSteps` traces it four times
+    @functools.partial(jax.jit, inline=True)  # `MultiSteps` traces it for either branch
     def run(
         grads: optax.Updates, state: OncePerUpdateState, params: optax.Params
     ) -> tuple[optax.Updates, OncePerUpdateState]:

@@ -138,7 +138,7 @@ total average iteration time: 111.0 ms
 END
 """)
     (tmp_path / "train_gpt2cu").chmod(0o755)
-    config = bench("trainers").training_config(TINY)
+    config = bench("sides").training_config(TINY)
     figures = bench("peers").llmc(tmp_path, config)
     assert figures["seconds_per_update"] == [0.11025, 0.11175]
     assert figures["tokens_per_second"] == pytest.approx(4 * 32 / 0.111)
