@@ -99,8 +99,6 @@ class Ours:
 
         self.device = device or jax.devices()[0]
         hardware = attention.hardware_of(self.device)
-        if hardware.platform == "cpu":
-            runtime.keep_memory()
         runtime.keep_programs("")  # what it takes to compile is a figure
         self.config, choice = resolve(config, hardware)
         self.mesh = make_mesh(self.config.mesh, [self.device])
@@ -124,9 +122,12 @@ class Ours:
         """As `Side.updates`; the metrics of each update are fetched when the next one is under way."""
         import jax
 
+        from gpt2_jax import runtime
         from gpt2_jax.sharding import put_batch
 
         pending, loss = None, float("nan")
+        if not self.done and self.device.platform == "cpu":
+            runtime.keep_memory(self.compiled())
         with self._precision():
             for _ in range(count):
                 batch = self.batches[self.done % BATCHES]

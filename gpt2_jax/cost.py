@@ -24,7 +24,7 @@ from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import GPT2, n_params
 from gpt2_jax.program import Collective, Part, Program, flops
 from gpt2_jax.resolve import resolve
-from gpt2_jax.sharding import batch_sharding, make_mesh, micro_batches
+from gpt2_jax.sharding import abstract_batch, make_mesh
 from gpt2_jax.step import abstract_state, make_train_step
 
 
@@ -142,13 +142,11 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         n_vocab = vocab_size(config.data.tokenizer, config.data.characters)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_vocab))
     mesh = make_mesh(config.mesh, devices)
-    accumulation = micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    tokens = abstract_batch(config, mesh)
     model = GPT2(dataclasses.replace(config.model, attention=choice.backend), jnp.dtype(config.dtype))
     state = abstract_state(model, config.optimizer, mesh)
-    shape = (accumulation, config.batch_size // accumulation, config.model.block_size + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
     with jax.default_matmul_precision("highest" if config.dtype == "float32" else None):
-        step: Any = make_train_step(model, config.optimizer, mesh, config.seed)
+        step = make_train_step(model, config.optimizer, mesh, config.seed)
         traced = step.trace(state, tokens)
         arguments = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
@@ -175,7 +173,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         attention_kernels=program.count(ATTENTION_KERNELS),
         attention_copies=program.count(ATTENTION_COPIES),
         parameters=tuple(_parameters(state.params)),
-        micro_batches=accumulation,
+        micro_batches=tokens.shape[0],
         memory=memory,
         model_flops=per_token * config.batch_size * config.model.block_size,
         hardware_flops=sum(products.values()),

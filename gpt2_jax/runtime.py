@@ -16,6 +16,8 @@ from gpt2_jax.config import UserError
 
 CACHE_BYTES = 8 << 30  # The programs not used for longest go first. The quickstart's, for one CPU, take 260 KB.
 
+KEPT_BYTES = 256 << 20  # The most temporary memory of a program that is kept.
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
@@ -58,14 +60,17 @@ def one_heap() -> None:
     _mallopt(_M_ARENA_MAX, 1)
 
 
-def keep_memory() -> None:
-    """What XLA's CPU backend frees after each call, its next call gets again.
+def keep_memory(program: jax.stages.Compiled) -> None:
+    """What XLA's CPU backend frees after a call of this program, the next call gets again, if it is little.
 
-    glibc would hand large blocks back to the kernel, and the next call find all their pages missing: a third
-    of the time of an update of nanoGPT's character model, a quarter with 6 layers of 384.
+    glibc would hand large blocks back to the kernel, and the next call find all their pages missing: a third of the
+    time of an update of nanoGPT's character model. But a heap breaks into pieces and comes to several times what is
+    needed at once, 7.8 GB instead of 2.1 with 6 layers of 384, which are not worth the quarter of the time there.
     """
-    _mallopt(_M_MMAP_MAX, 0)
-    _mallopt(_M_TRIM_THRESHOLD, -1)
+    memory = program.memory_analysis()
+    if memory and memory.temp_size_in_bytes <= KEPT_BYTES:
+        _mallopt(_M_MMAP_MAX, 0)
+        _mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _mallopt(parameter: int, value: int) -> None:

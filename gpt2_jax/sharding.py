@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.config import MeshConfig, UserError
+from gpt2_jax.config import MeshConfig, TrainConfig, UserError
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -99,6 +99,17 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def batch_sharding(mesh: Mesh, *, micro_batches: bool) -> NamedSharding:
     """Of [batch, time] arrays, or with `micro_batches` of [micro_batches, batch, time] ones."""
     return NamedSharding(mesh, P(None, BATCH_AXES) if micro_batches else P(BATCH_AXES))
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Of the tokens of an update: int32 [micro_batches, sequences, block_size + 1].
+
+    Raises:
+        UserError: as `micro_batches`.
+    """
+    count = micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    shape = (count, config.batch_size // count, config.model.block_size + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,19 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
 
 
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+class TrainStep(Protocol):
+    """A jitted step."""
+
+    def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        """One update; the state is donated."""
+
+    def trace(self, state: TrainState, tokens: jax.ShapeDtypeStruct) -> jax.stages.Traced:
+        """As `jax.jit`'s; the state may be shapes too."""
+
+    def lower(self, state: TrainState, tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """As `jax.jit`'s; the state may be shapes too."""
+
+
 EvalStep = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
 
 

@@ -33,7 +33,7 @@ from gpt2_jax.interop.initial import open_initial
 from gpt2_jax.model import GPT2
 from gpt2_jax.resolve import resolve
 from gpt2_jax.run import TRAIN, DivergedError, Run, is_due, open_directory, saved_config
-from gpt2_jax.sharding import batch_sharding, local_rows, make_mesh, micro_batches, put_batch
+from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, micro_batches, put_batch
 from gpt2_jax.step import make_train_step
 
 DESCRIPTION = """Train a GPT-2. Started once on every host, it trains over all of them. SLURM, Open MPI and TPU pod
@@ -75,8 +75,6 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         DivergedError: the loss is not finite any more.
     """
     hardware = attention.current_hardware()
-    if hardware.platform == "cpu":
-        runtime.keep_memory()
     runtime.keep_programs(config.compilation_cache)
     config, choice = resolve(config, hardware)
     initial, config = open_initial(config, saved_config(config))
@@ -103,6 +101,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         run = Run(config, data, model, mesh, schedule, out, checkpoints, initial)
         done = run.start
         run.say_hello(choice)
+        if hardware.platform == "cpu":
+            runtime.keep_memory(train_step.lower(run.state, abstract_batch(config, mesh)).compile())
         with (
             processes.stop_signals() as asked_to_stop,
             run.display,

@@ -247,6 +247,7 @@ def test_metrics_are_fetched_after_the_next_update_was_dispatched(tiny_run, tmp_
             events.append("dispatch")
             return step(state, batch)
 
+        dispatch.lower = step.lower
         return dispatch
 
     def reported(self):
