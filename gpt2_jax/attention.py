@@ -113,6 +113,7 @@ def causal_attention(
     v: jax.Array,
     *,
     backend: AttentionBackend = "xla",
+    scale: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -121,34 +122,42 @@ def causal_attention(
     Args:
         q, k, v: [batch, time, heads, head_dim], one floating dtype.
         backend: "auto" chooses for the default platform.
+        scale: of q kᵀ, 1/√head_dim by default.
         dropout: rate on the attention weights; needs `dropout_key` unless 0.
 
     Returns:
         [batch, time, heads, head_dim], in the dtype of `q`.
     """
+    _, time, _, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
     if backend == "auto":
-        _, time, _, head_dim = q.shape
         backend = choose(
             "auto", hardware=current_hardware(), dtype=q.dtype, time=time, head_dim=head_dim, dropout=dropout
         ).backend
     if backend == "xla":
-        return xla_attention(q, k, v, dropout=dropout, dropout_key=dropout_key)
+        return xla_attention(q, k, v, scale, dropout=dropout, dropout_key=dropout_key)
     if dropout:
         raise ValueError(f"attention backend {backend!r} has no dropout")
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return splash_attention(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    return splash_attention(q, k, v, scale)
 
 
 def xla_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """`causal_attention` in jax.numpy, softmax in float32."""
-    time, head_dim = q.shape[1], q.shape[3]
+    time = q.shape[1]
     # Heads before time, as real transposes: XLA's CPU backend runs batched products only in this order
     # (measured forward at 16 × 256 tokens, 6 heads of 64: 28 ms, against 65 ms without).
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
     causal = jnp.tril(jnp.ones((time, time), dtype=bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min), axis=-1)
     if dropout:
@@ -168,12 +177,15 @@ class KeyValues(NamedTuple):
     pad: jax.Array  # int32 [batch], slots before the first token of each sequence
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues, scale: float
+) -> tuple[jax.Array, KeyValues]:
     """Each new token attends to those in the cache and to the new ones up to itself; softmax in float32.
 
     Args:
         q, k, v: [batch, time, heads, head_dim] of the new tokens, which fill the next `time` slots.
         cache: with room for them.
+        scale: of q kᵀ.
 
     Returns:
         [batch, time, heads, head_dim] in the dtype of `q`, and the cache with the new tokens in it.
@@ -187,7 +199,7 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues)
 
     keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, flat(k), cache.slot, axis=1)
     values = jax.lax.dynamic_update_slice_in_dim(cache.values, flat(v), cache.slot, axis=1)
-    scores = jnp.einsum("nqd,nsd->nqs", flat(q) * head_dim**-0.5, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("nqd,nsd->nqs", flat(q) * scale, keys, preferred_element_type=jnp.float32)
     slots = jnp.arange(keys.shape[1])
     seen = slots <= cache.slot + jnp.arange(time)[:, None]  # [time, slots]
     seen = seen & (slots >= cache.pad[:, None, None])  # [batch, time, slots]
@@ -197,7 +209,7 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues)
     return y, KeyValues(keys, values, cache.slot + time, cache.pad)
 
 
-def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, interpret: bool = False) -> jax.Array:
     """`causal_attention` by the Pallas TPU kernel; `interpret` runs it anywhere, for tests.
 
     On several devices it has to be in a `shard_map` over all axes of the mesh: XLA cannot split a Pallas kernel.
@@ -206,7 +218,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: boo
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-    _, time, n_head, head_dim = q.shape
+    _, time, n_head, _ = q.shape
     block = next(size for size in (512, 256, SPLASH_BLOCK) if time % size == 0)
     # Time along the lanes of a register, of which head dimension 64 would fill half; and so the projections write it.
     layout = splash_kernel.QKVLayout.SEQ_MINOR
@@ -227,4 +239,4 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: boo
     )
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(kernel)(q * head_dim**-0.5, k, v).swapaxes(1, 2)  # the kernel does not scale
+    return jax.vmap(kernel)(q * scale, k, v).swapaxes(1, 2)  # the kernel does not scale

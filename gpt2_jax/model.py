@@ -22,6 +22,7 @@ from flax import linen as nn
 from gpt2_jax.attention import KeyValues, cached_attention, causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.loss import head_logits
+from gpt2_jax.products import add_bias, flat_dot, from_heads, to_heads
 
 Params = dict[str, Any]
 
@@ -46,19 +47,16 @@ def padded_vocab_size(config: GPT2Config) -> int:
     return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _dense(config: GPT2Config, dtype: jnp.dtype, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
+def _dense(
+    config: GPT2Config,
+    dtype: jnp.dtype,
+    features: int,
+    name: str,
+    std: float = INIT_STD,
+    dot: Callable[..., jax.Array] = flat_dot,
+) -> nn.Dense:
     init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name, dot_general=_flat_dot)
-
-
-def _flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any = None, **options: Any) -> jax.Array:
-    """The `dot_general` of dense layers, [..., i] and [i, o] -> [..., o], as a product of two matrices.
-
-    That matters for the gradient of the kernel: where it sums over batch and time as two axes, XLA's CPU backend
-    first transposes the gradient of the output, which took a quarter of a training step.
-    """
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], -1)
+    return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name, dot_general=dot)
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
@@ -76,7 +74,8 @@ class QueriesKeysValues(nn.Module):
     """The projection c_attn: one kernel for queries, keys and values, as checkpoints have it.
 
     For `splash` each is a product of its own, which writes it in the layout that the attention kernel takes; out of
-    one product XLA would copy them. On CPUs one product is faster.
+    one product XLA would copy them. On CPUs one product is faster. And queries come divided by √head_dim, which
+    is done to the weights: the attention kernel does not scale, and its gradient would be read and written for it.
     """
 
     config: GPT2Config
@@ -85,16 +84,19 @@ class QueriesKeysValues(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """[batch, time, n_embd] -> three times [batch, time, n_head, head_dim]."""
-        n_embd, n_head = self.config.n_embd, self.config.n_head
+        n_embd, head_dim = self.config.n_embd, self.config.n_embd // self.config.n_head
         kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (n_embd, 3 * n_embd)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (3 * n_embd,)) if self.config.bias else jnp.zeros(3 * n_embd)
         bias = bias.astype(self.dtype)
         if self.config.attention == "splash":
             kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-            parts = [x @ kernel + bias for kernel, bias in zip(kernels, biases, strict=True)]
+            kernels[0], biases[0] = kernels[0] * head_dim**-0.5, biases[0] * head_dim**-0.5
+            parts = [
+                add_bias(to_heads(x, kernel, head_dim), bias) for kernel, bias in zip(kernels, biases, strict=True)
+            ]
         else:
-            parts = jnp.split(_flat_dot(x, kernel) + bias, 3, axis=-1)
-        return [part.reshape(*x.shape[:-1], n_head, n_embd // n_head) for part in parts]
+            parts = jnp.split(flat_dot(x, kernel) + bias, 3, axis=-1)
+        return [part.reshape(*x.shape[:-1], -1, head_dim) for part in parts]
 
 
 class Attention(nn.Module):
@@ -110,14 +112,18 @@ class Attention(nn.Module):
         """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
         config = self.config
         dropout = 0.0 if deterministic else config.dropout
+        head_dim = config.n_embd // config.n_head
+        scale, dot = head_dim**-0.5, flat_dot
+        if config.attention == "splash":
+            scale, dot = 1.0, lambda x, kernel, *_, **options: from_heads(x, kernel, head_dim)
         q, k, v = QueriesKeysValues(config, self.dtype, name="c_attn")(x)
         if cache is None:
             key = self.make_rng("dropout") if dropout else None
-            y = causal_attention(q, k, v, backend=config.attention, dropout=dropout, dropout_key=key)
+            y = causal_attention(q, k, v, backend=config.attention, scale=scale, dropout=dropout, dropout_key=key)
         else:
-            y, cache = cached_attention(q, k, v, cache)
+            y, cache = cached_attention(q, k, v, cache, scale)
         std = INIT_STD / (2 * config.n_layer) ** 0.5  # 2 residual branches per block (GPT-2 paper, section 2.3)
-        y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y.reshape(x.shape))
+        y = _dense(config, self.dtype, config.n_embd, "c_proj", std, dot)(y.reshape(x.shape))
         return nn.Dropout(dropout)(y, deterministic), cache
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import Hardware, causal_attention, choose, splash_attention, xla_attention
+from gpt2_jax.attention import Hardware, causal_attention, choose, splash_attention
 from gpt2_jax.config import UserError
 
 CASE = {"hardware": Hardware("cuda", 9.0), "dtype": jnp.bfloat16, "time": 1024, "head_dim": 64, "dropout": 0.0}
@@ -33,7 +33,7 @@ def reference(q, k, v):
 @pytest.mark.parametrize("time", [1, 7, 128])
 def test_xla_equals_jax_forward_and_backward(time):
     for ours, theirs in zip(
-        value_and_grads(xla_attention, *qkv(time)), value_and_grads(reference, *qkv(time)), strict=True
+        value_and_grads(causal_attention, *qkv(time)), value_and_grads(reference, *qkv(time)), strict=True
     ):
         # float32 sums of up to 128 terms of order 1, taken in another order: some 128 × 6e-8.
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -41,9 +41,11 @@ def test_xla_equals_jax_forward_and_backward(time):
 
 def test_splash_equals_xla_forward_and_backward():
     def splash(q, k, v):
-        return splash_attention(q, k, v, interpret=True)
+        return splash_attention(q, k, v, 64**-0.5, interpret=True)
 
-    for ours, theirs in zip(value_and_grads(splash, *qkv(256)), value_and_grads(xla_attention, *qkv(256)), strict=True):
+    for ours, theirs in zip(
+        value_and_grads(splash, *qkv(256)), value_and_grads(causal_attention, *qkv(256)), strict=True
+    ):
         # The kernel sums blocks of keys one after the other with a running maximum: float32 rounding, as above.
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -51,14 +53,14 @@ def test_splash_equals_xla_forward_and_backward():
 def test_attention_is_causal():
     q, k, v = qkv(16)
     changed = [x.at[:, 9:].add(1.0) for x in (q, k, v)]
-    np.testing.assert_array_equal(xla_attention(q, k, v)[:, :9], xla_attention(*changed)[:, :9])
-    assert not np.allclose(xla_attention(q, k, v)[:, 9:], xla_attention(*changed)[:, 9:])
+    np.testing.assert_array_equal(causal_attention(q, k, v)[:, :9], causal_attention(*changed)[:, :9])
+    assert not np.allclose(causal_attention(q, k, v)[:, 9:], causal_attention(*changed)[:, 9:])
 
 
 def test_dropout_drops_weights_and_keeps_the_mean():
     q, k = (jnp.zeros((1, 64, 64, 8)) for _ in range(2))  # equal weights, 1 / (position + 1)
     v = jnp.ones((1, 64, 64, 8))
-    out = xla_attention(q, k, v, dropout=0.25, dropout_key=jax.random.key(0))[0, :, :, 0]
+    out = causal_attention(q, k, v, dropout=0.25, dropout_key=jax.random.key(0))[0, :, :, 0]
     last = np.asarray(out[-1])  # 64 heads, each the mean of 64 weights that are 0 or 1 / 0.75
     # The mean of 4,096 such draws has standard deviation sqrt(0.25 / 0.75) / 64 = 0.009; five of them.
     assert abs(last.mean() - 1) < 0.045
@@ -67,7 +69,7 @@ def test_dropout_drops_weights_and_keeps_the_mean():
 
 def test_dropout_without_a_key_is_an_error():
     with pytest.raises(ValueError, match="dropout_key"):
-        xla_attention(*qkv(4), dropout=0.1)
+        causal_attention(*qkv(4), dropout=0.1)
     with pytest.raises(ValueError, match="no dropout"):
         causal_attention(*qkv(128), backend="splash", dropout=0.1, dropout_key=jax.random.key(0))
 

@@ -55,6 +55,12 @@ def test_greedy_equals_transformers_over_200_tokens(pair, length):
     assert len(set(tokens.tolist())) > 20  # not one token for ever
 
 
+def test_a_model_for_splash_attention_writes_the_same(pair):
+    model = GPT2(dataclasses.replace(CONFIG, attention="splash"))  # its queries come scaled, to the cache as well
+    ours, theirs = (generate(one, pair[2], [prompt(17)], 50, sampling=GREEDY)[0] for one in (model, pair[1]))
+    assert ours.tolist() == theirs.tolist()
+
+
 def test_cached_logits_equal_those_of_the_full_forward_at_every_position(pair):
     model, params = pair[1], jax.tree.map(jnp.asarray, as_params(torch_gpt2(CONFIG).state_dict(), CONFIG))
     tokens = np.array([prompt(256), prompt(256, seed=1)], np.int32)
