@@ -171,7 +171,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         n_params=size,
         attention=choice,
         attention_kernels=program.count(ATTENTION_KERNELS),
-        attention_copies=program.count(ATTENTION_COPIES),
+        attention_copies=program.relayouts(IN_ATTENTION),
         parameters=tuple(_parameters(state.params)),
         micro_batches=tokens.shape[0],
         memory=memory,
@@ -185,7 +185,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
 
 
 ATTENTION_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w+)"'
-ATTENTION_COPIES = r'^(copy|transpose)\(.*op_name="[^"]*/attn/'
+IN_ATTENTION = r'op_name="[^"]*/attn/'
 
 # What the TPU compiler says when a program is too large.
 TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])\)?(?: of | exceeds available HBM \()([\d.]+)([KMGT])")

@@ -22,7 +22,7 @@ from flax import linen as nn
 from gpt2_jax.attention import KeyValues, cached_attention, causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.loss import head_logits
-from gpt2_jax.products import add_bias, flat_dot, from_heads, to_heads
+from gpt2_jax.products import flat_dot, from_heads, to_heads
 
 Params = dict[str, Any]
 
@@ -91,9 +91,7 @@ class QueriesKeysValues(nn.Module):
         if self.config.attention == "splash":
             kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
             kernels[0], biases[0] = kernels[0] * head_dim**-0.5, biases[0] * head_dim**-0.5
-            parts = [
-                add_bias(to_heads(x, kernel, head_dim), bias) for kernel, bias in zip(kernels, biases, strict=True)
-            ]
+            parts = [to_heads(x, kernel, bias, head_dim) for kernel, bias in zip(kernels, biases, strict=True)]
         else:
             parts = jnp.split(flat_dot(x, kernel) + bias, 3, axis=-1)
         return [part.reshape(*x.shape[:-1], -1, head_dim) for part in parts]

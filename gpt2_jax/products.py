@@ -22,27 +22,34 @@ def flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any = None, **options:
     return y.reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def to_heads(x: jax.Array, kernel: jax.Array, head_dim: int) -> jax.Array:
-    """`x @ kernel`, where the product is split into heads for a TPU kernel of attention.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def to_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) -> jax.Array:
+    """`x @ kernel + bias`, which is split into heads for a TPU kernel of attention.
 
-    That kernel has gradients by heads, [batch, heads, time, head_dim]. XLA for TPU copies them to another layout,
-    unless the products that they go into take them as they are.
+    That kernel's gradients are by heads, [batch, heads, time, head_dim], rows of 64 padded to 128. XLA for TPU copies
+    them to another layout, unless the products that they go into take them as they are. The gradient of the bias is
+    such a product too, with ones: as a sum it took as long as two of the others. Eight rows of ones, because of one row
+    XLA makes a sum again.
     """
-    return x @ kernel
+    return x @ kernel + bias
 
 
-def _to_heads_forward(x: jax.Array, kernel: jax.Array, head_dim: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _to_heads_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel + bias, (x, kernel)
 
 
 def _to_heads_backward(
     head_dim: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = saved
     grad = _split(grad, head_dim).swapaxes(1, 2)
+    ones = jnp.ones((*x.shape[:2], 8), grad.dtype)
     x_grad = jnp.einsum("bhtd,chd->btc", grad, _split(kernel, head_dim))
-    return x_grad, jnp.einsum("btc,bhtd->chd", x, grad).reshape(kernel.shape)
+    kernel_grad = jnp.einsum("btc,bhtd->chd", x, grad)
+    bias_grad = jnp.einsum("btn,bhtd->nhd", ones, grad)[0]
+    return x_grad, kernel_grad.reshape(kernel.shape), bias_grad.flatten()
 
 
 to_heads.defvjp(_to_heads_forward, _to_heads_backward)
@@ -70,29 +77,6 @@ def _from_heads_backward(
 
 
 from_heads.defvjp(_from_heads_forward, _from_heads_backward)
-
-
-@jax.custom_vjp
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x + bias`, with the gradient of the bias as a product.
-
-    As a sum over the padded layout that the gradients of attention have on TPU, it took as long as two products. Eight
-    rows of ones: XLA would make a sum again of one.
-    """
-    return x + bias
-
-
-def _add_bias_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
-    return x + bias, None
-
-
-def _add_bias_backward(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    ones = jnp.ones((8, *grad.shape[:2]), grad.dtype)
-    total = jnp.einsum("nbt,btf->nf", ones, grad, preferred_element_type=jnp.float32)[0]
-    return grad, total.astype(grad.dtype)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def _split(x: jax.Array, head_dim: int) -> jax.Array:

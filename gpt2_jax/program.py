@@ -223,6 +223,26 @@ class Program:
             if matches.search(f"{instruction.opcode}({instruction.attributes}")
         )
 
+    def relayouts(self, pattern: str) -> int:
+        """How often copies and transposes, whose attributes match a regular expression, write an array in another order
+        of its axes. A copy in the same order moves it between a TPU's main memory and the chip."""
+        matches = re.compile(pattern)
+        total = 0
+        for name, instruction, times in self._executed():
+            if instruction.opcode in ("copy", "transpose") and matches.search(instruction.attributes):
+                before = self._computations[name][instruction.operands[0]].shape
+                if instruction.opcode == "transpose" or _order(before) != _order(instruction.shape):
+                    total += times
+        return total
+
+
+def _order(shape: str) -> str:
+    """The axes of an HLO array as they lie in memory, such as "2,1,0"; those of size 1 lie anywhere."""
+    (_, dims, layout), *_ = ARRAY.findall(shape)
+    sizes = dims.split(",")
+    axes = re.findall(r"\d+", layout.split(":")[0])
+    return ",".join(axis for axis in axes if sizes[int(axis)] != "1")
+
 
 def n_bytes_of(shape: str, *, on_chip: bool = True) -> int:
     """Bytes of an HLO shape or tuple of shapes; without `on_chip` only of those in a TPU's main memory."""

@@ -132,6 +132,19 @@ def test_bytes_of_shapes():
     assert n_bytes_of(f"({on_chip}, u8[5])", on_chip=False) == 5
 
 
+def test_only_another_order_of_the_axes_is_another_layout():
+    text = """
+ENTRY %main (a: bf16[4,8,1]) -> bf16[8,4,1] {
+  %a = bf16[4,8,1]{1,0,2:T(8,128)} parameter(0)
+  %near = bf16[4,8,1]{2,1,0:T(8,128)(2,1)S(1)} copy(%a), metadata={op_name="x/attn/near"}
+  %turned = bf16[4,8,1]{0,1,2:T(8,128)} copy(%near), metadata={op_name="x/attn/turned"}
+  %outside = bf16[4,8,1]{1,0,2:T(8,128)} copy(%turned), metadata={op_name="x/mlp/outside"}
+  ROOT %transposed = bf16[8,4,1]{1,0,2:T(8,128)} transpose(%outside), dimensions={1,0,2}, metadata={op_name="x/attn/t"}
+}
+"""
+    assert Program(text).relayouts(r'op_name="[^"]*/attn/') == 2  # turned and transposed
+
+
 def test_what_cannot_be_read_is_said():
     def until(x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < jnp.sum(x * x), lambda x: x * 2, x)
