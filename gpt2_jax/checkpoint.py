@@ -14,15 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.config import UserError
-
-
-def _orbax() -> Any:
-    """Imported where it is needed first: it takes a tenth of the time to a first update, and new runs save later."""
-    import orbax.checkpoint
-
-    return orbax.checkpoint
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -40,7 +35,6 @@ class SavedState:
     """
 
     def __init__(self, path: Path) -> None:
-        ocp = _orbax()
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -56,7 +50,6 @@ class SavedState:
             KeyError: there is nothing.
             UserError: it cannot be read.
         """
-        ocp = _orbax()
         part = functools.reduce(lambda tree, key: tree[key], path, self._tree)
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -82,29 +75,24 @@ class Checkpoints:
     """The checkpoints of one run, DIRECTORY/STEP each. Close it, or use it in a `with`: saves end in background.
 
     Args:
-        directory: created, if missing, by the first save; left-overs of interrupted saves in it are removed.
+        directory: created if missing; left-overs of interrupted saves in it are removed.
         keep: how many of the newest stay, beside the one with the lowest validation loss.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory, self._keep = directory.absolute(), keep
-
-    @functools.cached_property
-    def _manager(self) -> Any:
-        ocp = _orbax()
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase, and raises its errors
-        return ocp.CheckpointManager(
-            self._directory,
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 # The policy below decides; but only with a best_fn does Orbax write the metrics down, without
                 # which a run that is continued would forget which checkpoint was the best.
                 best_fn=_val_loss,
                 best_mode="min",
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
-                        ocp.checkpoint_managers.LatestN(self._keep),
-                        ocp.checkpoint_managers.BestN(
+                        checkpoint_managers.LatestN(keep),
+                        checkpoint_managers.BestN(
                             get_metric_fn=_val_loss,
                             reverse=True,  # Orbax keeps the last of the sorted: the lowest loss
                             n=1,
@@ -119,8 +107,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_manager" in vars(self):
-            self._manager.close()
+        self._manager.close()
 
     def wait(self) -> None:
         """Until what was saved is on the disk."""
@@ -128,8 +115,6 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step that can be restored."""
-        if not self._directory.exists():
-            return None  # and Orbax is not needed yet
         step: int | None = self._manager.latest_step()
         return step
 
@@ -150,7 +135,6 @@ class Checkpoints:
             info: what JSON can hold.
             val_loss: at this step, if it is known; ranks the checkpoint.
         """
-        ocp = _orbax()
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)),
@@ -163,7 +147,6 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        ocp = _orbax()
         return self._read(step, state=ocp.args.StandardRestore(abstract_state))
 
     def info(self, step: int) -> dict[str, Any]:
@@ -172,13 +155,12 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        ocp = _orbax()
         info: dict[str, Any] = self._read(step, info=ocp.args.JsonRestore())
         return info
 
     def _read(self, step: int, **item: Any) -> Any:
         try:
-            return self._manager.restore(step, args=_orbax().args.Composite(**item))[next(iter(item))]
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
         except (OSError, KeyError, ValueError) as error:
             path = self._manager.directory / str(step)
             reason = " ".join(str(error).split())[:200]
