@@ -7,7 +7,8 @@ Updates run one by one; after some of them the state is saved as run.py does it,
 saves blocks; the updates that follow, until the checkpoint has its final name and at least three more, take longer
 than the median of those without a save around them. Both in units of that median: their sum is what a save stalls
 training. `torch.save` and `torch.load` write and read the same number of bytes, in the same directory, and block.
-Nobody waits for the disk beyond what the libraries do. By default 124M parameters and a batch that takes a CPU seconds.
+Nobody waits for the disk beyond what the libraries do. By default 124M parameters and 2 sequences of 1,024 tokens, what
+bench/peers.py takes on a CPU. There, writing takes processor time from training: seconds, however long an update is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gpt2_jax.config import UserError
 from gpt2_jax.step import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "torch", "numpy")
-SMALL = ["--config", "gpt2-124m", "--batch_size", "1", "--micro_batch_size", "1", "--model.block_size", "256"]
+SMALL = ["--config", "gpt2-124m", "--batch_size", "2", "--micro_batch_size", "2"]
 AFTER = 3  # updates that still count as disturbed once the checkpoint is there
 
 
@@ -82,8 +83,8 @@ def with_torch(shapes: Sequence[tuple[int, ...]], file: Path) -> tuple[float, fl
 def main() -> None:
     """Measures, and writes the table and the file."""
     parser = arguments(__doc__)
-    parser.add_argument("--repeat", type=int, default=5, help="saves and restores")
-    parser.add_argument("--updates", type=int, default=5, help="without a save, before each")
+    parser.add_argument("--repeat", type=int, default=3, help="saves and restores")
+    parser.add_argument("--updates", type=int, default=3, help="without a save, before each")
     parser.add_argument("--directory", type=Path, help="where to write; by default the temporary one")
     args, extra = parser.parse_known_args()
     flags = extra if "--config" in extra else SMALL + extra
