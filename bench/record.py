@@ -76,7 +76,8 @@ def circumstances(packages: Sequence[str], device: str | None = None) -> dict[st
     return {
         "date": datetime.date.today().isoformat(),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")),
+        # Of what is run; the figures of the measurement before may still be uncommitted.
+        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!bench/results")),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": device or jax.devices()[0].device_kind,
         "gpu": gpu(),

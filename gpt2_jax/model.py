@@ -75,7 +75,7 @@ class QueriesKeysValues(nn.Module):
 
     For `splash` each is a product of its own, which writes it in the layout that the attention kernel takes; out of
     one product XLA would copy them. On CPUs one product is faster. And queries come divided by √head_dim, which
-    is done to the weights: the attention kernel does not scale, and its gradient would be read and written for it.
+    is done to the weights: the attention kernel does not scale, and beside it that costs a pass over its gradient.
     """
 
     config: GPT2Config

@@ -101,13 +101,13 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         run = Run(config, data, model, mesh, schedule, out, checkpoints, initial)
         done = run.start
         run.say_hello(choice)
-        if hardware.platform == "cpu":
-            runtime.keep_memory(train_step.lower(run.state, abstract_batch(config, mesh)).compile())
         with (
             processes.stop_signals() as asked_to_stop,
             run.display,
             closing(read_ahead(source, run.start, config.steps)) as batches,
         ):
+            if hardware.platform == "cpu" and done < config.steps:
+                runtime.keep_memory(train_step.lower(run.state, abstract_batch(config, mesh)).compile())
             try:
                 while done < config.steps and not (signal_number := asked_to_stop(done)):
                     batch = next(batches)
