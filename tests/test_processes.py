@@ -118,13 +118,17 @@ def start(environment):
         process.communicate()
 
 
+# What its threads print piece by piece, so that lines may run into one another.
+GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d ]+")
+
+
 def finish(both, seconds=120):
     """Exit codes, outputs and errors of both, without what gloo prints."""
     codes, outputs, errors = [], [], []
     for process in both:
         output, error = process.communicate(timeout=seconds)
         codes.append(process.returncode)
-        outputs.append("\n".join(line for line in output.splitlines() if not line.startswith("[Gloo]")))
+        outputs.append("\n".join(line for line in output.splitlines() if GLOO.sub("", line)))
         errors.append([line for line in error.splitlines() if line.startswith("error")])
     return codes, outputs, errors
 
