@@ -83,7 +83,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase, and raises its errors
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            # Random bits, of which compression leaves 92%, at five times the processor time of a save.
+            # Compression leaves 92% of a state, at four times the processor time of a save.
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "info": ocp.JsonCheckpointHandler(),
