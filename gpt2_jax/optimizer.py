@@ -75,7 +75,7 @@ def once_per_update(
 
     `optax.MultiSteps` calls its optimizer at every micro-step and throws the result away until the last. Here
     the work, and with it the one reduction of the gradients over the mesh axes `mean_over`, sits in the taken
-    branch of a conditional on the extra argument `emit`.
+    branch of a conditional on the extra argument `emit`. Where that is known to be True, there is no conditional.
     """
 
     def init(params: optax.Params) -> OncePerUpdateState:
@@ -95,8 +95,10 @@ def once_per_update(
         return jax.tree.map(lambda grad: jnp.zeros(grad.shape, grad.dtype), grads), state
 
     def update(
-        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params | None = None, *, emit: jax.Array
+        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params | None = None, *, emit: jax.Array | bool
     ) -> tuple[optax.Updates, OncePerUpdateState]:
+        if emit is True:
+            return run(grads, state, params)
         return jax.lax.cond(emit, run, skip, grads, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,8 @@
 """The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
 
 The devices of the mesh axis `data` each scan their micro-batches; `optax.MultiSteps` accumulates inside that
-scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer.
+scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer. A batch in one piece needs
+neither.
 
 Within, each micro-batch is split over `fsdp`. The devices gather a block's parameters where the block uses them
 (once more in the backward pass under `remat`, which does not keep them), and its gradients are summed into the parts
@@ -170,12 +171,28 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
 
     def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         micro_batches = tokens.shape[0]
-        multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(data) if data else 0)
         # Gradients with respect to parameters that count as different on each device: with respect to shared
         # ones, differentiation itself would add a reduction to every micro-step.
         params = jax.lax.pcast(state.params, data, to="varying")
+        if micro_batches == 1:
+            # Nothing to accumulate. And in a loop of one turn, XLA's TPU compiler would move half of the loss out of
+            # it, with logits of its own.
+            total, grads = over_fsdp(params, tokens[0], jax.random.fold_in(key, 0))
+            updates, opt_state = inner.update(grads, state.opt_state, state.params, emit=True)
+        else:
+            total, updates, opt_state = accumulate(state, params, tokens, key)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        loss = jax.lax.pmean(jnp.sum(total) / micro_batches, data)
+        return new, Metrics(loss, opt_state.grad_norm, schedule(state.step))
+
+    def accumulate(
+        state: TrainState, params: Params, tokens: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, optax.Updates, OncePerUpdateState]:
+        """The sum of the micro-batches' losses, by shares; what the optimizer adds to the parameters; its state."""
+        micro_batches = tokens.shape[0]
+        multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
 
         def micro_step(
             carry: tuple[optax.MultiStepsState, jax.Array, Any], batch: tuple[jax.Array, jax.Array]
@@ -196,15 +213,8 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
             skip_state=(),
         )
         carry = (start, jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying"), zeros)
-        if micro_batches == 1:
-            # No loop of one turn: XLA's TPU compiler would move half of the loss out of it, with logits of its own.
-            (opt_state, total, updates), _ = micro_step(carry, (jnp.zeros((), jnp.int32), tokens[0]))
-        else:
-            (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
-        new = TrainState(opt_state.gradient_step, optax.apply_updates(state.params, updates), opt_state.inner_opt_state)
-        loss = jnp.sum(total) / micro_batches
-        loss = jax.lax.pmean(loss, data)
-        return new, Metrics(loss, new.opt_state.grad_norm, schedule(state.step))
+        (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
+        return total, updates, opt_state.inner_opt_state
 
     sharded = _manual(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P()))
     shardings = state_shardings(model, optimizer, mesh)
@@ -214,6 +224,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         in_shardings=(shardings, batch_sharding(mesh, micro_batches=True)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        keep_unused=True,  # or the last gradient norm, which no update needs, would not be donated
     )
 
 
