@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -30,13 +31,33 @@ def reference(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
-@pytest.mark.parametrize("time", [1, 7, 128])
+@pytest.mark.parametrize("time", [1, 7, 128, 513])  # one block of queries, two, and four of which the last is short
 def test_xla_equals_jax_forward_and_backward(time):
     for ours, theirs in zip(
         value_and_grads(causal_attention, *qkv(time)), value_and_grads(reference, *qkv(time)), strict=True
     ):
-        # float32 sums of up to 128 terms of order 1, taken in another order: some 128 × 6e-8.
+        # float32 sums of up to 513 terms of order 1, taken in another order: a part of 513 × 6e-8.
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_xla_in_bfloat16_is_as_near_to_float32_as_jax_is():
+    exact = value_and_grads(reference, *qkv(130))
+    narrow = [x.astype(jnp.bfloat16) for x in qkv(130)]
+    with jax.numpy_dtype_promotion("standard"):  # theirs mixes dtypes
+        jax_has = value_and_grads(reference, *narrow)
+    for right, ours, theirs in zip(exact, value_and_grads(causal_attention, *narrow), jax_has, strict=True):
+        ours, theirs = (np.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
+        # For the gradients JAX keeps the weights in float32; rounded to bfloat16 they add a little to q's and k's.
+        assert ours <= 1.25 * theirs
+
+
+@pytest.mark.parametrize("time", [7, 130])
+def test_the_gradients_under_dropout_are_those_of_the_function(time):
+    def attention(q, k, v):
+        return causal_attention(q, k, v, dropout=0.3, dropout_key=jax.random.key(3))
+
+    # Against differences of the function's values, in float32: JAX's default tolerance.
+    jax.test_util.check_grads(attention, qkv(time, head_dim=8), order=1, modes=["rev"])
 
 
 def test_splash_equals_xla_forward_and_backward():
