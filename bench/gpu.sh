@@ -13,6 +13,7 @@ Pieces, in this order, or those that are named:
   why          the operations that take the time of an update; the fastest matrix product of the card
   variants     one setting at a time: logits in memory, scanned layers, flags of XLA
   sizes        1558M, 774M and 355M: the micro-batches that fit, with and without rematerialisation
+  kernels      attention and the loss alone, beside tokamax's
   decode       generation beside transformers, 1, 8 and 64 prompts
   determinism  do two runs leave the same bits
   more         start-up and checkpoints
@@ -21,9 +22,10 @@ Each measurement writes a JSON file into OUTDIR and its output into OUTDIR/logs,
 the same command goes on where the last one ended. A measurement that fails is reported, and the others run.
 
 Environment: PYTHON (python3), with jax for CUDA, torch and transformers; BUDGET, seconds for all (580): what would
-start later does not; NANOGPT, a checkout of nanoGPT; LLMC, one of llm.c with a built train_gpt2cu; MICRO_BATCH (32),
-sequences at a time beside the peers. Packages that this project needs and the Python lacks come from bench/wheels, if
-that is there; nothing is downloaded.
+start later does not; NANOGPT, a checkout of nanoGPT; LLMC, one of llm.c with a built train_gpt2cu; TOKAMAX, a directory
+that tokamax is installed in (bench/kernels.py says why not beside this project); MICRO_BATCH (32), sequences at a time
+beside the peers. Packages that this project needs and the Python lacks come from bench/wheels, if that is there; nothing
+is downloaded.
 END
 }
 
@@ -41,7 +43,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 budget=${BUDGET:-580}
 pieces=("$@")
-((${#pieces[@]})) || pieces=(right headline why variants sizes decode determinism more)
+((${#pieces[@]})) || pieces=(right headline why variants sizes kernels decode determinism more)
 failed=0
 
 # Pure Python that is missing, beside the checkout and not in the Python's own place.
@@ -123,6 +125,10 @@ sizes() {
   step train_step-gpt2-355m 120 --config gpt2-355m --batch_size 64 --grid --sweep remat=none micro_batch_size=32,16
 }
 
+kernels() {
+  PYTHONPATH=$PYTHONPATH${TOKAMAX:+:$TOKAMAX} measure kernels 120 bench/kernels.py --batch 32 || true
+}
+
 decode() {
   measure decode 120 bench/decode.py --batch 1 8 64 --prompt 64 --dtype bfloat16 || true
 }
@@ -148,6 +154,7 @@ for piece in "${pieces[@]}"; do
     why) why ;;
     variants) variants ;;
     sizes) sizes ;;
+    kernels) kernels ;;
     decode) decode ;;
     determinism) determinism ;;
     more) more ;;

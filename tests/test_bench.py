@@ -208,7 +208,7 @@ def test_a_gpu_is_measured_piece_by_piece(tmp_path):
     done, called = run()  # what is there already is not done again, and a failure stops nothing
     assert done.returncode == 1
     assert "why: FAILED with exit code 3" in done.stdout
-    assert called == ["right", "why", *["train_step"] * 8, "decode", "determinism", "startup", "checkpoint"]
+    assert called == ["right", "why", *["train_step"] * 8, "kernels", "decode", "determinism", "startup", "checkpoint"]
     (tmp_path / "fate").unlink()
     done, called = run()
     assert (done.returncode, called) == (0, ["why"])
