@@ -245,6 +245,23 @@ def variant_tables(results: Path) -> Iterator[str]:
         yield ""
 
 
+def kernel_tables(results: Path) -> Iterator[str]:
+    """A table for each file of bench/kernels.py."""
+    for path in sorted(results.glob("kernels-*.json")):
+        figures = json.loads(path.read_text())
+        shape = f"{figures['batch']} × {figures['time']:,} tokens, {figures['dtype']}"
+        versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+        yield f"{shape}, {figures['cpu'] if figures['device'] == 'cpu' else figures['device']}, {versions}, "
+        yield f"{figures['date']}, `{command(figures)}`:\n"
+        yield "| part | of | ms | error |\n| --- | --- | --- | --- |"
+        for part in ("attention", "loss"):
+            for name, case in figures.get(part, {}).items():
+                error = case.get("error")
+                cells = f"{error} | " if error else f"{case['median_ms']:.3g} | {case['error_of_values']:.1e}"
+                yield f"| {part} | {name} | {cells} |"
+        yield ""
+
+
 def plot_peers(results: Path, image: Path) -> bool:
     """Draws the time of an update of every trainer in every comparison; False if there is none."""
     from matplotlib.figure import Figure
@@ -316,6 +333,8 @@ def document(results: Path, images: Sequence[str]) -> str:
     parts += ["## What each row was made of", "\n".join(sources(results)) or "Nothing was measured."]
     if tables := "\n".join(variant_tables(results)):
         parts += ["## The training step by its settings", tables.rstrip()]
+    if tables := "\n".join(kernel_tables(results)):
+        parts += ["## Attention and the loss alone, forward and backward", tables.rstrip()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -81,6 +81,10 @@ def test_the_report_says_what_the_files_say(bench, tmp_path):
     write("train_step-gpt2-124m-nvidia-h200", cases=cases, command=["train_step.py"], flags_of_training=["--config"])
     write("startup-cpu", ratio=0.25, median_s={"filled": 1.0, "empty": 4.0}, command=["startup.py"])
 
+    kernels = {"xla": {"median_ms": 12.34, "error_of_values": 2e-7}, "tokamax triton": {"error": "ValueError: no GPU"}}
+    shape = {"batch": 2, "time": 1024, "dtype": "float32"}
+    write("kernels-cpu", attention=kernels, versions={"jax": "1.0"}, command=["kernels.py"], **shape)
+
     report = bench("report")
     rows = table(report, tmp_path)
     assert rows["character model (4 × 128), CPU: time of an update"] == ["≤ 0.8", "0.6", "yes"]
@@ -93,6 +97,7 @@ def test_the_report_says_what_the_files_say(bench, tmp_path):
     assert "30 ms and 50 ms (nanogpt compiled). 2026-01-02, A CPU, 2 cores, commit 0123456;" in text
     assert "`python bench/peers.py --case char --nanogpt DIR`" in text  # and not whose
     assert "| micro_batch_size 32 | out of memory |" in text
+    assert "| attention | xla | 12.3 | 2.0e-07 |\n| attention | tokamax triton | ValueError: no GPU |  |" in text
 
 
 def test_the_plots_are_drawn_from_what_there_is(bench, tmp_path):
