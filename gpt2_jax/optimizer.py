@@ -1,4 +1,4 @@
-"""The optimizer: clip by global norm → AdamW with masked decay → warmup-cosine, for `optax.MultiSteps`.
+"""The optimizer: clip by global norm → AdamW with masked decay → warmup-cosine, once per update.
 
 AdamW is Loshchilov and Hutter 2019; hyperparameters and the mask follow GPT-3's (Brown et al. 2020, appendix B)
 as nanoGPT and llm.c read them.
@@ -6,7 +6,6 @@ as nanoGPT and llm.c read them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -61,44 +60,24 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-class OncePerUpdateState(NamedTuple):
-    """State of `once_per_update`: that of the inner optimizer, and the last update's gradient norm."""
+class OptimizerState(NamedTuple):
+    """State of `with_grad_norm`: that of the inner optimizer, and the last update's gradient norm."""
 
     inner: optax.OptState
     grad_norm: jax.Array
 
 
-def once_per_update(
-    inner: optax.GradientTransformation, mean_over: tuple[str, ...]
-) -> optax.GradientTransformationExtraArgs:
-    """Makes `inner` run only in the micro-step that completes an update.
+def with_grad_norm(inner: optax.GradientTransformation, mean_over: tuple[str, ...]) -> optax.GradientTransformation:
+    """`inner` for the mean of the gradients over the mesh axes `mean_over`, whose global norm the state keeps."""
 
-    `optax.MultiSteps` calls its optimizer at every micro-step and throws the result away until the last. Here
-    the work, and with it the one reduction of the gradients over the mesh axes `mean_over`, sits in the taken
-    branch of a conditional on the extra argument `emit`. Where that is known to be True, there is no conditional.
-    """
-
-    def init(params: optax.Params) -> OncePerUpdateState:
-        return OncePerUpdateState(inner.init(params), jnp.zeros((), jnp.float32))
-
-    @functools.partial(jax.jit, inline=True)  # `MultiSteps` traces it for either branch
-    def run(
-        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params
-    ) -> tuple[optax.Updates, OncePerUpdateState]:
-        grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
-        updates, inner_state = inner.update(grads, state.inner, params)
-        return updates, OncePerUpdateState(inner_state, optax.global_norm(grads))
-
-    def skip(
-        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params
-    ) -> tuple[optax.Updates, OncePerUpdateState]:
-        return jax.tree.map(lambda grad: jnp.zeros(grad.shape, grad.dtype), grads), state
+    def init(params: optax.Params) -> OptimizerState:
+        return OptimizerState(inner.init(params), jnp.zeros((), jnp.float32))
 
     def update(
-        grads: optax.Updates, state: OncePerUpdateState, params: optax.Params | None = None, *, emit: jax.Array | bool
-    ) -> tuple[optax.Updates, OncePerUpdateState]:
-        if emit is True:
-            return run(grads, state, params)
-        return jax.lax.cond(emit, run, skip, grads, state, params)
+        grads: optax.Updates, state: OptimizerState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, OptimizerState]:
+        grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
+        updates, inner_state = inner.update(grads, state.inner, params)
+        return updates, OptimizerState(inner_state, optax.global_norm(grads))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)

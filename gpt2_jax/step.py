@@ -1,8 +1,7 @@
 """The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
 
-The devices of the mesh axis `data` each scan their micro-batches; `optax.MultiSteps` accumulates inside that
-scan, and only its last turn reduces the gradients over `data`, once, and runs the optimizer. A batch in one piece needs
-neither.
+The devices of the mesh axis `data` each scan their micro-batches, in which `optax.MultiSteps` accumulates the
+gradients. After the scan they are reduced over `data`, once, and the optimizer runs.
 
 Within, each micro-batch is split over `fsdp`. The devices gather a block's parameters where the block uses them
 (once more in the backward pass under `remat`, which does not keep them), and its gradients are summed into the parts
@@ -25,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
-from gpt2_jax.optimizer import OncePerUpdateState, learning_rate_schedule, make_optimizer, once_per_update
+from gpt2_jax.optimizer import OptimizerState, learning_rate_schedule, make_optimizer, with_grad_norm
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
 
 
@@ -37,7 +36,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 [], updates done
     params: Params
-    opt_state: OncePerUpdateState
+    opt_state: OptimizerState
 
 
 class Metrics(NamedTuple):
@@ -102,7 +101,7 @@ def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
 
 def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
     params = params or init_params(model, jax.random.key(seed))
-    optimizer = once_per_update(make_optimizer(config), mean_over=())
+    optimizer = with_grad_norm(make_optimizer(config), mean_over=())
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -141,7 +140,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
     """
     config = model.config
     data, fsdp = _axis(mesh, "data"), _axis(mesh, "fsdp")
-    inner = once_per_update(make_optimizer(optimizer), mean_over=data)
+    chain = with_grad_norm(make_optimizer(optimizer), mean_over=data)
     schedule = learning_rate_schedule(optimizer)
     specs = _param_specs(model, mesh)
 
@@ -180,41 +179,35 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
             # Nothing to accumulate. And in a loop of one turn, XLA's TPU compiler would move half of the loss out of
             # it, with logits of its own.
             total, grads = over_fsdp(params, tokens[0], jax.random.fold_in(key, 0))
-            updates, opt_state = inner.update(grads, state.opt_state, state.params, emit=True)
         else:
-            total, updates, opt_state = accumulate(state, params, tokens, key)
+            total, grads = accumulated(params, tokens, key)
+        updates, opt_state = chain.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         loss = jax.lax.pmean(jnp.sum(total) / micro_batches, data)
         return new, Metrics(loss, opt_state.grad_norm, schedule(state.step))
 
-    def accumulate(
-        state: TrainState, params: Params, tokens: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, optax.Updates, OncePerUpdateState]:
-        """The sum of the micro-batches' losses, by shares; what the optimizer adds to the parameters; its state."""
+    def accumulated(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
+        """The sum of the micro-batches' losses, by shares, and the mean of their gradients."""
         micro_batches = tokens.shape[0]
-        multi_steps = optax.MultiSteps(inner, every_k_schedule=micro_batches)
+        # No optimizer inside, whose state would be selected and copied at every micro-step. And one step more than
+        # there are micro-batches, because at its last step it starts anew.
+        no_optimizer = optax.GradientTransformation(lambda params: (), lambda grads, state, params=None: ((), state))
+        accumulator = optax.MultiSteps(no_optimizer, every_k_schedule=micro_batches + 1)
 
         def micro_step(
-            carry: tuple[optax.MultiStepsState, jax.Array, Any], batch: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[optax.MultiStepsState, jax.Array, Any], None]:
-            opt_state, total, _ = carry
+            carry: tuple[optax.MultiStepsState, jax.Array], batch: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[optax.MultiStepsState, jax.Array], None]:
+            mean, total = carry
             index, tokens = batch
             loss, grads = over_fsdp(params, tokens, jax.random.fold_in(key, index))
-            emit = opt_state.mini_step == micro_batches - 1
-            updates, opt_state = multi_steps.update(grads, opt_state, state.params, emit=emit)
-            return (opt_state, total + loss, updates), None
+            _, mean = accumulator.update(grads, mean)
+            return (mean, total + loss), None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        start = optax.MultiStepsState(
-            mini_step=jnp.zeros((), jnp.int32),
-            gradient_step=state.step,
-            inner_opt_state=state.opt_state,
-            acc_grads=jax.lax.pcast(zeros, data, to="varying"),
-            skip_state=(),
+        total = jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying")
+        (mean, total), _ = jax.lax.scan(
+            micro_step, (accumulator.init(params), total), (jnp.arange(micro_batches), tokens)
         )
-        carry = (start, jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying"), zeros)
-        (opt_state, total, updates), _ = jax.lax.scan(micro_step, carry, (jnp.arange(micro_batches), tokens))
-        return total, updates, opt_state.inner_opt_state
+        return total, mean.acc_grads
 
     sharded = _manual(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P()))
     shardings = state_shardings(model, optimizer, mesh)

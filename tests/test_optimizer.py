@@ -12,7 +12,7 @@ import torch
 
 from gpt2_jax.config import OptimizerConfig
 from gpt2_jax.model import stack_layers
-from gpt2_jax.optimizer import decay_mask, learning_rate_schedule, make_optimizer, once_per_update
+from gpt2_jax.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=10, decay_steps=100)
 
@@ -84,23 +84,3 @@ def test_clip_norm_of_zero_does_not_clip():
     params = {"kernel": jnp.ones((2, 2))}
     _, state = optimizer.update({"kernel": jnp.full((2, 2), 100.0)}, optimizer.init(params), params)
     assert float(optax.tree.get(state, "mu")["kernel"][0, 0]) == pytest.approx(10.0)  # (1 − β₁) × 100
-
-
-def test_the_inner_optimizer_runs_once_per_update():
-    calls = []
-
-    def update(grads, state, params=None):
-        jax.debug.callback(lambda: calls.append(1))
-        return grads, state
-
-    inner = optax.GradientTransformation(lambda params: (), update)
-    multi_steps = optax.MultiSteps(once_per_update(inner, mean_over=()), every_k_schedule=4)
-    params = {"kernel": jnp.zeros(3)}
-    state = multi_steps.init(params)
-    step = jax.jit(multi_steps.update)
-    for micro_step in range(8):
-        emit = state.mini_step == 3
-        updates, state = step({"kernel": jnp.full(3, float(micro_step))}, state, params, emit=emit)
-        jax.effects_barrier()
-        assert len(calls) == (micro_step + 1) // 4
-    np.testing.assert_allclose(updates["kernel"], (4 + 5 + 6 + 7) / 4)  # the mean over the last four
