@@ -250,14 +250,18 @@ def kernel_tables(results: Path) -> Iterator[str]:
     for path in sorted(results.glob("kernels-*.json")):
         figures = json.loads(path.read_text())
         shape = f"{figures['batch']} × {figures['time']:,} tokens, {figures['dtype']}"
+        device = figures["cpu"] if figures["device"] == "cpu" else figures["device"]
         versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-        yield f"{shape}, {figures['cpu'] if figures['device'] == 'cpu' else figures['device']}, {versions}, "
-        yield f"{figures['date']}, `{command(figures)}`:\n"
-        yield "| part | of | ms | error |\n| --- | --- | --- | --- |"
+        yield f"{shape}, {device}, {versions}, {figures['date']}, `{command(figures)}`:\n"
+        yield "| part | candidate | time | error |\n| --- | --- | --- | --- |"
         for part in ("attention", "loss"):
             for name, case in figures.get(part, {}).items():
                 error = case.get("error")
-                cells = f"{error} | " if error else f"{case['median_ms']:.3g} | {case['error_of_values']:.1e}"
+                cells = (
+                    f"{error} | "
+                    if error
+                    else f"{milliseconds(case['median_ms'] / 1000)} | {case['error_of_values']:.1e}"
+                )
                 yield f"| {part} | {name} | {cells} |"
         yield ""
 

@@ -6,10 +6,9 @@ as nanoGPT and llm.c read them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from gpt2_jax.config import OptimizerConfig
@@ -58,26 +57,3 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             mask=decay_mask,
         ),
     )
-
-
-class OptimizerState(NamedTuple):
-    """State of `with_grad_norm`: that of the inner optimizer, and the last update's gradient norm."""
-
-    inner: optax.OptState
-    grad_norm: jax.Array
-
-
-def with_grad_norm(inner: optax.GradientTransformation, mean_over: tuple[str, ...]) -> optax.GradientTransformation:
-    """`inner` for the mean of the gradients over the mesh axes `mean_over`, whose global norm the state keeps."""
-
-    def init(params: optax.Params) -> OptimizerState:
-        return OptimizerState(inner.init(params), jnp.zeros((), jnp.float32))
-
-    def update(
-        grads: optax.Updates, state: OptimizerState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, OptimizerState]:
-        grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
-        updates, inner_state = inner.update(grads, state.inner, params)
-        return updates, OptimizerState(inner_state, optax.global_norm(grads))
-
-    return optax.GradientTransformation(init, update)

@@ -24,14 +24,21 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
-from gpt2_jax.optimizer import OptimizerState, learning_rate_schedule, make_optimizer, with_grad_norm
+from gpt2_jax.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
+
+
+class OptimizerState(NamedTuple):
+    """What the optimizer keeps. Nothing is computed from `grad_norm`, but checkpoints have it."""
+
+    inner: optax.OptState  # of `make_optimizer`
+    grad_norm: jax.Array  # float32 [], as in `Metrics`, of the last update
 
 
 class TrainState(NamedTuple):
     """All that changes from update to update. The data position follows from `step`.
 
-    The accumulator of `optax.MultiSteps` is not here: it is zero between updates.
+    The accumulator of `optax.MultiSteps` is not here: each update starts it anew.
     """
 
     step: jax.Array  # int32 [], updates done
@@ -101,8 +108,8 @@ def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
 
 def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
     params = params or init_params(model, jax.random.key(seed))
-    optimizer = with_grad_norm(make_optimizer(config), mean_over=())
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    opt_state = OptimizerState(make_optimizer(config).init(params), jnp.zeros((), jnp.float32))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -140,7 +147,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
     """
     config = model.config
     data, fsdp = _axis(mesh, "data"), _axis(mesh, "fsdp")
-    chain = with_grad_norm(make_optimizer(optimizer), mean_over=data)
+    chain = make_optimizer(optimizer)
     schedule = learning_rate_schedule(optimizer)
     specs = _param_specs(model, mesh)
 
@@ -181,10 +188,12 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
             total, grads = over_fsdp(params, tokens[0], jax.random.fold_in(key, 0))
         else:
             total, grads = accumulated(params, tokens, key)
-        updates, opt_state = chain.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        loss = jax.lax.pmean(jnp.sum(total) / micro_batches, data)
-        return new, Metrics(loss, opt_state.grad_norm, schedule(state.step))
+        loss, grads = jax.lax.pmean((jnp.sum(total) / micro_batches, grads), data)
+        grad_norm = optax.global_norm(grads)
+        updates, inner = chain.update(grads, state.opt_state.inner, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = TrainState(state.step + 1, params, OptimizerState(inner, grad_norm))
+        return new, Metrics(loss, grad_norm, schedule(state.step))
 
     def accumulated(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
         """The sum of the micro-batches' losses, by shares, and the mean of their gradients."""
@@ -217,7 +226,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         in_shardings=(shardings, batch_sharding(mesh, micro_batches=True)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
-        keep_unused=True,  # or the last gradient norm, which no update needs, would not be donated
+        keep_unused=True,  # `grad_norm` is donated too
     )
 
 

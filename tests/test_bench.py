@@ -97,7 +97,7 @@ def test_the_report_says_what_the_files_say(bench, tmp_path):
     assert "30 ms and 50 ms (nanogpt compiled). 2026-01-02, A CPU, 2 cores, commit 0123456;" in text
     assert "`python bench/peers.py --case char --nanogpt DIR`" in text  # and not whose
     assert "| micro_batch_size 32 | out of memory |" in text
-    assert "| attention | xla | 12.3 | 2.0e-07 |\n| attention | tokamax triton | ValueError: no GPU |  |" in text
+    assert "| attention | xla | 12.3 ms | 2.0e-07 |\n| attention | tokamax triton | ValueError: no GPU |  |" in text
 
 
 def test_the_plots_are_drawn_from_what_there_is(bench, tmp_path):

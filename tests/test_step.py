@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt2_jax import attention
+from gpt2_jax import attention, step
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import IGNORE, MeshConfig, OptimizerConfig
 from gpt2_jax.model import GPT2, unstack_layers
@@ -216,6 +216,20 @@ def reduced_bytes(body):
         for dtype, dims in re.findall(r"(f32|bf16|s32)\[([\d,]*)\]", shapes):
             total += sizes[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], initial=1))
     return total
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_optimizer_runs_once_per_update_on_the_mean_gradient(tiny_config, batches, monkeypatch, accumulation):
+    calls = []
+
+    def update(grads, state, params=None):
+        jax.debug.callback(lambda norm: calls.append(float(norm)), optax.global_norm(grads))
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    monkeypatch.setattr(step, "make_optimizer", lambda _: optax.GradientTransformation(lambda params: (), update))
+    _, norms, _ = run(dataclasses.replace(tiny_config, n_layer=1), mesh_of(1), batches, accumulation)
+    jax.effects_barrier()
+    assert calls == norms  # of as many updates as there are batches
 
 
 def test_gradients_cross_the_mesh_once_per_update(compiled):
