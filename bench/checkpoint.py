@@ -28,7 +28,7 @@ from sides import Ours, training_config
 
 from gpt2_jax import runtime
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 from gpt2_jax.step import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "torch", "numpy")
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to write; by default the temporary one")
     args, extra = parser.parse_known_args()
     flags = extra if "--config" in extra else SMALL + extra
-    runtime.one_heap()
+    runtime.use_single_malloc_arena()
     try:
         config = training_config(flags)
     except UserError as error:

@@ -30,7 +30,7 @@ from record import arguments, median_ratio, write
 
 from gpt2_jax.data.corpus import stdlib_files
 from gpt2_jax.data.order import BatchSchedule
-from gpt2_jax.data.pipeline import Sequences, TrainBatches, Windows, read_ahead
+from gpt2_jax.data.pipeline import BatchSource, ShuffledWindows, TokenWindows, read_ahead
 from gpt2_jax.data.shards import header_bytes, open_token_files
 from gpt2_jax.data.sources import Files
 from gpt2_jax.data.workers import BlockTokenizer, Settings
@@ -43,15 +43,15 @@ BATCH_TOKENS = BLOCK * BATCH
 FIRST_BATCH = """
 import sys, time
 from gpt2_jax.data.order import BatchSchedule
-from gpt2_jax.data.pipeline import Sequences, TrainBatches, Windows, read_ahead
+from gpt2_jax.data.pipeline import ShuffledWindows, BatchSource, TokenWindows, read_ahead
 from gpt2_jax.data.shards import find_token_files, open_token_files
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
 
 paths = find_token_files(sys.argv[1] + "/*.bin", "data.train")
-windows = Windows(open_token_files(paths), list(map(str, paths)), 1024, 50257)
-source = TrainBatches(Sequences([windows], [1.0], 1337), BatchSchedule(512, (), 1024), {512: 1})
+windows = TokenWindows(open_token_files(paths), list(map(str, paths)), 1024, 50257)
+source = BatchSource(ShuffledWindows([windows], [1.0], 1337), BatchSchedule(512, (), 1024), {512: 1})
 source[0]
 print(time.time(), flush=True)
 batches = read_ahead(source, 0, 10**6)
@@ -78,8 +78,8 @@ if __name__ == "__main__":
 
 def ours(paths):
     """An iterator of batches, as training reads them."""
-    windows = Windows(open_token_files(paths), list(map(str, paths)), BLOCK, 50257)
-    source = TrainBatches(Sequences([windows], [1.0], 1337), BatchSchedule(BATCH, (), BLOCK), {BATCH: 1})
+    windows = TokenWindows(open_token_files(paths), list(map(str, paths)), BLOCK, 50257)
+    source = BatchSource(ShuffledWindows([windows], [1.0], 1337), BatchSchedule(BATCH, (), BLOCK), {BATCH: 1})
     return read_ahead(source, 0, 10**6)
 
 
@@ -122,8 +122,8 @@ def pipeline(directory, repeat, batches):
 
 def restore(paths, update=100_000):
     """Seconds until the batch of an update is there, and whether it is the one that it has to be."""
-    windows = Windows(open_token_files(paths), list(map(str, paths)), BLOCK, 50257)
-    source = TrainBatches(Sequences([windows], [1.0], 1337), BatchSchedule(BATCH, (), BLOCK), {BATCH: 1})
+    windows = TokenWindows(open_token_files(paths), list(map(str, paths)), BLOCK, 50257)
+    source = BatchSource(ShuffledWindows([windows], [1.0], 1337), BatchSchedule(BATCH, (), BLOCK), {BATCH: 1})
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

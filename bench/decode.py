@@ -20,8 +20,8 @@ from record import arguments, median_ratio, slug, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_jax import load
-from gpt2_jax.decode import stream
-from gpt2_jax.sampling import GREEDY
+from gpt2_jax.generation.decode import stream
+from gpt2_jax.generation.sampling import GREEDY
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
 

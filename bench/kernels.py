@@ -25,8 +25,9 @@ import numpy as np
 import optax
 from record import arguments, slug, write
 
-from gpt2_jax.attention import PREFERENCE, causal_attention, hardware_of, why_not
+from gpt2_jax.attention import PREFERENCE, causal_attention, unsupported_reason
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.hardware import hardware_of
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import padded_vocab_size
 
@@ -99,7 +100,7 @@ def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any
     candidates = {
         backend: ours(backend)
         for backend in PREFERENCE
-        if not why_not(backend, hardware=hardware, dtype=dtype, time=length, head_dim=head_dim, dropout=0.0)
+        if not unsupported_reason(backend, hardware=hardware, dtype=dtype, time=length, head_dim=head_dim, dropout=0.0)
     }
     if tokamax:
         kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(hardware.platform, ())

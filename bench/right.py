@@ -29,7 +29,8 @@ import numpy as np
 from record import arguments, python_path, slug, write
 from sides import Ours, training_config
 
-from gpt2_jax.attention import causal_attention, choose, hardware_of
+from gpt2_jax.attention import causal_attention, choose
+from gpt2_jax.hardware import hardware_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SMALL = ["--config", "shakespeare-char-cpu", "--dtype", "float32"]

@@ -30,8 +30,9 @@ from typing import Any, Protocol
 import numpy as np
 from trainers import OUT_OF_MEMORY
 
-from gpt2_jax.cli import parse_args
-from gpt2_jax.config import TrainConfig, UserError
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.config.flags import parse_args
+from gpt2_jax.errors import UserError
 
 BATCHES = 8  # different ones, over and over
 PADDED = {50257: 50304}  # as nanoGPT's train.py does
@@ -99,13 +100,13 @@ class Ours:
 
         self.device = device or jax.devices()[0]
         hardware = attention.hardware_of(self.device)
-        runtime.keep_programs("")  # what it takes to compile is a figure
+        runtime.enable_compilation_cache("")  # what it takes to compile is a figure
         self.config, choice = resolve(config, hardware)
         self.mesh = make_mesh(self.config.mesh, [self.device])
         self.model = GPT2(
             dataclasses.replace(self.config.model, attention=choice.backend), jnp.dtype(self.config.dtype)
         )
-        self.sharding = batch_sharding(self.mesh, micro_batches=True)
+        self.sharding = batch_sharding(self.mesh, leading_axis=True)
         self.batches = random_batches(self.config)
         self.step = make_train_step(self.model, self.config.optimizer, self.mesh, self.config.seed)
         with self._precision():
@@ -127,7 +128,7 @@ class Ours:
 
         pending, loss = None, float("nan")
         if not self.done and self.device.platform == "cpu":
-            runtime.keep_memory(self.compiled())
+            runtime.keep_freed_memory(self.compiled())
         with self._precision():
             for _ in range(count):
                 batch = self.batches[self.done % BATCHES]
@@ -144,7 +145,7 @@ class Ours:
 
     def about(self) -> dict[str, Any]:
         """As `Side.about`."""
-        from gpt2_jax.chips import chip_of
+        from gpt2_jax.hardware import chip_of
         from gpt2_jax.metrics import flops_per_token
         from gpt2_jax.model import n_params
 
@@ -383,7 +384,7 @@ def main() -> None:
     if settings["side"] == "ours":
         from gpt2_jax import runtime
 
-        runtime.one_heap()
+        runtime.use_single_malloc_arena()
     serve(settings, sys.stdin, answers)
 
 

@@ -18,9 +18,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from record import write
 
 from gpt2_jax import attention
-from gpt2_jax.chips import devices_of
-from gpt2_jax.config_file import read_config
-from gpt2_jax.cost import make_plan
+from gpt2_jax.config.toml import read_config
+from gpt2_jax.planning.estimate import make_plan
+from gpt2_jax.planning.topologies import devices_of
 
 TOPOLOGY = "v5e:2x4"
 

@@ -21,8 +21,9 @@ from typing import Any
 from record import arguments, slug, write
 from trainers import Trainer, TrainerError, updates_for
 
-from gpt2_jax.config import TrainConfig, UserError, flatten
-from gpt2_jax.config_file import read_config
+from gpt2_jax.config import TrainConfig, flatten
+from gpt2_jax.config.toml import read_config
+from gpt2_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 

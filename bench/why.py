@@ -25,7 +25,7 @@ from record import arguments, slug, write
 from sides import Ours, training_config
 
 from gpt2_jax import runtime
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of the matrix product; by default 8192, on CPUs 1024")
     args, flags = parser.parse_known_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    runtime.one_heap()
+    runtime.use_single_malloc_arena()
     try:
         config = training_config(flags)
     except UserError as error:

@@ -7,7 +7,6 @@ written beside its final name and renamed, so one that can be listed is whole.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -35,7 +34,6 @@ class SavedState:
     """
 
     def __init__(self, path: Path) -> None:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         metadata = self._safely(lambda: self._reader.metadata(self._path).item_metadata)
@@ -80,7 +78,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase, and raises its errors
+        self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             # Compression leaves 92% of a state, at four times the processor time of a save.

@@ -15,14 +15,15 @@ from typing import Annotated, Literal
 import tyro
 from safetensors import SafetensorError
 
-from gpt2_jax.cli import parse_flags, run_command
-from gpt2_jax.config import UserError
+from gpt2_jax.cli import run_command
+from gpt2_jax.config.flags import parse_flags
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop import KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
 from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
 from gpt2_jax.interop.runs import write_orbax
-from gpt2_jax.interop.stored import describe
+from gpt2_jax.interop.stored import architecture_summary
 
 PROG = "python -m gpt2_jax.convert"
 
@@ -92,7 +93,7 @@ def convert(
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
-    print(f"from      {model.where}: {describe(model.config)}")
+    print(f"from      {model.where}: {architecture_summary(model.config)}")
     new = [parent for parent in out.parents if not parent.exists()]
     partial = None
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpt2_jax.chips import chip_of
-from gpt2_jax.config import UserError
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.display import duration, si
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
+from gpt2_jax.hardware import chip_of
 
 Row = dict[str, Any]
 
 PLOT_POINTS = 100  # The training curve is the mean of about as many stretches of rows.
 
 
-def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
+def flops_per_token(config: GPT2Config, n_params: int) -> int:
     """Model FLOPs per token, forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B).
 
     Args:
-        n_params: N, without the position embeddings (they take part in no product).
+        n_params: all parameters. N leaves out the position embeddings, which take part in no matmul.
     """
-    return 6 * n_params + 12 * n_layer * n_embd * block_size
+    matmul_params = n_params - config.block_size * config.n_embd
+    return 6 * matmul_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 class Throughput(NamedTuple):
@@ -56,7 +58,7 @@ class ThroughputMeter:
         """Stops the clock: what follows is not training."""
         self._since = None
 
-    def tick(self, tokens: int) -> None:
+    def start(self, tokens: int) -> None:
         """Starts the clock if it stands: `tokens` were consumed so far."""
         if self._since is None:
             self._since, self._tokens = time.perf_counter(), tokens
@@ -106,7 +108,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def describe(row: Row, seconds_left: float | None) -> list[str]:
+def format_row(row: Row, seconds_left: float | None) -> list[str]:
     """What a person wants to see of a training row."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
     parts = [f"loss {row['loss']:.4f}"]

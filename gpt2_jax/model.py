@@ -10,7 +10,6 @@ With `scan_layers` the blocks' parameters are stacked along a leading axis under
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,32 +18,44 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gpt2_jax.attention import KeyValues, cached_attention, causal_attention
+from gpt2_jax.attention import get_backend
+from gpt2_jax.attention.backend import Backend
+from gpt2_jax.attention.cached import LayerCache, cached_attention
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.layers import stack_layers
 from gpt2_jax.loss import head_logits
-from gpt2_jax.products import flat_dot, from_heads, to_heads
 
 Params = dict[str, Any]
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens that a batch has read, padded on the left so that all sequences end together."""
-
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each: [batch · n_head, slots, head_dim]
-    slot: jax.Array  # int32 [], where the next token goes
-    pad: jax.Array  # int32 [batch], slots before the first token of each sequence
-
-
-INIT_STD = 0.02  # Of every matrix and both embeddings.
-LAYER_NORM_EPSILON = 1e-5  # Flax's default is 1e-6.
-VOCAB_MULTIPLE = 128  # Matrix units want multiples of 128: 50257 becomes 50304.
+INIT_STD = 0.02  # of every matrix and both embeddings
+LAYER_NORM_EPSILON = 1e-5  # Flax's default is 1e-6
+VOCAB_MULTIPLE = 128  # tile size of matrix units; 50257 becomes 50304
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens read so far. Sequences are padded on the left, so that all end in the same slot."""
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values per layer: [batch · n_head, slots, head_dim]
+    slot: jax.Array  # int32 [], the slot of the next token
+    pad: jax.Array  # int32 [batch], empty slots before the first token of each sequence
 
 
 def padded_vocab_size(config: GPT2Config) -> int:
     """Rows of the token embedding: `vocab_size` rounded up to a multiple of 128."""
     return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any = None, **options: Any) -> jax.Array:
+    """A `dot_general` for dense layers, [..., in] and [in, out] -> [..., out], as one matmul of two matrices.
+
+    The gradient of the kernel needs it: summing over batch and time as two axes, XLA's CPU backend first transposes
+    the gradient of the output, a fifth of a training step with 6 layers of 384.
+    """
+    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _dense(
@@ -60,41 +71,40 @@ def _dense(
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x), in float32, as torch has it. (JAX takes erfc, for which XLA's CPU backend computes erf as well.)"""
+    """x Φ(x) by erf in float32, as in torch. (`jax.nn.gelu` uses erfc, which XLA's CPU backend computes twice.)"""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def _layer_norm(config: GPT2Config, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    # Flax takes the statistics in float32 whatever the dtype; the two-pass variance is torch's.
+    # Flax computes the statistics in float32 for every dtype. The two-pass variance is torch's.
     return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype, use_bias=config.bias, use_fast_variance=False, name=name)
 
 
 class QueriesKeysValues(nn.Module):
-    """The projection c_attn: one kernel for queries, keys and values, as checkpoints have it.
+    """The projection c_attn: one kernel for queries, keys and values, as in the released checkpoints.
 
-    For `splash` each is a product of its own, which writes it in the layout that the attention kernel takes; out of
-    one product XLA would copy them. On CPUs one product is faster. And queries come divided by √head_dim, which
-    is done to the weights: the attention kernel does not scale, and beside it that costs a pass over its gradient.
+    Attributes:
+        backend: may bring its own `project_in`.
     """
 
     config: GPT2Config
     dtype: jnp.dtype
+    backend: Backend
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """[batch, time, n_embd] -> three times [batch, time, n_head, head_dim]."""
+        """[batch, time, n_embd] -> q, k and v, each [batch, time, n_head, head_dim]."""
         n_embd, head_dim = self.config.n_embd, self.config.n_embd // self.config.n_head
         kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (n_embd, 3 * n_embd)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (3 * n_embd,)) if self.config.bias else jnp.zeros(3 * n_embd)
-        bias = bias.astype(self.dtype)
-        if self.config.attention == "splash":
-            kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-            kernels[0], biases[0] = kernels[0] * head_dim**-0.5, biases[0] * head_dim**-0.5
-            parts = [to_heads(x, kernel, bias, head_dim) for kernel, bias in zip(kernels, biases, strict=True)]
-        else:
-            parts = jnp.split(flat_dot(x, kernel) + bias, 3, axis=-1)
+        project = self.backend.project_in or _project_in
+        parts = project(x, kernel, bias.astype(self.dtype), head_dim)
         return [part.reshape(*x.shape[:-1], -1, head_dim) for part in parts]
+
+
+def _project_in(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) -> list[jax.Array]:
+    return jnp.split(flat_dot(x, kernel) + bias, 3, axis=-1)
 
 
 class Attention(nn.Module):
@@ -105,28 +115,30 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, deterministic: bool, cache: KeyValues | None
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
+        self, x: jax.Array, deterministic: bool, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` added."""
         config = self.config
         dropout = 0.0 if deterministic else config.dropout
         head_dim = config.n_embd // config.n_head
-        scale, dot = head_dim**-0.5, flat_dot
-        if config.attention == "splash":
-            scale, dot = 1.0, lambda x, kernel, *_, **options: from_heads(x, kernel, head_dim)
-        q, k, v = QueriesKeysValues(config, self.dtype, name="c_attn")(x)
+        backend = get_backend(config.attention, dtype=self.dtype, time=x.shape[1], head_dim=head_dim, dropout=dropout)
+        q, k, v = QueriesKeysValues(config, self.dtype, backend, name="c_attn")(x)
+        scale = 1.0 if backend.scales_queries else head_dim**-0.5
         if cache is None:
             key = self.make_rng("dropout") if dropout else None
-            y = causal_attention(q, k, v, backend=config.attention, scale=scale, dropout=dropout, dropout_key=key)
+            y = backend.attend(q, k, v, scale, dropout=dropout, dropout_key=key)
         else:
             y, cache = cached_attention(q, k, v, cache, scale)
+        dot = flat_dot
+        if project_out := backend.project_out:
+            dot = lambda x, kernel, *_, **options: project_out(x, kernel, head_dim)  # noqa: E731
         std = INIT_STD / (2 * config.n_layer) ** 0.5  # 2 residual branches per block (GPT-2 paper, section 2.3)
         y = _dense(config, self.dtype, config.n_embd, "c_proj", std, dot)(y.reshape(x.shape))
         return nn.Dropout(dropout)(y, deterministic), cache
 
 
 class MLP(nn.Module):
-    """The position-wise network: four times as wide inside, GELU (Hendrycks and Gimpel 2016)."""
+    """The position-wise network, 4 n_embd wide inside, with GELU (Hendrycks and Gimpel 2016)."""
 
     config: GPT2Config
     dtype: jnp.dtype
@@ -150,9 +162,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, deterministic: bool, cache: KeyValues | None = None
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` in it."""
+        self, x: jax.Array, deterministic: bool, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` added."""
         y, cache = Attention(self.config, self.dtype, name="attn")(
             _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache
         )
@@ -166,21 +178,21 @@ class GPT2(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: of activations and of the operands of matrix products; parameters are float32.
-        whole: makes one block's parameters whole where the block uses them, for who has only parts of them
-            (`step.py`).
+        dtype: of activations and matmul operands. Parameters are float32.
+        gather_params: all-gathers the parameters of a block inside the block; None where they are not sharded. Only
+            `step.py` sets it.
     """
 
     config: GPT2Config
     dtype: jnp.dtype = jnp.float32
-    whole: Callable[[Params], Params] | None = None
+    gather_params: Callable[[Params], Params] | None = None
 
     def hidden(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
-        """The output of the final layer norm, from which `loss.cross_entropy` starts.
+        """The output of the final layer norm, which is the input of `loss.cross_entropy`.
 
         Args:
-            tokens: int [batch, time], time at most `block_size`.
-            deterministic: False applies dropout, with the random key "dropout".
+            tokens: int [batch, time], `time` at most `block_size`.
+            deterministic: False applies dropout with the random key "dropout".
 
         Returns:
             [batch, time, n_embd] in `dtype`.
@@ -191,13 +203,13 @@ class GPT2(nn.Module):
         time = tokens.shape[-1]
         if time > self.config.block_size:
             raise ValueError(f"{time} tokens are more than the model's block_size of {self.config.block_size}")
-        return self._trunk(tokens, jnp.arange(time)[None], deterministic, None)[0]
+        return self._backbone(tokens, jnp.arange(time)[None], deterministic, None)[0]
 
     @nn.compact
-    def _trunk(
-        self, tokens: jax.Array, positions: jax.Array, deterministic: bool, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """All but the head. Positions broadcast against the tokens; with a cache, layers must not be scanned."""
+    def _backbone(
+        self, tokens: jax.Array, positions: jax.Array, deterministic: bool, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Everything before the head. Positions broadcast against tokens. With a cache, layers must not be scanned."""
         config = self.config
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(
@@ -206,8 +218,8 @@ class GPT2(nn.Module):
         wpe = nn.Embed(config.block_size, config.n_embd, dtype=self.dtype, embedding_init=init, name="wpe")
         x = nn.Dropout(config.dropout)(wte(tokens) + wpe(positions), deterministic)
         block: Any = Block
-        if whole := self.whole:
-            block = nn.map_variables(block, "params", lambda variables: {"params": whole(variables["params"])})
+        if gather := self.gather_params:
+            block = nn.map_variables(block, "params", lambda variables: {"params": gather(variables["params"])})
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=(2,))
@@ -223,26 +235,25 @@ class GPT2(nn.Module):
         else:
             kept = []
             for layer in range(config.n_layer):
-                before = cache and KeyValues(*cache.layers[layer], cache.slot, cache.pad)
+                before = cache and LayerCache(*cache.layers[layer], cache.slot, cache.pad)
                 x, after = block(config, self.dtype, name=f"h_{layer}")(x, deterministic, before)
                 kept.append(after and (after.keys, after.values))
-            cache = cache and Cache(tuple(kept), cache.slot + tokens.shape[1], cache.pad)
+            cache = cache and KVCache(tuple(kept), cache.slot + tokens.shape[1], cache.pad)
         return _layer_norm(config, self.dtype, "ln_f")(x), cache
 
-    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads tokens after those in the cache, for generation; layers must not be scanned.
+    def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Reads tokens that follow those in the cache, for generation. Layers must not be scanned.
 
         Args:
-            tokens: int [batch, time], `time` at most the free slots; in slots before a sequence's first token
-                (`pad`) any token.
-            cache: from `init_cache`, or from the call before.
+            tokens: int [batch, time], `time` at most the number of free slots. Tokens in padding slots are ignored.
+            cache: from `init_cache` or from the previous call.
 
         Returns:
-            Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens.
+            Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens added.
         """
         slots = cache.slot + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(slots - cache.pad[:, None], 0)
-        hidden, after = self._trunk(tokens, positions, True, cache)
+        hidden, after = self._backbone(tokens, positions, True, cache)
         assert after is not None
         return self._head(hidden[:, -1]), after
 
@@ -260,7 +271,7 @@ class GPT2(nn.Module):
 
 
 def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
-    """Normal rows for the vocabulary, zeros for the padding: its gradient is zero too, so it stays zero."""
+    """Normal rows for the vocabulary, zero rows for the padding. Their gradient is zero, so they stay zero."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         rows = nn.initializers.normal(INIT_STD)(key, (config.vocab_size, config.n_embd), dtype)
@@ -269,23 +280,23 @@ def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
     return init
 
 
-def init_cache(model: GPT2, pad: jax.Array, slots: int) -> Cache:
+def init_cache(model: GPT2, pad: jax.Array, slots: int) -> KVCache:
     """An empty cache for `GPT2.decode`.
 
     Args:
         pad: int32 [batch], empty slots before the first token of each sequence.
-        slots: room for this many tokens, `pad` included.
+        slots: capacity in tokens, padding included.
     """
     config = model.config
     shape = (pad.size * config.n_head, slots, config.n_embd // config.n_head)
     zeros = jnp.zeros(shape, model.dtype)
-    return Cache(((zeros, zeros),) * config.n_layer, jnp.zeros((), jnp.int32), pad)
+    return KVCache(((zeros, zeros),) * config.n_layer, jnp.zeros((), jnp.int32), pad)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: GPT2, key: jax.Array) -> Params:
-    """Initial float32 parameters, the same whether the layers are scanned or not."""
-    unrolled = GPT2(dataclasses.replace(model.config, scan_layers=False, attention="xla"), model.dtype)
+    """Initial float32 parameters, equal with scanned and unrolled layers."""
+    unrolled = model.clone(config=model.config.unrolled())
     tokens = jnp.zeros((1, 1), jnp.int32)
     params: Params = unrolled.init(key, tokens, method="hidden")["params"]
     return stack_layers(params) if model.config.scan_layers else params
@@ -298,35 +309,7 @@ def abstract_params(model: GPT2) -> Params:
     return shapes
 
 
-def _is_params(node: Any) -> bool:
-    return isinstance(node, dict) and "wte" in node
-
-
-def stack_layers(tree: Any) -> Any:
-    """Any tree that holds parameter trees (a state with its moments, say) with `h_0`, `h_1`, … stacked into `h`."""
-
-    def stack(params: Params) -> Params:
-        layers = [params[f"h_{layer}"] for layer in range(sum(name.startswith("h_") for name in params))]
-        rest = {name: value for name, value in params.items() if not name.startswith("h_")}
-        return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-    return jax.tree.map(lambda node: stack(node) if _is_params(node) else node, tree, is_leaf=_is_params)
-
-
-def unstack_layers(tree: Any) -> Any:
-    """The inverse of `stack_layers`: checkpoints and exports hold one entry per layer."""
-
-    def unstack(params: Params) -> Params:
-        n_layer = jax.tree.leaves(params["h"])[0].shape[0]
-        rest = {name: value for name, value in params.items() if name != "h"}
-        return rest | {
-            f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(n_layer)
-        }
-
-    return jax.tree.map(lambda node: unstack(node) if _is_params(node) else node, tree, is_leaf=_is_params)
-
-
 def n_params(params: Params, config: GPT2Config) -> int:
-    """Parameters of the model itself: the padding of the vocabulary is not counted."""
+    """Number of parameters, without the padding of the vocabulary."""
     padding = (padded_vocab_size(config) - config.vocab_size) * config.n_embd
     return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding

@@ -15,11 +15,15 @@ from typing import Any
 
 import jax
 
-from gpt2_jax.chips import chip_of, devices_of
-from gpt2_jax.cli import parse_args, run_command
-from gpt2_jax.config import TrainConfig, UserError
-from gpt2_jax.cost import Estimate, Memory, Plan, TooLargeError, make_plan
+from gpt2_jax.cli import run_command
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.config.flags import parse_args
 from gpt2_jax.display import duration, si
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import chip_of
+from gpt2_jax.planning.estimate import Estimate, Memory, Plan, TooLargeError, make_plan
+from gpt2_jax.planning.topologies import devices_of
+from gpt2_jax.sharding import micro_batch_size
 
 PROG = "python -m gpt2_jax.plan"
 GIB = 2.0**30
@@ -49,7 +53,7 @@ def _divisors(number: int) -> list[int]:
 def smallest_change(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> str | None:
     """Flags that make a config fit which does not: smaller micro-batches, then recomputation, then splitting."""
     per_device = config.batch_size // len(devices)
-    now = min(config.micro_batch_size or per_device, per_device)
+    now = micro_batch_size(config.batch_size, config.micro_batch_size, len(devices))
     changes: list[dict[str, Any]] = [{"micro_batch_size": size} for size in _divisors(per_device) if size < now]
     smallest = {"micro_batch_size": 1} if now > 1 else {}
     if config.model.remat != "full":

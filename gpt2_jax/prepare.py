@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_jax.cli import parse_flags, run_command
-from gpt2_jax.config import UserError
+from gpt2_jax.cli import run_command
+from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.encode import uses_gigatoken
 from gpt2_jax.data.hub import DATASETS, TOKENIZED, Hub, download_shakespeare, download_tokenized
 from gpt2_jax.data.prepared import MANIFEST, Manifest, ShardWriter, Side, written_settings
@@ -23,6 +23,7 @@ from gpt2_jax.data.sources import Files, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import Settings, tokenize_all
 from gpt2_jax.display import Display, count, duration, si
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import exclusive, replace_text
 
 PROG = "python -m gpt2_jax.prepare"

@@ -1,31 +1,48 @@
-"""What a config leaves open, decided: by the hardware the dtype and the attention backend, by `steps` the schedule."""
+"""Resolves what a config leaves open: dtype and attention backend by the hardware, the schedule by `steps`."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
-from gpt2_jax import attention
-from gpt2_jax.config import TrainConfig
+from gpt2_jax.attention import Choice, choose
+from gpt2_jax.attention.backend import Problem
+from gpt2_jax.config import Dtype, TrainConfig
+from gpt2_jax.hardware import Hardware, Platform
+from gpt2_jax.model import GPT2
 
 
-def resolve(config: TrainConfig, hardware: attention.Hardware) -> tuple[TrainConfig, attention.Choice]:
+def resolve(config: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, Choice]:
     """Fills in what follows from the config and the hardware, and chooses the attention backend.
 
     Raises:
-        UserError: the attention backend asked for cannot serve.
+        UserError: the hardware does not support the requested attention backend.
     """
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if hardware.platform == "cpu" else "bfloat16"
+    dtype = matmul_dtype(config.dtype, hardware.platform)
     optimizer = dataclasses.replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.steps)
-    choice = attention.choose(
-        config.model.attention,
-        hardware=hardware,
-        dtype=jnp.dtype(dtype),
-        time=config.model.block_size,
-        head_dim=config.model.n_embd // config.model.n_head,
-        dropout=config.model.dropout,
-    )
+    model = config.model
+    problem = Problem(hardware, jnp.dtype(dtype), model.block_size, model.n_embd // model.n_head, model.dropout)
+    choice = choose(model.attention, problem)
     return dataclasses.replace(config, dtype=dtype, optimizer=optimizer), choice
+
+
+def matmul_dtype(dtype: Dtype, platform: Platform) -> Dtype:
+    """The dtype of matmuls: "auto" is float32 on CPU and bfloat16 elsewhere."""
+    if dtype == "auto":
+        return "float32" if platform == "cpu" else "bfloat16"
+    return dtype
+
+
+def matmul_precision(dtype: str | jnp.dtype) -> Literal["highest"] | None:
+    """The precision for `jax.default_matmul_precision`.
+
+    float32 means float32: by default, GPUs round the operands to TF32 and TPUs to bfloat16.
+    """
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def build_model(config: TrainConfig, attention: Choice) -> GPT2:
+    """The model of a resolved config, with the chosen attention backend."""
+    return GPT2(dataclasses.replace(config.model, attention=attention.backend), jnp.dtype(config.dtype))

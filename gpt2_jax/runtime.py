@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 CACHE_BYTES = 8 << 30  # The programs not used for longest go first. The quickstart's, for one CPU, take 260 KB.
 
@@ -22,7 +22,7 @@ KEPT_BYTES = 256 << 20  # The most temporary memory of a program that is kept.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def keep_programs(directory: str) -> None:
+def enable_compilation_cache(directory: str) -> None:
     """JAX keeps what it compiles in this directory, and the next process that needs it does not compile.
 
     Args:
@@ -55,12 +55,12 @@ def _is_writable(path: Path) -> bool:
     return os.access(path, os.W_OK)
 
 
-def one_heap() -> None:
-    """All threads take memory from one heap; has to come before there are threads. `keep_memory` needs it."""
+def use_single_malloc_arena() -> None:
+    """All threads take memory from one heap; has to come before there are threads. `keep_freed_memory` needs it."""
     _mallopt(_M_ARENA_MAX, 1)
 
 
-def keep_memory(program: jax.stages.Compiled) -> None:
+def keep_freed_memory(program: jax.stages.Compiled) -> None:
     """What XLA's CPU backend frees after a call of this program, the next call gets again, if it is little.
 
     glibc would hand large blocks back to the kernel, and the next call find all their pages missing: a third of the

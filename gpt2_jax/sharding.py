@@ -1,8 +1,7 @@
-"""The device mesh, and where parameters and batches live on it.
+"""The device mesh, and the placement of parameters and batches on it.
 
-Axes: `data` replicates the model and splits the batch; `fsdp` splits the batch too, and the parameters,
-gradients and optimizer state. Plain data parallelism is `fsdp` = 1. Where split parameters are needed whole,
-`gather` makes them so.
+The axis `data` replicates the model and shards the batch. The axis `fsdp` shards the batch too, and the parameters,
+gradients and optimizer state. Plain data parallelism is `fsdp` = 1. `gather` all-gathers sharded parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.config import MeshConfig, TrainConfig, UserError
+from gpt2_jax.config import MeshConfig, TrainConfig
+from gpt2_jax.errors import UserError
+from gpt2_jax.layers import is_stacked
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -39,21 +40,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data = {config.data} × mesh.fsdp = {config.fsdp} does not make the {len(devices)} devices here; "
             "type --mesh.data -1 --mesh.fsdp 1"
         )
-    # Auto axes: Flax modules know nothing of explicit ones, and `nn.Embed`'s gather fails under them.
+    # Auto axes: `nn.Embed`'s gather fails under explicit ones.
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
 
-    The largest dimension that `fsdp` divides is split; an array without one stays whole. So do vectors: they are
-    small, and to gather one costs more than its memory. Scanned layers stand under `h` with one axis more, which is
-    neither counted nor split.
+    The largest dimension that `fsdp` divides is sharded. An array without one is replicated. So are vectors: gathering
+    one costs more than its memory. The leading axis of stacked layers is neither counted nor sharded.
     """
     fsdp = mesh.shape["fsdp"]
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        stacked = any(getattr(key, "key", None) == "h" for key in path)
+        stacked = is_stacked(path)
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0 and axis >= stacked]
         if fsdp == 1 or len(leaf.shape) - stacked < 2 or not divisible:
             return NamedSharding(mesh, P())
@@ -64,15 +64,15 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
 
 
 def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
-    """Whole parameters from one device's parts of them, in a function that is manual over `fsdp`.
+    """All-gathers parameters over `fsdp`, in a function that is manual over it.
+
+    The backward pass is a reduce-scatter of the gradients.
 
     Args:
-        params: tree of arrays, each the part that its spec leaves on a device.
-        specs: tree of `PartitionSpec`, as of `state_sharding`.
-        dtype: what parameters are computed with. The values are rounded to it and travel in it; the arrays keep
-            their own dtype, so that the model and its gradients are as they are on one device.
-
-    The gradient of a part is the sum over the devices of their gradients of the whole.
+        params: tree of shards.
+        specs: tree of `PartitionSpec` from `state_sharding`.
+        dtype: compute dtype. Values are rounded to it and sent in it. The gathered arrays keep the dtype of the shards,
+            so that the model and its gradients are those of a single device.
     """
     return jax.tree.map(
         lambda part, spec: _gather(part, spec.index("fsdp"), dtype) if "fsdp" in spec else part, params, specs
@@ -89,35 +89,41 @@ def _gather_forward(part: jax.Array, axis: int, dtype: jnp.dtype) -> tuple[jax.A
 
 
 def _gather_backward(axis: int, dtype: jnp.dtype, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    # Summed in float32, as gradients are over `data`: JAX's own transpose would round every partial sum to `dtype`.
+    # Sum in float32, like the gradients over `data`. JAX's own transpose would round every partial sum to `dtype`.
     return (jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def batch_sharding(mesh: Mesh, *, micro_batches: bool) -> NamedSharding:
-    """Of [batch, time] arrays, or with `micro_batches` of [micro_batches, batch, time] ones."""
-    return NamedSharding(mesh, P(None, BATCH_AXES) if micro_batches else P(BATCH_AXES))
+def batch_sharding(mesh: Mesh, *, leading_axis: bool) -> NamedSharding:
+    """The sharding of [batch, time] arrays, or with `leading_axis` of [micro_batches, batch, time] arrays."""
+    return NamedSharding(mesh, P(None, BATCH_AXES) if leading_axis else P(BATCH_AXES))
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Of the tokens of an update: int32 [micro_batches, sequences, block_size + 1].
+    """Shape and sharding of the tokens of one update: int32 [micro_batches, sequences, block_size + 1].
 
     Raises:
-        UserError: as `micro_batches`.
+        UserError: as `num_micro_batches`.
     """
-    count = micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    count = num_micro_batches(config.batch_size, config.micro_batch_size, mesh)
     shape = (count, config.batch_size // count, config.model.block_size + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, micro_batches=True))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading_axis=True))
 
 
-def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
-    """How many micro-batches each device computes one after the other to make a global batch.
+def micro_batch_size(batch_size: int, limit: int, n_devices: int) -> int:
+    """Sequences per device and forward pass for a global batch: at most `limit`, where 0 means no limit."""
+    per_device = batch_size // n_devices
+    return min(limit or per_device, per_device)
+
+
+def num_micro_batches(batch_size: int, limit: int, mesh: Mesh) -> int:
+    """Micro-batches that each device runs one after the other in one update.
 
     Args:
         batch_size: global sequences.
-        micro_batch_size: the most sequences per device at a time; 0 for no limit.
+        limit: sequences per device and forward pass at most, `micro_batch_size` in a config; 0 for no limit.
 
     Raises:
         UserError: the batch does not divide over devices and micro-batches.
@@ -127,32 +133,32 @@ def micro_batches(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
         below = batch_size - left
         choices = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
         raise UserError(
-            f"a batch of {batch_size} sequences does not divide over {mesh.size} devices; take {choices} in batch_size "
-            "or batch_ramp"
+            f"a batch of {batch_size} sequences does not divide over {mesh.size} devices; set batch_size or "
+            f"batch_ramp to {choices}"
         )
-    micro = min(micro_batch_size or per_device, per_device)
-    if per_device % micro:
-        divisor = next(size for size in range(micro, 0, -1) if per_device % size == 0)
+    size = micro_batch_size(batch_size, limit, mesh.size)
+    if per_device % size:
+        divisor = next(smaller for smaller in range(size, 0, -1) if per_device % smaller == 0)
         raise UserError(
-            f"micro_batch_size = {micro} does not divide the {per_device} sequences per device of a batch of "
+            f"micro_batch_size = {size} does not divide the {per_device} sequences per device of a batch of "
             f"{batch_size} over {mesh.size} devices; type --micro_batch_size {divisor}"
         )
-    return per_device // micro
+    return per_device // size
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The numbers of the sequences of a batch that the devices of this process hold, in order.
+    """Indices of the sequences of a global batch that are on this process's devices, in ascending order.
 
-    They need not follow on one another: on TPU, `jax.make_mesh` orders devices by the wires between them, so that
-    those of one host may stand apart.
+    They are not always contiguous: on TPU, `jax.make_mesh` orders devices by the physical links, so devices of one
+    host may be apart.
     """
-    sharding = batch_sharding(mesh, micro_batches=False)
-    numbers = np.arange(batch_size)
-    parts = [numbers[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    sharding = batch_sharding(mesh, leading_axis=False)
+    indices = np.arange(batch_size)
+    parts = [indices[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
     return np.unique(np.concatenate(parts))
 
 
 def put_batch(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """This process's rows of a global batch, as `local_rows` has them -> the global array, each device its share."""
-    with jax.transfer_guard_host_to_device("allow"):  # explicit, though JAX counts it so in a single process only
+    """Makes the global array from this process's rows of a batch, in the order of `local_rows`."""
+    with jax.transfer_guard_host_to_device("allow"):  # JAX counts this transfer as explicit in a single process only
         return jax.make_array_from_process_local_data(sharding, batch)

@@ -1,12 +1,12 @@
-"""The training step: one call is one optimizer update, whatever the number of micro-batches and devices.
+"""The training step: one call is one optimizer update, for any number of micro-batches and devices.
 
-The devices of the mesh axis `data` each scan their micro-batches, in which `optax.MultiSteps` accumulates the
-gradients. After the scan they are reduced over `data`, once, and the optimizer runs.
+Each device of the mesh axis `data` scans its micro-batches and accumulates their gradients. After the scan, one
+all-reduce over `data` averages them, and the optimizer runs once.
 
-Within, each micro-batch is split over `fsdp`. The devices gather a block's parameters where the block uses them
-(once more in the backward pass under `remat`, which does not keep them), and its gradients are summed into the parts
-that each device holds (ZeRO stage 3, Rajbhandari et al. 2020). The optimizer works on the parts: all of it is
-elementwise but for the norm, and what to add up for that is left to the compiler.
+Inside, `fsdp` shards each micro-batch and the parameters. The devices gather a block's parameters where the block uses
+them (again in the backward pass under `remat`) and reduce-scatter its gradients (ZeRO stage 3, Rajbhandari et al.
+2020). `data` is manual everywhere. `fsdp` is manual in the gradient, so that we place the gathers, and automatic in the
+optimizer, so that Optax's global norm stays the unmodified one: XLA inserts its reduction over the shards.
 """
 
 from __future__ import annotations
@@ -21,33 +21,28 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.attention import BACKENDS
 from gpt2_jax.config import IGNORE, OptimizerConfig
+from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
-from gpt2_jax.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.optimizer import gradient_accumulator, learning_rate_schedule, make_optimizer
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
 
 
-class OptimizerState(NamedTuple):
-    """What the optimizer keeps. Nothing is computed from `grad_norm`, but checkpoints have it."""
-
-    inner: optax.OptState  # of `make_optimizer`
-    grad_norm: jax.Array  # float32 [], as in `Metrics`, of the last update
-
-
 class TrainState(NamedTuple):
-    """All that changes from update to update. The data position follows from `step`.
+    """Everything that changes from update to update. The data position follows from `step`.
 
-    The accumulator of `optax.MultiSteps` is not here: each update starts it anew.
+    The accumulator of `optax.MultiSteps` is not part of it: each update starts a new one.
     """
 
     step: jax.Array  # int32 [], updates done
     params: Params
-    opt_state: OptimizerState
+    opt_state: optax.OptState
 
 
 class Metrics(NamedTuple):
-    """Of one update, over the whole batch and all devices: float32 scalars."""
+    """Metrics of one update over the whole batch and all devices: float32 scalars."""
 
     loss: jax.Array  # nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
@@ -55,61 +50,36 @@ class Metrics(NamedTuple):
 
 
 class TrainStep(Protocol):
-    """A jitted step."""
+    """A jitted training step."""
 
     def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        """One update; the state is donated."""
+        """Runs one update. The state is donated."""
 
     def trace(self, state: TrainState, tokens: jax.ShapeDtypeStruct) -> jax.stages.Traced:
-        """As `jax.jit`'s; the state may be shapes too."""
+        """`jax.jit(...).trace`; the state may be abstract."""
 
     def lower(self, state: TrainState, tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-        """As `jax.jit`'s; the state may be shapes too."""
+        """`jax.jit(...).lower`; the state may be abstract."""
 
 
 EvalStep = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
+# (params, tokens, dropout key) -> each fsdp shard's part of the loss, float32 [fsdp], and the gradient of their sum.
+LossAndGrads = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Params]]
 
 
-def _manual(
-    function: Callable[..., Any], model: GPT2, mesh: Mesh | None, axes: set[str], in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """`function` as each device along the mesh axes `axes` runs it, on its parts. No mesh: inside another one's."""
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=axes,
-        # The proof that replicated results are equal everywhere; JAX's Pallas kernels cannot take part in it.
-        check_vma=model.config.attention != "splash",
-    )
+# --- the state -----------------------------------------------------------------------------------------
 
 
-def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
-    """The axis, if there is something to reduce over it. XLA refuses a reduction over an axis of one device beside
-    one that it places itself."""
-    return (name,) if mesh.shape[name] > 1 else ()
+def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None) -> TrainState:
+    """A new state, created in place on the devices that hold its shards.
 
-
-def _param_specs(model: GPT2, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, abstract_params(model)))
-
-
-def _gathered(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
-    """What can be applied on a device that holds parts of the parameters: a model that gathers those of each block
-    in the block, and parameters in which the others are whole."""
-    if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
-        return model, params
-    block = jax.tree.map(lambda spec: P(*spec[1:]), specs["h"]) if "h" in specs else specs["h_0"]
-    model = model.clone(whole=functools.partial(gather, specs=block, dtype=model.dtype))
-    ends = {name: gather(params[name], specs[name], model.dtype) for name in ("wte", "wpe", "ln_f")}
-    return model, params | ends
-
-
-def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
-    params = params or init_params(model, jax.random.key(seed))
-    opt_state = OptimizerState(make_optimizer(config).init(params), jnp.zeros((), jnp.float32))
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    Args:
+        params: initial parameters, which are donated; random from `seed` by default.
+    """
+    init = functools.partial(_new_state, model, config, seed)
+    shardings = state_shardings(model, config, mesh)
+    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+    return state
 
 
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -127,129 +97,164 @@ def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainSt
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
 
 
-def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None) -> TrainState:
-    """A new state, created in place on the devices that hold its parts.
+def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
+    params = params or init_params(model, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
-    Args:
-        params: initial parameters, which are donated; drawn from `seed` by default.
-    """
-    init = functools.partial(_new_state, model, config, seed)
-    shardings = state_shardings(model, config, mesh)
-    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
-    return state
+
+# --- training ------------------------------------------------------------------------------------------
 
 
 def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
-    `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences split over the mesh. Each pair of
-    lengths compiles once.
+    `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences sharded over the mesh. Each pair of
+    `micro_batches` and `sequences` compiles once.
     """
-    config = model.config
-    data, fsdp = _axis(mesh, "data"), _axis(mesh, "fsdp")
-    chain = make_optimizer(optimizer)
-    schedule = learning_rate_schedule(optimizer)
-    specs = _param_specs(model, mesh)
-
-    def micro_loss(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        """One device's share of the mean nats per token of a micro-batch over `fsdp`."""
-        gathering, params = _gathered(model, params, specs)
-        rngs = {"dropout": key} if config.dropout else None
-        hidden = gathering.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
-        targets = tokens[:, 1:]
-        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
-        return total / (targets.size * mesh.shape["fsdp"])
-
-    def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
-        """Each device's share of the loss, float32 [1], and the gradient of the whole loss by its parts."""
-        if fsdp:
-            key = jax.random.fold_in(key, jax.lax.axis_index(fsdp))
-
-        def whole_ones(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
-            return jax.tree.map(lambda leaf, spec: leaf if "fsdp" in spec else function(leaf), tree, specs)
-
-        # As `update` does for `data`: what is whole counts as different on each device until its gradient is summed.
-        params = whole_ones(lambda leaf: jax.lax.pcast(leaf, fsdp, to="varying"), params)
-        loss, grads = jax.value_and_grad(micro_loss)(params, tokens, key)
-        return loss[None], whole_ones(lambda grad: jax.lax.psum(grad, fsdp), grads)
-
-    over_fsdp = _manual(gradient, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
+    data = _axis(mesh, "data")
+    chain, schedule = make_optimizer(optimizer), learning_rate_schedule(optimizer)
+    loss_and_grads = _make_loss_and_grads(model, mesh)
 
     def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        micro_batches = tokens.shape[0]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(data) if data else 0)
-        # Gradients with respect to parameters that count as different on each device: with respect to shared
-        # ones, differentiation itself would add a reduction to every micro-step.
+        # Differentiate with respect to device-varying parameters: for replicated ones, differentiation itself inserts
+        # a psum over `data` into every micro-step.
         params = jax.lax.pcast(state.params, data, to="varying")
-        if micro_batches == 1:
-            # Nothing to accumulate. And in a loop of one turn, XLA's TPU compiler would move half of the loss out of
-            # it, with logits of its own.
-            total, grads = over_fsdp(params, tokens[0], jax.random.fold_in(key, 0))
-        else:
-            total, grads = accumulated(params, tokens, key)
-        loss, grads = jax.lax.pmean((jnp.sum(total) / micro_batches, grads), data)
-        grad_norm = optax.global_norm(grads)
-        updates, inner = chain.update(grads, state.opt_state.inner, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, OptimizerState(inner, grad_norm))
-        return new, Metrics(loss, grad_norm, schedule(state.step))
+        loss, grads = _mean_over_micro_batches(loss_and_grads, params, tokens, key, data, mesh.shape["fsdp"])
+        loss, grads = jax.lax.pmean((loss, grads), data)  # the only reduction over `data`
+        updates, opt_state = chain.update(grads, state.opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step))
+        return TrainState(state.step + 1, new_params, opt_state), metrics
 
-    def accumulated(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
-        """The sum of the micro-batches' losses, by shares, and the mean of their gradients."""
-        micro_batches = tokens.shape[0]
-        # No optimizer inside, whose state would be selected and copied at every micro-step. And one step more than
-        # there are micro-batches, because at its last step it starts anew.
-        no_optimizer = optax.GradientTransformation(lambda params: (), lambda grads, state, params=None: ((), state))
-        accumulator = optax.MultiSteps(no_optimizer, every_k_schedule=micro_batches + 1)
-
-        def micro_step(
-            carry: tuple[optax.MultiStepsState, jax.Array], batch: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[optax.MultiStepsState, jax.Array], None]:
-            mean, total = carry
-            index, tokens = batch
-            loss, grads = over_fsdp(params, tokens, jax.random.fold_in(key, index))
-            _, mean = accumulator.update(grads, mean)
-            return (mean, total + loss), None
-
-        total = jax.lax.pcast(jnp.zeros(mesh.shape["fsdp"], jnp.float32), data, to="varying")
-        (mean, total), _ = jax.lax.scan(
-            micro_step, (accumulator.init(params), total), (jnp.arange(micro_batches), tokens)
-        )
-        return total, mean.acc_grads
-
-    sharded = _manual(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P()))
-    shardings = state_shardings(model, optimizer, mesh)
-    replicated = NamedSharding(mesh, P())
+    shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
     return jax.jit(
-        sharded,
-        in_shardings=(shardings, batch_sharding(mesh, micro_batches=True)),
+        _shard_map(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P())),
+        in_shardings=(shardings, batch_sharding(mesh, leading_axis=True)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
-        keep_unused=True,  # `grad_norm` is donated too
     )
 
 
-def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
-    """The jitted evaluation: (params, tokens) -> (sum of nats, number of targets), float32 and int32 scalars.
+def _mean_over_micro_batches(
+    loss_and_grads: LossAndGrads, params: Params, tokens: jax.Array, key: jax.Array, data: tuple[str, ...], fsdp: int
+) -> tuple[jax.Array, Params]:
+    """The mean loss, float32 [], and the mean gradient of [micro_batches, sequences, time + 1] on one device of `data`.
 
-    `tokens` is int32 [sequences, block_size + 1], sequences split over the mesh; `IGNORE` fills up.
+    Args:
+        data: the mesh axis `data`, if it has several devices.
+        fsdp: the number of devices on the mesh axis `fsdp`.
+    """
+    micro_batches = tokens.shape[0]
+    if micro_batches == 1:
+        # Nothing to accumulate. In a loop of one iteration, XLA's TPU compiler hoists half of the loss out of the loop
+        # and computes the logits twice.
+        loss, grads = loss_and_grads(params, tokens[0], jax.random.fold_in(key, 0))
+        return jnp.sum(loss) / micro_batches, grads
+    accumulator = gradient_accumulator()
+
+    def micro_step(
+        carry: tuple[optax.MultiStepsState, jax.Array], batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[optax.MultiStepsState, jax.Array], None]:
+        accumulation, loss_sum = carry
+        index, tokens = batch
+        loss, grads = loss_and_grads(params, tokens, jax.random.fold_in(key, index))
+        _, accumulation = accumulator.update(grads, accumulation)
+        return (accumulation, loss_sum + loss), None
+
+    # A scan carry has one type throughout, so the initial sum has to vary over `data` like the losses.
+    loss_sum = jax.lax.pcast(jnp.zeros(fsdp, jnp.float32), data, to="varying")
+    start = accumulator.init(params), loss_sum
+    (accumulation, loss_sum), _ = jax.lax.scan(micro_step, start, (jnp.arange(micro_batches), tokens))
+    return jnp.sum(loss_sum) / micro_batches, accumulation.acc_grads
+
+
+def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> LossAndGrads:
+    """Loss and gradient of one micro-batch [sequences, time + 1], manual over `fsdp`."""
+    fsdp = _axis(mesh, "fsdp")
+    specs = _param_specs(model, mesh)
+    loss_of = functools.partial(_mean_loss, model, specs, mesh.shape["fsdp"])
+
+    def map_replicated(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
+        return jax.tree.map(lambda leaf, spec: leaf if "fsdp" in spec else function(leaf), tree, specs)
+
+    def loss_and_grads(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
+        if fsdp:
+            key = jax.random.fold_in(key, jax.lax.axis_index(fsdp))
+        # Mark replicated leaves as device-varying, so that differentiation inserts no psum, and sum them afterwards.
+        params = map_replicated(lambda leaf: jax.lax.pcast(leaf, fsdp, to="varying"), params)
+        loss, grads = jax.value_and_grad(loss_of)(params, tokens, key)
+        return loss[None], map_replicated(lambda grad: jax.lax.psum(grad, fsdp), grads)
+
+    return _shard_map(loss_and_grads, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
+
+
+def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
+    """One fsdp shard's part of a micro-batch's mean loss in nats per token, float32 []."""
+    config = model.config
+    model, params = _gather_params(model, params, specs)
+    rngs = {"dropout": key} if config.dropout else None
+    hidden = model.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
+    targets = tokens[:, 1:]
+    loss_sum = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+    return loss_sum / (targets.size * fsdp)
+
+
+# --- evaluation ----------------------------------------------------------------------------------------
+
+
+def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
+    """The jitted evaluation: (params, tokens) -> (loss sum in nats, number of targets), float32 and int32 scalars.
+
+    `tokens` is int32 [sequences, block_size + 1], sequences sharded over the mesh. `IGNORE` marks padding.
     """
     config = model.config
     axes = _axis(mesh, "data") + _axis(mesh, "fsdp")
     specs = _param_specs(model, mesh)
 
     def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gathering, params = _gathered(model, params, specs)
+        gathering, params = _gather_params(model, params, specs)
         targets = tokens[:, 1:]
         hidden = gathering.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
-        total = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
-        return jax.lax.psum((total, jnp.sum(targets != IGNORE)), axes)
+        loss_sum = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+        return jax.lax.psum((loss_sum, jnp.sum(targets != IGNORE)), axes)
 
-    sharded = _manual(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P())
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        sharded,
-        in_shardings=(None, batch_sharding(mesh, micro_batches=False)),
+        _shard_map(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P()),
+        in_shardings=(None, batch_sharding(mesh, leading_axis=False)),
         out_shardings=(replicated, replicated),
     )
+
+
+# --- sharding helpers ----------------------------------------------------------------------------------
+
+
+def _shard_map(
+    function: Callable[..., Any], model: GPT2, mesh: Mesh | None, axes: set[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map`, manual over `axes`. `mesh` is None when nested in another shard_map."""
+    check_vma = model.config.attention == "auto" or BACKENDS[model.config.attention].check_vma
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=check_vma
+    )
+
+
+def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The axis, if it has several devices. XLA refuses a reduction over an axis of one beside one that it places."""
+    return (name,) if mesh.shape[name] > 1 else ()
+
+
+def _param_specs(model: GPT2, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, abstract_params(model)))
+
+
+def _gather_params(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
+    """A model that gathers each block's parameters inside the block, and parameters with all others gathered."""
+    if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
+        return model, params
+    block = jax.tree.map(lambda spec: P(*spec[1:]), specs[STACKED]) if STACKED in specs else specs["h_0"]
+    model = model.clone(gather_params=functools.partial(gather, specs=block, dtype=model.dtype))
+    outside = {name: gather(params[name], specs[name], model.dtype) for name in ("wte", "wpe", "ln_f")}
+    return model, params | outside

@@ -1,16 +1,14 @@
 """Trains a GPT-2: `python -m gpt2_jax.train --config NAME|FILE.toml [--section.key value ...]`.
 
-Started again with the same config, a run continues from its newest checkpoint, bit for bit. Started once on every host,
-it is one run over all of them (`launcher.py` says how they find each other).
+The same command resumes a run from its newest checkpoint, bit for bit. Started once on every host, it trains one model
+over all of them (`distributed/cluster.py` says how the processes find each other).
 
-Exit codes, the same in all processes: 0, the run is done; 143 after SIGTERM, with a checkpoint, and the same command
-continues; 2, something that the user has to mend; any other, it crashed, and the same command goes on from the last
-checkpoint.
+Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint
+to resume from; 2 for bad input; anything else is a crash, and the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import sys
@@ -18,118 +16,145 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 
 import jax
-import jax.numpy as jnp
 
-from gpt2_jax import attention, launcher, processes, runtime
+from gpt2_jax import runtime
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.cli import parse_args, parse_flags, run_command, take_flags
-from gpt2_jax.config import TrainConfig, UserError
-from gpt2_jax.config_file import to_toml
+from gpt2_jax.cli import run_command
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
+from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
-from gpt2_jax.data.pipeline import TrainBatches, read_ahead
+from gpt2_jax.data.pipeline import BatchSource, read_ahead
+from gpt2_jax.distributed import processes
+from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
+from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.files import exclusive
-from gpt2_jax.interop.initial import open_initial
-from gpt2_jax.model import GPT2
-from gpt2_jax.resolve import resolve
-from gpt2_jax.run import TRAIN, DivergedError, Run, is_due, open_directory, saved_config
-from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, micro_batches, put_batch
-from gpt2_jax.step import make_train_step
+from gpt2_jax.hardware import current_hardware
+from gpt2_jax.model import n_params
+from gpt2_jax.resolve import build_model, matmul_precision, resolve
+from gpt2_jax.run import summary
+from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.run.directory import open_directory, saved_config, write_config
+from gpt2_jax.run.evaluating import validation_loss
+from gpt2_jax.run.initial import open_initial
+from gpt2_jax.run.reporting import Reporter, is_due
+from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
+from gpt2_jax.step import Metrics, make_eval_step, make_train_step
 
-DESCRIPTION = """Train a GPT-2. Started once on every host, it trains over all of them. SLURM, Open MPI and TPU pod
-slices need no flags for that; others take --coordinator HOST:PORT (of process 0), --processes N and --process I (from
-0), or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. --coordinator-timeout SECONDS (300) is how long
-they may take to come together, --heartbeat-timeout SECONDS (100) how long one may be silent before the others end."""
+DESCRIPTION = """Train a GPT-2. Start the command once on every host to train over all of them. SLURM, Open MPI and TPU
+pod slices need no flags. Elsewhere give --coordinator HOST:PORT (of process 0), --processes N and --process I (from 0),
+or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. --coordinator-timeout SECONDS (300) limits the
+time to connect. --heartbeat-timeout SECONDS (100) is the silence after which a process counts as dead."""
 
 
 def main(args: Sequence[str]) -> int:
-    """The command; returns its exit code."""
-    words, args = take_flags(launcher.Flags, args)
+    """Runs the command and returns its exit code."""
+    words, args = take_flags(ClusterFlags, args)
     if {"--help", "-h"} & set(args) or not any(word.split("=")[0] == "--config" for word in args):
-        parse_args(TRAIN, DESCRIPTION, args)  # shows what there is, and exits
-    flags = parse_flags(launcher.Flags, words, prog=TRAIN, description=DESCRIPTION)
-    launch = launcher.detect(flags, os.environ)
-    runtime.one_heap()
+        parse_args(summary.TRAIN, DESCRIPTION, args)  # prints the help or the presets, and exits
+    flags = parse_flags(ClusterFlags, words, prog=summary.TRAIN, description=DESCRIPTION)
+    cluster = detect_cluster(flags, os.environ)
+    runtime.use_single_malloc_arena()
     try:
-        with processes.joined(launch, flags, {UserError: 2, DivergedError: 1}):
-            return train(parse_args(TRAIN, DESCRIPTION, args))
+        with processes.distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 1}):
+            return train(parse_args(summary.TRAIN, DESCRIPTION, args))
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
-    """Trains, or continues training, until `config.steps` updates are done, and reports.
+    """Trains, or resumes training, until `config.steps` updates are done, and reports.
 
-    One of several processes calls it within `processes.joined`, or an error in one leaves the others waiting.
+    With several processes, call it within `processes.distributed_session`: otherwise an error in one process leaves the
+    others waiting.
 
     Args:
         config: validated.
         devices: to train on; all by default.
 
     Returns:
-        0, or 128 + the number of a signal that stopped the run; then the same call continues it.
+        0, or 128 + the number of the signal that stopped the run; then the same call resumes it.
 
     Raises:
         UserError: config, data, devices and run directory do not fit together.
-        DivergedError: the loss is not finite any more.
+        DivergedError: the loss is no longer finite.
     """
-    hardware = attention.current_hardware()
-    runtime.keep_programs(config.compilation_cache)
-    config, choice = resolve(config, hardware)
-    initial, config = open_initial(config, saved_config(config))
+    hardware = current_hardware()
+    runtime.enable_compilation_cache(config.compilation_cache)
+    config, attention = resolve(config, hardware)
+    saved = saved_config(config)
+    initial, config = open_initial(config, saved)
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
-    accumulation = {size: micro_batches(size, config.micro_batch_size, mesh) for size in schedule.sizes()}
+    accumulation = {size: num_micro_batches(size, config.micro_batch_size, mesh) for size in schedule.sizes()}
     data, config = open_data(config)
-    processes.agree("config", to_toml(config))
-    processes.agree("data", data.fingerprint)
-    out = open_directory(config)
+    processes.assert_equal("config", to_toml(config))
+    processes.assert_equal("data", data.fingerprint)
+    out = open_directory(config, saved)
 
-    model = GPT2(dataclasses.replace(config.model, attention=choice.backend), jnp.dtype(config.dtype))
+    model = build_model(config, attention)
     train_step = make_train_step(model, config.optimizer, mesh, config.seed)
-    source = TrainBatches(data.train, schedule, accumulation, functools.partial(local_rows, mesh))
-    sharding = batch_sharding(mesh, micro_batches=True)
-    # float32 means float32: left alone, GPUs would round the operands of products to TF32 and TPUs to bfloat16.
-    precision = "highest" if config.dtype == "float32" else None
+    evaluate = functools.partial(validation_loss, make_eval_step(model, mesh), data.val, config, mesh)
+    source = BatchSource(data.train, schedule, accumulation, functools.partial(local_rows, mesh))
+    sharding = batch_sharding(mesh, leading_axis=True)
 
     with (
-        jax.default_matmul_precision(precision),
-        exclusive(out, "training") if processes.is_first() else nullcontext(),
+        jax.default_matmul_precision(matmul_precision(config.dtype)),
+        exclusive(out, "training") if processes.is_primary() else nullcontext(),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        run = Run(config, data, model, mesh, schedule, out, checkpoints, initial)
-        done = run.start
-        run.say_hello(choice)
+        run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data.fingerprint)
+        state, start = run_checkpoints.restore_or_init(initial)
+        size = n_params(state.params, model.config)
+        reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
+        if processes.is_primary():
+            write_config(out, config)
+        say = reporter.display.say
+        for line in summary.banner(config, data, mesh, attention, size, out, start):
+            say(line)
         with (
-            processes.stop_signals() as asked_to_stop,
-            run.display,
-            closing(read_ahead(source, run.start, config.steps)) as batches,
+            processes.stop_signals() as stop_requested,
+            reporter.display,
+            closing(read_ahead(source, start, config.steps)) as batches,
         ):
-            if hardware.platform == "cpu" and done < config.steps:
-                runtime.keep_memory(train_step.lower(run.state, abstract_batch(config, mesh)).compile())
+            if hardware.platform == "cpu" and start < config.steps:
+                runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
+            step, val_loss = start, None
+            pending: tuple[int, Metrics] | None = None  # the update whose metrics are still on the device
             try:
-                while done < config.steps and not (signal_number := asked_to_stop(done)):
+                while step < config.steps and not (signal_number := stop_requested(step)):
                     batch = next(batches)
                     with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
-                        run.state, metrics = train_step(run.state, put_batch(batch, sharding))
-                    run.report()  # of the update before: the device has its next work already
-                    done += 1
-                    run.pending = (done, metrics)
-                    if done == config.steps or is_due(done, config.eval.every):
-                        run.evaluate(done)
-                    if is_due(done, config.checkpoint.every):
-                        run.save(done)
-            except UserError:  # damaged data, found late: nothing of the run so far is lost
-                if jax.process_count() == 1:  # the others know nothing of it, and saving needs them all
-                    run.save(done)
+                        state, metrics = train_step(state, put_batch(batch, sharding))
+                    reporter.update(pending)  # fetched only now, when the device already has its next work
+                    step, val_loss = step + 1, None
+                    pending = step, metrics
+                    if step == config.steps or is_due(step, config.eval.every):
+                        reporter.catch_up(pending)
+                        nats, n_targets = evaluate(state.params, config.eval.tokens)
+                        val_loss = nats / n_targets
+                        reporter.evaluation(step, val_loss, n_targets)
+                    if step == config.steps or is_due(step, config.checkpoint.every):
+                        reporter.catch_up(pending)
+                        run_checkpoints.save(step, state, val_loss)
+            except UserError:  # damaged data, found late: keep what was trained
+                if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
+                    reporter.catch_up(pending)
+                    run_checkpoints.save(step, state, val_loss)
                 raise
-            run.save(done)
-            if done < config.steps:
+            if step < config.steps:
+                reporter.catch_up(pending)
+                run_checkpoints.save(step, state, val_loss)
                 checkpoints.wait()
-                run.display.say(f"stopped after update {done} of {config.steps}; the same command continues it")
+                say(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
-        run.summarize()
+        nats, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
+        sample = summary.sample_text(model, state.params, data, config)
+        if processes.is_primary():
+            for line in summary.closing(config, data, out, nats, n_targets, sample, checkpoints.best()):
+                say(line)
     return 0
 
 

@@ -53,6 +53,14 @@ def gpt2_vocabulary(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
 
+@pytest.fixture
+def cudnn_without_gpu(monkeypatch) -> None:
+    """Lowers calls of cuDNN where there is none: JAX asks for its version only to know what it supports."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> GPT2Config:
     """Two layers, small and of awkward sizes: a vocabulary to pad, heads that are not a power of two."""

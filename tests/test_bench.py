@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.config import UserError
 from gpt2_jax.data.shards import open_tokens
+from gpt2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"

@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import MeshConfig, UserError
+from gpt2_jax.config import MeshConfig
+from gpt2_jax.errors import UserError
 from gpt2_jax.sharding import make_mesh
 
 

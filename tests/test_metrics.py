@@ -5,17 +5,10 @@ import json
 import jax
 import pytest
 
-from gpt2_jax.chips import CHIPS
-from gpt2_jax.config import UserError
-from gpt2_jax.metrics import (
-    MetricsFile,
-    Throughput,
-    ThroughputMeter,
-    describe,
-    flops_per_token,
-    plot,
-    read_rows,
-)
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import CHIPS
+from gpt2_jax.metrics import MetricsFile, Throughput, ThroughputMeter, flops_per_token, format_row, plot, read_rows
 
 
 def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path):
@@ -39,8 +32,8 @@ def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path
 
 
 def test_model_flops_of_gpt2_small():
-    # nanoGPT's estimate_mfu: N without positions 123.65 M, 6 N + 12 L C T = 741.9 M + 113.2 M per token.
-    assert flops_per_token(124_439_808 - 1024 * 768, 12, 768, 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+    # nanoGPT's transformer_sizing.ipynb and estimate_mfu: 741.9 M for the matmuls with weights, 113.2 M for attention.
+    assert flops_per_token(GPT2Config(), 124_439_808) == 855_166_464
 
 
 class Chip:
@@ -57,9 +50,9 @@ def test_throughput_counts_training_time_only(monkeypatch):
     now[0] += 1
     meter.stop()
     now[0] += 1000  # an evaluation
-    meter.tick(3000)
+    meter.start(3000)
     now[0] += 4
-    meter.tick(4000)  # the clock runs: nothing happens
+    meter.start(4000)  # the clock runs: nothing happens
     assert meter.read(5000).tokens_per_second == pytest.approx(500)
 
 
@@ -68,7 +61,7 @@ def test_no_mfu_where_the_peak_is_unknown(devices, dtype, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     meter = ThroughputMeter(1, devices, dtype)
-    meter.tick(0)
+    meter.start(0)
     now[0] = 1.0
     assert meter.read(10) == Throughput(10.0, None)
 
@@ -77,8 +70,8 @@ ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "tokens_per_second": 12345.6
 
 
 def test_what_a_person_sees_of_a_row():
-    assert describe(ROW, 3725) == ["loss 2.3457", "12.3k tok/s", "MFU 51.2%", "1:02:05 left"]
-    assert describe(ROW | {"tokens_per_second": None, "mfu": None}, None) == ["loss 2.3457"]
+    assert format_row(ROW, 3725) == ["loss 2.3457", "12.3k tok/s", "MFU 51.2%", "1:02:05 left"]
+    assert format_row(ROW | {"tokens_per_second": None, "mfu": None}, None) == ["loss 2.3457"]
 
 
 def test_the_plot_is_a_png(tmp_path):

@@ -11,8 +11,9 @@ import torch
 from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.layers import stack_layers, unstack_layers
 from gpt2_jax.loss import cross_entropy
-from gpt2_jax.model import GPT2, init_params, n_params, padded_vocab_size, stack_layers, unstack_layers
+from gpt2_jax.model import GPT2, init_params, n_params, padded_vocab_size
 
 SMALL = GPT2Config(vocab_size=300, block_size=64, n_layer=3, n_head=4, n_embd=64, attention="xla")
 FULL = GPT2Config(attention="xla")  # 124M

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpt2_jax.config import OptimizerConfig
-from gpt2_jax.model import stack_layers
+from gpt2_jax.layers import stack_layers
 from gpt2_jax.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=10, decay_steps=100)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from gpt2_jax.config import validate
-from gpt2_jax.config_file import preset_names, read_config
+from gpt2_jax.config.toml import preset_names, read_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

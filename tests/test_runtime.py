@@ -13,15 +13,15 @@ import jax
 import pytest
 
 from gpt2_jax import runtime, train
-from gpt2_jax.cli import parse_args
-from gpt2_jax.config import UserError
+from gpt2_jax.config.flags import parse_args
+from gpt2_jax.errors import UserError
 
 FAULTS = """
 import resource, sys
 from gpt2_jax import runtime
 keep, rows = sys.argv[1] == "keep", int(sys.argv[2])
 if keep:
-    runtime.one_heap()
+    runtime.use_single_malloc_arena()
 import jax, jax.numpy as jnp
 @jax.jit
 def update(x):  # 4 rows² bytes of temporary memory
@@ -30,7 +30,7 @@ def update(x):  # 4 rows² bytes of temporary memory
     return x + (z * jnp.roll(z, 1)).sum()
 x = jnp.ones(rows * 64)
 if keep:
-    runtime.keep_memory(update.lower(x).compile())
+    runtime.keep_freed_memory(update.lower(x).compile())
 for _ in range(20):
     x = update(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -42,7 +42,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
 
 @pytest.fixture
 def jax_config():
-    """Puts back what `keep_programs` sets."""
+    """Puts back what `enable_compilation_cache` sets."""
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -76,26 +76,26 @@ def test_a_cpu_program_finds_its_memory_again():
 def test_the_users_own_malloc_settings_stay(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: pytest.fail("mallopt was called"))
-    runtime.one_heap()
-    runtime.keep_memory(program(1 << 20))
+    runtime.use_single_malloc_arena()
+    runtime.keep_freed_memory(program(1 << 20))
 
 
 def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, jax_config):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    runtime.keep_programs("auto")
+    runtime.enable_compilation_cache("auto")
     assert jax_config.jax_compilation_cache_dir == str(tmp_path / "gpt2_jax" / "programs")
     assert (tmp_path / "gpt2_jax" / "programs").is_dir()
-    runtime.keep_programs("")
+    runtime.enable_compilation_cache("")
     assert jax_config.jax_compilation_cache_dir is None
-    runtime.keep_programs(str(tmp_path / "mine"))
+    runtime.enable_compilation_cache(str(tmp_path / "mine"))
     assert jax_config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
 def test_the_environment_decides(monkeypatch, tmp_path, jax_config):
     before = jax_config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    runtime.keep_programs("auto")
+    runtime.enable_compilation_cache("auto")
     assert jax_config.jax_compilation_cache_dir == before
 
 
@@ -104,10 +104,10 @@ def test_a_directory_that_cannot_be_made(monkeypatch, tmp_path, jax_config):
     with pytest.raises(
         UserError, match=r"compilation_cache = '.*file/x' cannot be written; type --compilation_cache ''"
     ):
-        runtime.keep_programs(str(tmp_path / "file" / "x"))
+        runtime.enable_compilation_cache(str(tmp_path / "file" / "x"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    runtime.keep_programs("auto")  # a user without a home
+    runtime.enable_compilation_cache("auto")  # a user without a home
     assert jax_config.jax_compilation_cache_dir is None
 
 

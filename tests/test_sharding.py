@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import MeshConfig
-from gpt2_jax.config_file import read_config
+from gpt2_jax.config.toml import read_config
 from gpt2_jax.model import GPT2, init_params
 from gpt2_jax.sharding import gather, make_mesh, state_sharding
 

@@ -21,15 +21,16 @@ from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.cli import parse_args
-from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig, UserError
-from gpt2_jax.config_file import read_config, to_toml
+from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig
+from gpt2_jax.config.flags import parse_args
+from gpt2_jax.config.toml import read_config, to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import eval_batches
+from gpt2_jax.errors import UserError
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import Run
+from gpt2_jax.run.reporting import Reporter
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.step import abstract_state
 
@@ -129,14 +130,14 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     asked.send_signal(signal.SIGTERM)
     code, output = finish(asked)
     assert code == 128 + signal.SIGTERM
-    assert "the same command continues it" in output
+    assert "the same command resumes it" in output
     killed = command(args)
     wait_for_update(tmp_path / "parts", 33)
     killed.kill()
     killed.communicate()
     code, output = finish(command(args))
     assert code == 0, output
-    assert "continued after update 3" in output or "continued after update 2" in output
+    assert "resumed after update 3" in output or "resumed after update 2" in output
 
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
@@ -182,7 +183,7 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     total = float(nats) / np.log(2) * int(targets.replace(",", ""))
     assert float(bits) == pytest.approx(total / int(n_bytes.replace(",", "")), abs=1e-3)
     assert 1.5 < float(zipped) < 3
-    for expected in ("not cudnn: needs cuda, found cpu", "300 tokens that the model writes", str(out), "--data.text"):
+    for expected in ("not cudnn: needs cuda, found cpu", "300 tokens written by the model", str(out), "--data.text"):
         assert expected in output
     assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -222,7 +223,7 @@ def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path):
 
 def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys, monkeypatch):
     plots = []
-    monkeypatch.setattr("gpt2_jax.run.plot", lambda metrics, image: plots.append(image))
+    monkeypatch.setattr("gpt2_jax.run.reporting.plot", lambda metrics, image: plots.append(image))
     args = [*tiny_run, "--out", tmp_path / "run", "--steps", 10, "--eval.every", 4]
     assert run_here(args) == 0
     assert plots == [tmp_path / "run" / "loss.png"] * 3  # after updates 4, 8 and 10
@@ -238,7 +239,7 @@ def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys, monkeypatch):
 
 def test_metrics_are_fetched_after_the_next_update_was_dispatched(tiny_run, tmp_path, monkeypatch):
     events = []
-    make_train_step, report = training.make_train_step, Run.report
+    make_train_step, update = training.make_train_step, Reporter.update
 
     def make(*args):
         step = make_train_step(*args)
@@ -250,13 +251,13 @@ def test_metrics_are_fetched_after_the_next_update_was_dispatched(tiny_run, tmp_
         dispatch.lower = step.lower
         return dispatch
 
-    def reported(self):
-        if self.pending:
-            events.append(f"fetch {self.pending[0]}")
-        report(self)
+    def fetch(self, pending):
+        if pending and pending[0] > self._reported:
+            events.append(f"fetch {pending[0]}")
+        update(self, pending)
 
     monkeypatch.setattr(training, "make_train_step", make)
-    monkeypatch.setattr(Run, "report", reported)
+    monkeypatch.setattr(Reporter, "update", fetch)
     assert run_here([*tiny_run, "--out", tmp_path / "run", "--steps", 4, "--eval.every", 0]) == 0
     assert events == ["dispatch", "dispatch", "fetch 1", "dispatch", "fetch 2", "dispatch", "fetch 3", "fetch 4"]
 

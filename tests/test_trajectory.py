@@ -62,7 +62,7 @@ def our_loop(batches, start, dtype=jnp.float32):
     step = make_train_step(model, OPTIMIZER, mesh, 0)
     losses = []
     for batch in batches:
-        state, metrics = step(state, put_batch(batch, batch_sharding(mesh, micro_batches=True)))
+        state, metrics = step(state, put_batch(batch, batch_sharding(mesh, leading_axis=True)))
         losses.append(float(metrics.loss))
     return np.array(losses), state.params
 

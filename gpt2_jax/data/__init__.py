@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2_jax.config import DataConfig, GPT2Config, SourceConfig, TrainConfig, UserError
+from gpt2_jax.config import DataConfig, GPT2Config, SourceConfig, TrainConfig
 from gpt2_jax.data.corpus import read_corpus, tokenize
-from gpt2_jax.data.pipeline import Sequences, Windows
+from gpt2_jax.data.pipeline import ShuffledWindows, TokenWindows
 from gpt2_jax.data.prepared import read_manifest
 from gpt2_jax.data.shards import TokenArray, Tokens, find_token_files, open_token_files
 from gpt2_jax.data.tokenizer import (
@@ -20,6 +20,7 @@ from gpt2_jax.data.tokenizer import (
     read_characters,
     vocab_size,
 )
+from gpt2_jax.errors import UserError
 
 EDGE = 4096  # Tokens at either end of a token file that its fingerprint covers.
 
@@ -35,9 +36,9 @@ class Data:
         fingerprint: of all tokens (of token files: sizes and edges); a run does not continue on other data.
     """
 
-    train: Sequences
+    train: ShuffledWindows
     train_tokens: int
-    val: Windows
+    val: TokenWindows
     tokenizer: Tokenizer | None
     val_text: bytes | None
     fingerprint: str
@@ -63,7 +64,7 @@ def _open_text(config: TrainConfig) -> tuple[Data, TrainConfig]:
     val = _windows(config, [TokenArray(corpus.val)], [f"the validation part of {data.text!r}"])
     crc = zlib.crc32(corpus.val.tobytes(), zlib.crc32(corpus.train.tobytes()))
     fingerprint = f"{len(corpus.train)} + {len(corpus.val)} tokens, crc32 {crc:08x}"
-    sequences = Sequences([train], [1.0], config.seed)
+    sequences = ShuffledWindows([train], [1.0], config.seed)
     return Data(sequences, train.n_tokens, val, corpus.tokenizer, corpus.val_text, fingerprint), config
 
 
@@ -98,15 +99,15 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
         f", {source.weight} × {windows.n_tokens}" for source, windows in zip(data.sources, train, strict=False)
     )
     fingerprint = f"{n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}{shares}"
-    sequences = Sequences(train, [source.weight for source in sources], config.seed)
+    sequences = ShuffledWindows(train, [source.weight for source in sources], config.seed)
     return Data(sequences, n_tokens, val, tokenizer, None, fingerprint), config
 
 
 def _windows(
     config: TrainConfig, streams: Sequence[Tokens], names: Sequence[str | Path], document_starts: bool = False
-) -> Windows:
+) -> TokenWindows:
     start = end_of_text_token(config.data.tokenizer) if document_starts else None
-    return Windows(streams, list(map(str, names)), config.model.block_size, config.model.vocab_size, start)
+    return TokenWindows(streams, list(map(str, names)), config.model.block_size, config.model.vocab_size, start)
 
 
 def _with_vocab(model: GPT2Config, n_vocab: int, data: DataConfig) -> GPT2Config:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from gpt2_jax.cli import parse_flags, run_command
-from gpt2_jax.config import TokenizerName, UserError
+from gpt2_jax.cli import run_command
+from gpt2_jax.config import TokenizerName
+from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.prepared import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
 from gpt2_jax.display import Display, count
+from gpt2_jax.errors import UserError
 
 PROG = "python -m gpt2_jax.data"
 

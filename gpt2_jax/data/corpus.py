@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.config import DataConfig, UserError
+from gpt2_jax.config import DataConfig
 from gpt2_jax.data.encode import encode_document
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
+from gpt2_jax.errors import UserError
 
 STDLIB = "stdlib"
 # Tests, third-party packages, and what programs wrote: code pages, help texts, character tables, build settings.

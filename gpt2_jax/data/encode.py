@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import tiktoken
 
-from gpt2_jax.config import UserError
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.errors import UserError
 
 SPACE_AFTER = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.config import UserError
 from gpt2_jax.data.corpus import WHERE_TO_GET
 from gpt2_jax.data.prepared import Manifest, Shard, Side, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source, import_extra
 from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
 
 OFFLINE = (

@@ -65,6 +65,10 @@ class BatchSchedule:
         """All batch sizes that occur, in order."""
         return [size for _, size in self.ramp] + [self.batch_size]
 
+    def tokens_after(self, updates: int) -> int:
+        """Tokens consumed by the first `updates` updates."""
+        return self.at(updates)[0] * self.block_size
+
     def at(self, update: int) -> tuple[int, int]:
         """Of update 0, 1, …: sequences consumed before it, and its own sequences."""
         consumed = 0

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.config import IGNORE, UserError
+from gpt2_jax.config import IGNORE
 from gpt2_jax.data.order import BatchSchedule, Mixture, permute
 from gpt2_jax.data.shards import Tokens
+from gpt2_jax.errors import UserError
 
 if TYPE_CHECKING:  # Grain imports JAX: a second that preparing and inspecting data do not need
     import grain
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # Grain imports JAX: a second that preparing and inspecting d
 PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before anything starts: 128 KB of each file.
 
 
-class Windows:
+class TokenWindows:
     """Windows of block_size + 1 tokens over one or more streams; none crosses from one stream to the next.
 
     Args:
@@ -127,7 +128,7 @@ class Windows:
         return window
 
 
-class Sequences:
+class ShuffledWindows:
     """The endless sequence of training windows: number n is a pure function of (seed, n).
 
     Args:
@@ -136,7 +137,7 @@ class Sequences:
         seed: keys the orders.
     """
 
-    def __init__(self, sources: Sequence[Windows], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, sources: Sequence[TokenWindows], weights: Sequence[float], seed: int) -> None:
         self.sources, self.seed, self._mixture = sources, seed, Mixture(weights)
 
     def __getitem__(self, number: np.ndarray) -> np.ndarray:
@@ -164,7 +165,7 @@ class Sequences:
 Rows = Callable[[int], np.ndarray]  # Of so many sequences, the numbers of those that this process holds, in order.
 
 
-class TrainBatches:
+class BatchSource:
     """Record k is this process's part of global batch k.
 
     Sequence s of micro-batch m is number m · (sequences per micro-batch) + s of its batch, whatever the number of
@@ -179,7 +180,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: ShuffledWindows,
         schedule: BatchSchedule,
         micro_batches: dict[int, int],
         rows: Rows = np.arange,
@@ -199,7 +200,7 @@ class TrainBatches:
         return windows.reshape(*numbers.shape, windows.shape[-1])
 
 
-def read_ahead(source: TrainBatches, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
+def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
     """The batches of updates `start` … `stop` − 1, two of them prefetched by one thread. Close it after use."""
     import grain
 
@@ -207,7 +208,9 @@ def read_ahead(source: TrainBatches, start: int, stop: int) -> grain.DatasetIter
     return iter(records.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def eval_batches(windows: Windows, batch_size: int, limit: int = 0, rows: Rows = np.arange) -> Iterator[np.ndarray]:
+def eval_batches(
+    windows: TokenWindows, batch_size: int, limit: int = 0, rows: Rows = np.arange
+) -> Iterator[np.ndarray]:
     """Batches that cover the windows in order, int32 [rows of this process, block_size + 1] of `batch_size` each.
 
     The last batch is filled up with windows of `IGNORE`, so that all have one shape. Only the windows of this

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
-from gpt2_jax.config import UserError
 from gpt2_jax.data.shards import HEADER_BYTES, header_bytes
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 MAGIC = 20240520
 VERSION = 1

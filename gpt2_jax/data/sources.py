@@ -25,10 +25,11 @@ from typing import IO, Any, Literal, cast
 
 import numpy as np
 
-from gpt2_jax.config import TokenizerName, UserError
+from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, by_name, held_out_names, stdlib_files
 from gpt2_jax.data.encode import boundary
 from gpt2_jax.data.prepared import Side
+from gpt2_jax.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 LINES = (".jsonl", ".ndjson", ".json")

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import tiktoken
 
-from gpt2_jax.config import TokenizerName, UserError
+from gpt2_jax.config import TokenizerName
+from gpt2_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.config import TokenizerName, UserError
+from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.corpus import hashed_share
 from gpt2_jax.data.encode import encoder
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
+from gpt2_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

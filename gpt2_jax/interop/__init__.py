@@ -11,13 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
+from gpt2_jax.generation import LanguageModel
 from gpt2_jax.interop.huggingface import on_hub, open_huggingface
 from gpt2_jax.interop.llmc import open_llmc
 from gpt2_jax.interop.nanogpt import open_nanogpt
 from gpt2_jax.interop.runs import newest_checkpoint, open_checkpoint
 from gpt2_jax.interop.stored import StoredModel, in_directory
-from gpt2_jax.model import GPT2, Params
 
 KINDS = (
     "a run directory or a checkpoint in it, a directory with config.json, a name on the Hugging Face hub, nanoGPT's "
@@ -62,18 +62,18 @@ def _open_directory(name: str, path: Path) -> StoredModel:
     raise UserError(f"{name} is a directory without config.json, checkpoints, ckpt.pt or model_*.bin; expected {KINDS}")
 
 
-def load(name: str, *, mesh: Mesh | None = None, dtype: jnp.dtype | type = jnp.float32) -> tuple[GPT2, Params]:
-    """A model and its parameters, float32, each tensor straight to where it belongs.
+def load(name: str, *, mesh: Mesh | None = None, dtype: jnp.dtype | type = jnp.float32) -> LanguageModel:
+    """Loads a model of any format, each parameter straight to its device.
 
     Args:
         name: any MODEL.
-        mesh: of `sharding.make_mesh`, to split or replicate the parameters over; one device by default.
-        dtype: of activations and matrix products.
+        mesh: from `sharding.make_mesh`, to shard or replicate the parameters over; one device by default.
+        dtype: of activations and matmuls. Parameters are float32.
 
     Returns:
-        The model, whose attention kernel is the best where it runs, and its parameters.
+        The model with the fastest attention backend for its device, its parameters and its tokenizer.
 
     Raises:
-        UserError: there is no such model, or it is damaged or none of ours.
+        UserError: there is no such model, it is damaged, or it is not a GPT-2.
     """
     return open_model(name).load(mesh, jnp.dtype(dtype))

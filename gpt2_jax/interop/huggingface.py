@@ -16,8 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import end_of_text
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import Find, StoredModel, checked, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gpt2_jax.interop.torch_files import as_array, load_torch
@@ -53,9 +54,7 @@ def on_hub(repository: str) -> Find:
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it reports every attempt
     unreachable = False
 
     def find(name: str) -> Path | None:

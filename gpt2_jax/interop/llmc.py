@@ -15,8 +15,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.shards import HEADER_BYTES, HEADER_INTS, read_header
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel, checked, in_directory
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.model import padded_vocab_size

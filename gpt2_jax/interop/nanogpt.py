@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer, read_characters
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel, checked, in_directory, parameter_shapes, torch_name
 from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
 from gpt2_jax.interop.torch_files import as_array, import_torch, load_torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoints, SavedState
-from gpt2_jax.config import DataConfig, ModelConfig, UserError
-from gpt2_jax.config_file import read_model, to_toml
+from gpt2_jax.config import DataConfig, ModelConfig
+from gpt2_jax.config.toml import read_model, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, tokenizer_name
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel, checked
 from gpt2_jax.model import Params, padded_vocab_size
 
@@ -70,7 +70,7 @@ def write_orbax(model: StoredModel, directory: Path) -> None:
             "name it; take --to huggingface"
         )
     data = DataConfig(tokenizer=kind, characters=tokenizer.characters if isinstance(tokenizer, CharTokenizer) else "")
-    config = dataclasses.replace(model.config, attention="auto", scan_layers=False, remat="none")
+    config = model.config.unrolled("auto")
     (directory / "config.toml").write_text(to_toml(ModelConfig(config, data)), encoding="utf-8")
     params: Params = {}
     for name, array in model.parameters():

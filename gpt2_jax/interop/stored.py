@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from gpt2_jax.config import GPT2Config, UserError
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import Tokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.generation import LanguageModel
+from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.sharding import state_sharding
 
@@ -49,6 +52,9 @@ class StoredModel:
     step: int = 0
     end_of_text: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", functools.cache(self.tokenizer))
+
     def parameter(self, name: str) -> np.ndarray:
         """One parameter, float32, contiguous, in memory of its own.
 
@@ -60,13 +66,13 @@ class StoredModel:
             array = self.read(name)
         except KeyError as error:
             raise UserError(
-                f"{self.where} has no {error.args[0]}, which a GPT-2 of its config ({describe(self.config)}) needs; "
-                "the file is not whole or not of this config"
+                f"{self.where} has no {error.args[0]}, which a GPT-2 of its config needs "
+                f"({architecture_summary(self.config)}); the file is incomplete or belongs to another config"
             ) from error
         if array.shape != expected:
             raise UserError(
-                f"{self.where}: {name} has the shape {list(array.shape)}, its config ({describe(self.config)}) says "
-                f"{list(expected)}; correct the config or the file"
+                f"{self.where}: {name} has the shape {list(array.shape)}, its config says {list(expected)} "
+                f"({architecture_summary(self.config)}); correct the config or the file"
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
@@ -77,19 +83,30 @@ class StoredModel:
         for name in parameter_shapes(self.config):
             yield name, self.parameter(name)
 
-    def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> tuple[GPT2, Params]:
-        """The model and its parameters: see `interop.load`."""
-        model = GPT2(dataclasses.replace(self.config, attention="auto", scan_layers=False, remat="none"), dtype)
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer, opened once.
+
+        Raises:
+            UserError: the model comes without one.
+        """
+        tokenizer = self.tokenizer()
+        if tokenizer is None:
+            raise UserError(
+                f"the tokenizer of {self.where} is not known; put its vocab.json and merges.txt, or nanoGPT's "
+                "meta.pkl, beside the model"
+            )
+        return tokenizer
+
+    def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> LanguageModel:
+        """Loads the parameters: see `interop.load`."""
+        model = GPT2(self.config.unrolled("auto"), dtype)
         shapes = abstract_params(model)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
-        return model, self.place(
-            jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                shapes,
-                shardings,
-            )
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
+        return LanguageModel(model, self.place(abstract), self.open_tokenizer, self.end_of_text)
 
     def place(self, abstract: Params) -> Params:
         """The parameters on the devices, each read, placed and forgotten before the next.
@@ -101,7 +118,7 @@ class StoredModel:
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             first, *rest = [key.key for key in path]
             array = np.zeros(leaf.shape, np.float32)
-            if first == "h":
+            if first == STACKED:
                 for layer in range(self.config.n_layer):
                     array[layer] = self.parameter("/".join([f"h_{layer}", *rest]))
             elif first in ("wte", "wpe"):
@@ -117,7 +134,7 @@ class StoredModel:
 @functools.cache
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its name, the vocabulary not padded."""
-    shapes = abstract_params(GPT2(dataclasses.replace(config, scan_layers=False)))
+    shapes = abstract_params(GPT2(config.unrolled()))
     by_name = {
         "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
@@ -155,7 +172,7 @@ def in_directory(directory: Path) -> Find:
     return lambda name: path if (path := directory / name).is_file() else None
 
 
-def describe(config: GPT2Config) -> str:
+def architecture_summary(config: GPT2Config) -> str:
     """The sizes, for messages."""
     return (
         f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.block_size} positions, "

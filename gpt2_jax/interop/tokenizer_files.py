@@ -18,7 +18,6 @@ from typing import Any
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from gpt2_jax.config import UserError
 from gpt2_jax.data.tokenizer import (
     END_OF_TEXT,
     GPT2_VOCAB_SIZE,
@@ -29,6 +28,7 @@ from gpt2_jax.data.tokenizer import (
     gpt2_encoding,
     tokenizer_name,
 )
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import Find
 
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]

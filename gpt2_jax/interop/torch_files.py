@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.config import UserError
+from gpt2_jax.errors import UserError
 
 SAFE_TORCH = (2, 6)  # Before it, weights_only could be made to run code (CVE-2025-32434).
 

@@ -1,0 +1,142 @@
+"""Configs as TOML: presets and files read, names and types checked, resolved configs written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from gpt2_jax.config import ModelConfig, TrainConfig, flatten
+from gpt2_jax.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> dict[str, str]:
+    """Every preset with the first line of its header."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        for path in sorted(PRESETS.glob("*.toml"))
+    }
+
+
+def read_config(name: str) -> TrainConfig:
+    """The config of a preset name or of a TOML file.
+
+    Raises:
+        UserError: no such preset or file, not TOML, an unknown key, a missing key, a wrong type.
+    """
+    path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
+    presets = f"give a .toml file or a preset: {', '.join(preset_names())}"
+    table = _read_toml(path, f"--config {name}", presets)
+    return _from_table(TrainConfig, table, str(path))
+
+
+def _read_toml(path: Path, where: str, advice: str = "give the file of a run") -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{where}: {reason}; {advice}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+
+
+def read_model(path: Path) -> ModelConfig:
+    """The model and the tokenizer of a run's config.toml.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    table = _read_toml(path, str(path))
+    return _from_table(ModelConfig, {key: table[key] for key in ("model", "data") if key in table}, str(path))
+
+
+def nearest_key(key: str, known: Sequence[str], prefix: str = "") -> str:
+    """What to type instead of an unknown key: the same name in another section, or the closest spelling."""
+    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"did you mean {prefix}{close[0]}?"
+
+
+def all_keys() -> list[str]:
+    """Every key of a config, in the order of its declaration."""
+    return list(flatten(TrainConfig(out="", steps=1, batch_size=1)))
+
+
+def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
+    """Builds a config dataclass from a TOML table, checking names and types."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            known = all_keys() + [prefix + name for name in hints]
+            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, known)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")
+            values[key] = _from_table(hints[key], value, where, f"{key}.")
+        else:
+            values[key] = _typed(hints[key], value, f"{where}: {prefix}{key}")
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: missing key {prefix}{missing[0]}; write {prefix}{missing[0]} = ...")
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a `UserError`; integers are taken for floats, nothing else is bent."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise UserError(f"{where} = {value!r}; expected one of {', '.join(map(repr, get_args(hint)))}")
+    if get_origin(hint) is tuple:
+        inner, *rest = get_args(hint)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+                raise UserError(f"{where} = {value!r}; write a [[section]] of that name for each, with its keys below")
+            *file, key = where.rsplit(": ", 1)
+            return tuple(_from_table(inner, item, ": ".join(file), f"{key}.") for item in value)
+        if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
+            return tuple(_typed(inner, item, where) for item in value)
+        raise UserError(f"{where} = {value!r}; expected a list of pairs such as [[1000000, 64]]")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+    return value
+
+
+def to_toml(config: TrainConfig | ModelConfig) -> str:
+    """The complete config as TOML, which `read_config` or `read_model` reads back to the same values."""
+    lines: list[str] = []
+    section = ""
+    for key, value in flatten(config).items():
+        *path, name = key.split(".")
+        if "".join(path) != section:
+            section = "".join(path)
+            lines.append(f"\n[{section}]")
+        lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in flatten(value).items()) + " }"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)

@@ -1,0 +1,121 @@
+"""Text in, text out: a model with its parameters and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict, Unpack
+
+import numpy as np
+
+from gpt2_jax.data.tokenizer import TextStream, Tokenizer, end_of_text
+from gpt2_jax.errors import UserError
+from gpt2_jax.generation.decode import DEFAULT, stream
+from gpt2_jax.generation.sampling import Sampling
+from gpt2_jax.model import GPT2, Params
+
+DEFAULT_TOKENS = 200
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate`: the fields of `Sampling` of the same names."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    slide: bool
+
+
+class LanguageModel:
+    """A model, its parameters and its tokenizer. `gpt2_jax.load` returns one.
+
+    Args:
+        model: the Flax module.
+        params: its parameters, so that `model.apply({"params": params}, tokens)` computes logits.
+        open_tokenizer: called once, when the tokenizer is first needed. Raises UserError if the model has none.
+        end_of_text: the token that ends a text; by default the tokenizer's.
+    """
+
+    def __init__(
+        self, model: GPT2, params: Params, open_tokenizer: Callable[[], Tokenizer], end_of_text: int | None = None
+    ) -> None:
+        self.model, self.params = model, params
+        self._open_tokenizer, self._end_of_text = open_tokenizer, end_of_text
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, opened at the first access: `encode_ordinary(text)` and `decode_bytes(tokens)`.
+
+        Raises:
+            UserError: the model comes without one, or its vocabulary cannot be downloaded.
+        """
+        return self._open_tokenizer()
+
+    def generate(self, prompt: str, max_new_tokens: int | None = None, **options: Unpack[Options]) -> str:
+        """Continues a text.
+
+        Args:
+            prompt: "" starts a new text, from end-of-text.
+            max_new_tokens: at most; the model may end the text earlier. By default 200, or as many as fit into
+                `block_size`.
+            **options: temperature, top_k, top_p, seed and slide, as in `Sampling`.
+
+        Returns:
+            The prompt and its continuation.
+
+        Raises:
+            UserError: no tokenizer, a character or token that the model does not have, an option out of range, or more
+                tokens than `block_size` without `slide`.
+        """
+        return self.generate_batch([prompt], max_new_tokens, **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        samples: int = 1,
+        **options: Unpack[Options],
+    ) -> list[str]:
+        """`generate` for several prompts at once, each with `samples` continuations.
+
+        Returns:
+            The samples of the first prompt, then those of the second, ….
+        """
+        texts = [prompt for prompt in prompts for _ in range(samples)]
+        for pieces in self.stream(prompts, max_new_tokens, Sampling(samples=samples, **options)):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def stream(
+        self, prompts: Sequence[str], max_new_tokens: int | None = None, sampling: Sampling = DEFAULT
+    ) -> Iterator[list[str]]:
+        """`generate_batch`, as the text is written: what each sequence gains, without the prompts.
+
+        Args:
+            sampling: `stop` and `vocab_size` are the tokenizer's.
+        """
+        tokenizer = self.tokenizer
+        stop = end_of_text(tokenizer) if self._end_of_text is None else self._end_of_text
+        tokens = [self._encode(prompt, stop) for prompt in prompts]
+        if max_new_tokens is None:
+            room = self.model.config.block_size - max(map(len, tokens), default=0)
+            max_new_tokens = DEFAULT_TOKENS if sampling.slide or room < 1 else min(DEFAULT_TOKENS, room)
+        sampling = dataclasses.replace(sampling, stop=stop, vocab_size=tokenizer.n_vocab)
+        chunks = stream(self.model, self.params, tokens, max_new_tokens, sampling)
+        return self._decode(chunks, [TextStream(tokenizer, stop) for _ in range(len(tokens) * sampling.samples)])
+
+    def _encode(self, prompt: str, stop: int | None) -> list[int]:
+        tokens = self.tokenizer.encode_ordinary(prompt)
+        if tokens:
+            return tokens
+        if stop is None:
+            raise UserError("the prompt is empty, and this model has no end-of-text token to start from; give a prompt")
+        return [stop]
+
+    @staticmethod
+    def _decode(chunks: Iterator[np.ndarray], writers: list[TextStream]) -> Iterator[list[str]]:
+        for chunk in chunks:
+            yield [writer.add(row) for writer, row in zip(writers, chunk, strict=True)]
+        yield [writer.end() for writer in writers]

@@ -1,0 +1,128 @@
+"""Devices of topologies that are not attached, for compiling programs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import CHIPS, GPUS_PER_HOST
+
+
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+    """What XLA has to know of an NVIDIA GPU to compile for it, besides what `Chip` says."""
+
+    kind: str
+    capability: int
+    cores: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_memory: int  # per core
+    shared_memory_per_block: int  # at most, if asked for
+
+
+_GPUS = {
+    "a100": _GPU("NVIDIA A100-SXM4-80GB", 8, 108, 1.41, 40 << 20, 164 << 10, 163 << 10),
+    "h100": _GPU("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 50 << 20, 228 << 10, 227 << 10),
+    "h200": _GPU("NVIDIA H200", 9, 132, 1.98, 50 << 20, 228 << 10, 227 << 10),
+}
+TPU_SHAPES = {
+    "v5e": "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
+    "v5p": "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8",
+    "v6e": "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
+}
+KNOWN = "; ".join(
+    [f"{name}: {shapes}" for name, shapes in TPU_SHAPES.items()]
+    + [f"{', '.join(_GPUS)}, cpu: any number of devices, as in h100:8"]
+)
+
+
+def devices_of(topology: str) -> Sequence[jax.Device]:
+    """The devices of a topology that programs can be compiled for, though they are not there.
+
+    Call it before anything else makes JAX look for devices: it keeps JAX on the CPU.
+
+    Args:
+        topology: such as "v5e:4x4", "h100:16" or "cpu:8".
+
+    Raises:
+        UserError: an unknown topology, or its compiler is not installed.
+    """
+    name, _, shape = topology.partition(":")
+    jax.config.update("jax_platforms", "cpu")
+    if name == "cpu" and shape.isdigit() and int(shape) > 0:
+        return _cpu_devices(int(shape))
+    if name in _GPUS and shape.isdigit() and int(shape) > 0:
+        return _gpu_devices(_GPUS[name], int(shape))
+    if name in TPU_SHAPES and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        return _tpu_devices(name, shape)
+    raise UserError(f"unknown topology {topology!r}; known are {KNOWN}")
+
+
+def _cpu_devices(count: int) -> Sequence[jax.Device]:
+    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(f"cpu:{count} has more devices than the {len(devices)} that this process was started with")
+    return devices[:count]
+
+
+def _tpu_devices(name: str, shape: str) -> Sequence[jax.Device]:
+    _require("libtpu", "plan", f"compiling for {name}")
+    # Nothing of a TPU is to be looked for; what libtpu would complain of is said beforehand.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
+                "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    single = math.prod(map(int, shape.split("x"))) == 1
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if single else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **bounds).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).split(": ", 1)[-1].splitlines()[0]
+        raise UserError(f"no such slice: {name}:{shape} ({reason}); known are {TPU_SHAPES[name]}") from error
+
+
+def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
+    _require("jax_cuda12_plugin" if importlib.util.find_spec("jax_cuda12_plugin") else "jax_cuda13_plugin", "cuda12",
+             f"compiling for {gpu.kind}")  # fmt: skip
+    if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+        raise UserError(f"{count} GPUs do not make whole hosts of {GPUS_PER_HOST}; take a multiple")
+    # Autotuning would run kernels to compare them.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    chip = CHIPS[gpu.kind]
+    config = f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {gpu.capability} }}
+          core_count: {gpu.cores} clock_rate_ghz: {gpu.clock_ghz} fpus_per_core: {128 if gpu.capability > 8 else 64}
+          device_memory_size: {int(chip.memory)} memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {gpu.l2_bytes}
+          shared_memory_per_core: {gpu.shared_memory} shared_memory_per_block: {48 << 10}
+          shared_memory_per_block_optin: {gpu.shared_memory_per_block}
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{gpu.kind}"
+    """
+    hosts, per_host = (count // GPUS_PER_HOST, GPUS_PER_HOST) if count > GPUS_PER_HOST else (1, count)
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x{hosts}x{per_host}").devices
+
+
+def _require(module: str, extra: str, purpose: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{purpose} needs {module}, which is not installed; type pip install 'gpt2_jax[{extra}]'")

@@ -1,0 +1,1 @@
+"""A training run: its directory, its initial state, its reports and its evaluations."""

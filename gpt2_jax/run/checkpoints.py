@@ -1,0 +1,100 @@
+"""The checkpoints of a run: restores or creates the training state, and saves it with one entry per layer."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.distributed import processes
+from gpt2_jax.errors import UserError
+from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.layers import stack_layers, unstack_layers
+from gpt2_jax.model import GPT2
+from gpt2_jax.step import TrainState, abstract_state, init_state, state_shardings
+
+LAYOUT = 2  # of the saved state; 1, up to version 0.1.0, had the gradient norm in the optimizer state
+
+
+class RunCheckpoints:
+    """The checkpoints of one run. All processes call the same methods in the same order; each saves its shards.
+
+    Args:
+        checkpoints: those in the run directory.
+        config: resolved.
+        model: the model that is trained.
+        mesh: the devices.
+        fingerprint: of the data; a checkpoint is only resumed with the data that it was trained on.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, config: TrainConfig, model: GPT2, mesh: Mesh, fingerprint: str
+    ) -> None:
+        self._checkpoints, self._fingerprint = checkpoints, fingerprint
+        self._config, self._model, self._mesh = config, model, mesh
+        self._unrolled = model.clone(config=model.config.unrolled())
+        self.newest = 0  # the newest step that this process saved or restored
+
+    def restore_or_init(self, initial: StoredModel | None) -> tuple[TrainState, int]:
+        """The state of the newest checkpoint and its step, or a new state and 0.
+
+        Args:
+            initial: the model that a new run starts from; None for random parameters.
+
+        Raises:
+            UserError: the newest checkpoint is past `config.steps`, was trained on other data, or cannot be read.
+        """
+        config, model, mesh = self._config, self._model, self._mesh
+        step = int(processes.broadcast_from_primary("start", str(self._checkpoints.latest() or 0)))
+        if not step:
+            params = initial.place(abstract_state(model, config.optimizer, mesh).params) if initial else None
+            return init_state(model, config.optimizer, mesh, config.seed, params), 0
+        self._check(step)
+        state: TrainState = self._checkpoints.restore(step, abstract_state(self._unrolled, config.optimizer, mesh))
+        if model.config.scan_layers:
+            state = jax.jit(stack_layers, out_shardings=state_shardings(model, config.optimizer, mesh))(state)
+        self.newest = step
+        return state, step
+
+    def _check(self, step: int) -> None:
+        path = self._checkpoints.directory / str(step)
+        out = path.parents[1]
+        if step > self._config.steps:
+            raise UserError(
+                f"{out} is already at update {step}, past steps = {self._config.steps}; type --steps {step}"
+            )
+        info = self._checkpoints.info(step)
+        if info["data"] != self._fingerprint:
+            raise UserError(
+                f"the data of {out} has changed ({info['data']} -> {self._fingerprint}); restore the old data, or type "
+                "another --out"
+            )
+        layout = info.get("layout", 1)
+        if layout != LAYOUT:
+            raise UserError(
+                f"{path} was saved by another version of gpt2_jax (state layout {layout}, expected {LAYOUT}: "
+                "CHANGELOG.md says what changed); resume it with that version, or start from its parameters with "
+                f"--init_from {path} and another --out"
+            )
+
+    def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        """Saves the state in the background, unless the newest checkpoint is of this step.
+
+        Args:
+            val_loss: at this step, if it was evaluated; ranks the checkpoint.
+        """
+        if step == self.newest:
+            return
+        self.newest = step
+        if self._model.config.scan_layers:
+            state = self._unstack(state)
+        self._checkpoints.save(step, state, {"data": self._fingerprint, "layout": LAYOUT}, val_loss)
+
+    def _unstack(self, state: TrainState) -> TrainState:
+        if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(state)):
+            # On the host: the device may have no room for a second copy of a large state.
+            return unstack_layers(jax.device_get(state))
+        # Sharded over hosts: no process holds all of it, and the second copy is sharded too.
+        shardings = state_shardings(self._unrolled, self._config.optimizer, self._mesh)
+        return jax.jit(unstack_layers, out_shardings=shardings)(state)

@@ -1,0 +1,30 @@
+"""The validation loss of a run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.data.pipeline import TokenWindows, eval_batches
+from gpt2_jax.model import Params
+from gpt2_jax.sharding import batch_sharding, local_rows, micro_batch_size, put_batch
+from gpt2_jax.step import EvalStep
+
+
+def validation_loss(
+    eval_step: EvalStep, windows: TokenWindows, config: TrainConfig, mesh: Mesh, params: Params, limit: int
+) -> tuple[float, int]:
+    """The loss sum in nats over the first `limit` validation targets (0: all), and the number of targets.
+
+    All processes call it together.
+    """
+    batch_size = mesh.size * micro_batch_size(config.batch_size, config.micro_batch_size, mesh.size)
+    sharding, rows = batch_sharding(mesh, leading_axis=False), functools.partial(local_rows, mesh)
+    batches = eval_batches(windows, batch_size, limit, rows)
+    sums = [eval_step(params, put_batch(batch, sharding)) for batch in batches]
+    nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
+    return float(nats), int(n_targets)

@@ -1,0 +1,106 @@
+"""Reports of a run: rows of metrics.jsonl, the line or bar at the terminal, the plot, and the check for divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.display import Display
+from gpt2_jax.distributed import processes
+from gpt2_jax.errors import DivergedError
+from gpt2_jax.metrics import MetricsFile, ThroughputMeter, flops_per_token, format_row, plot
+from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.step import Metrics
+
+
+class Reporter:
+    """Logs updates and evaluations. All processes call it; only the first writes, plots and shows.
+
+    Args:
+        out: the run directory.
+        config: resolved.
+        mesh: the devices, for MFU.
+        n_params: of the model.
+        checkpoints: named when the run diverges.
+        tokens_after: tokens consumed by the first k updates.
+        start: the step that the run resumes after, 0 for a new run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        mesh: Mesh,
+        n_params: int,
+        checkpoints: RunCheckpoints,
+        tokens_after: Callable[[int], int],
+        start: int,
+    ) -> None:
+        self._out, self._config, self._checkpoints, self._tokens_after = out, config, checkpoints, tokens_after
+        self._file = MetricsFile(out / "metrics.jsonl", start) if processes.is_primary() else None
+        self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
+        self._reported = start
+        self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
+
+    def update(self, pending: tuple[int, Metrics] | None) -> None:
+        """Waits for the metrics of an update and logs a row if one is due.
+
+        Args:
+            pending: the step and its metrics. None and an update that was reported already do nothing.
+
+        Raises:
+            DivergedError: the loss or the gradient norm is not finite.
+        """
+        if pending is None or pending[0] <= self._reported:
+            return
+        self._reported, metrics = pending
+        step = self._reported
+        loss, grad_norm, learning_rate = map(float, jax.device_get(metrics))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            saved = self._checkpoints.newest
+            before = f"checkpoints/{saved} is from before" if saved else "nothing was saved"
+            raise DivergedError(
+                f"update {step} has loss {loss} and gradient norm {grad_norm}; {before}; type "
+                f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
+            )
+        tokens = self._tokens_after(step)
+        if not is_due(step, self._config.log.every) and step != self._config.steps:
+            self._meter.start(tokens)
+            return
+        speed = self._meter.read(tokens)
+        row = {
+            "step": step,
+            "tokens": tokens,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": speed and round(speed.tokens_per_second, 1),
+            "mfu": speed and speed.mfu and round(speed.mfu, 4),
+        }
+        if self._file:
+            self._file.write(row)
+        left = self._tokens_after(self._config.steps) - tokens
+        parts = format_row(row, left / speed.tokens_per_second if speed else None)
+        self.display.show(step, f"update {step}/{self._config.steps}", parts)
+
+    def evaluation(self, step: int, loss: float, n_targets: int) -> None:
+        """Logs a validation loss in nats per token, and redraws the plot."""
+        self.display.say(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
+        if self._file:
+            self._file.write({"step": step, "tokens": self._tokens_after(step), "val_loss": loss})
+            plot(self._file.path, self._out / "loss.png")
+
+    def catch_up(self, pending: tuple[int, Metrics] | None) -> None:
+        """`update`, then stops the throughput clock: what follows is not training."""
+        self.update(pending)
+        self._meter.stop()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`. 0 is never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,104 @@
+"""The text at the start and the end of a run."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import math
+import shlex
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gpt2_jax.attention import Choice
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.data import Data
+from gpt2_jax.data.corpus import STDLIB
+from gpt2_jax.generation import Sampling, generate
+from gpt2_jax.model import GPT2, Params
+from gpt2_jax.sharding import num_micro_batches
+
+TRAIN = "python -m gpt2_jax.train"
+
+
+def banner(
+    config: TrainConfig, data: Data, mesh: Mesh, attention: Choice, n_params: int, out: Path, start: int
+) -> list[str]:
+    """The lines that say what is trained on what and where; `start` is the update that the run resumes after."""
+    model = config.model
+    kind = mesh.devices.flat[0].device_kind
+    versions = " · ".join(f"{name} {importlib.metadata.version(name)}" for name in ("gpt2_jax", "jax"))
+    count = num_micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    batch = (
+        f"{config.batch_size} sequences = {config.batch_size * model.block_size:,} tokens per update "
+        f"({mesh.size} devices × {count} micro-batches × {config.batch_size // mesh.size // count} sequences)"
+    )
+    ramp = "".join(f"{size} sequences until {tokens:,} tokens, then " for tokens, size in config.batch_ramp)
+    texts = {
+        "on": f"{versions} · {mesh.size} × {kind} · mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} · "
+        f"{config.dtype}",
+        "model": f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
+        f"wide, {model.block_size} tokens, vocabulary {model.vocab_size:,}",
+        "attention": str(attention),
+        "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens ({config.data.tokenizer})",
+        "batch": ramp + batch,
+        "run": f"{out}, {config.steps:,} updates"
+        + (f", from {config.init_from}" if config.init_from else "")
+        + (f", resumed after update {start:,}" if start else ""),
+    }
+    return [f"{name:10}{text}" for name, text in texts.items()]
+
+
+def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) -> str | None:
+    """Text of `config.eval.sample_tokens` tokens; None if there are none or in all processes but the first.
+
+    All processes call it together. Characters that cannot be printed become replacement characters.
+    """
+    if not config.eval.sample_tokens or data.tokenizer is None:
+        return None
+    if jax.process_count() > 1:
+        params = jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
+    if jax.process_index():
+        return None
+    prompt = [int(data.val.streams[0][:1][0])]  # end-of-text, or the first token of a text without one
+    sampling = Sampling(seed=config.seed, vocab_size=data.tokenizer.n_vocab, slide=True)
+    (tokens,) = generate(model, params, [prompt], config.eval.sample_tokens, sampling)
+    text = data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def closing(
+    config: TrainConfig, data: Data, out: Path, nats: float, n_targets: int, sample: str | None, best: int | None
+) -> list[str]:
+    """The lines that say what the finished run reached, where its files are and what to type next.
+
+    Args:
+        nats: loss sum over `n_targets` held-out tokens.
+        sample: from `sample_text`.
+        best: the step of the best checkpoint.
+    """
+    lines = ["", f"{'loss':10}{nats / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
+    if data.val_text:
+        n_bytes = len(data.val_text)
+        zipped = 8 * len(gzip.compress(data.val_text, 9)) / n_bytes
+        lines.append(
+            f"{'':10}{nats / math.log(2) / n_bytes:.3f} bits per byte; gzip -9 needs {zipped:.3f} for the same "
+            f"{n_bytes:,} bytes"
+        )
+    if sample is not None:
+        lines.append(f"{'sample':10}{config.eval.sample_tokens} tokens written by the model:\n")
+        lines.append("    " + sample.replace("\n", "\n    ") + "\n")
+    others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
+    lines.append(f"{'run':10}{out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
+    lines.append(f"{'next':10}{_next_command(config, out)}")
+    return lines
+
+
+def _next_command(config: TrainConfig, out: Path) -> str:
+    """The quickstart on the user's own text; otherwise the same model, trained twice as long."""
+    if config.data.text == STDLIB:
+        return f"{TRAIN} --config quickstart --data.text 'YOUR/**/*.txt' --out runs/mine"
+    path, longer = shlex.quote(str(out / "config.toml")), shlex.quote(f"{out}-longer")
+    return f"{TRAIN} --config {path} --steps {2 * config.steps} --optimizer.decay_steps 0 --out {longer}"

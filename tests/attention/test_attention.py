@@ -1,0 +1,151 @@
+"""The three backends against each other and against JAX's own attention, and the choice among them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from gpt2_jax.attention import causal_attention, choose
+from gpt2_jax.attention.backend import Problem
+from gpt2_jax.attention.splash import splash_attention
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import Hardware
+
+CASE = Problem(Hardware("cuda", 9.0), jnp.bfloat16, time=1024, head_dim=64, dropout=0.0)
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def qkv(time, heads=2, head_dim=64, batch=2):
+    return [jax.random.normal(jax.random.key(seed), (batch, time, heads, head_dim)) for seed in range(3)]
+
+
+def value_and_grads(attention, q, k, v):
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v)))
+
+    return attention(q, k, v), *jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+
+def reference(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+@pytest.mark.parametrize("time", [1, 7, 128, 513])  # one block of queries, two, and four of which the last is short
+def test_xla_equals_jax_forward_and_backward(time):
+    for ours, theirs in zip(
+        value_and_grads(causal_attention, *qkv(time)), value_and_grads(reference, *qkv(time)), strict=True
+    ):
+        # float32 sums of up to 513 terms of order 1, taken in another order: a part of 513 × 6e-8.
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_xla_in_bfloat16_is_as_near_to_float32_as_jax_is():
+    exact = value_and_grads(reference, *qkv(130))
+    narrow = [x.astype(jnp.bfloat16) for x in qkv(130)]
+    with jax.numpy_dtype_promotion("standard"):  # theirs mixes dtypes
+        jax_has = value_and_grads(reference, *narrow)
+    for right, ours, theirs in zip(exact, value_and_grads(causal_attention, *narrow), jax_has, strict=True):
+        ours, theirs = (np.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
+        # For the gradients JAX keeps the weights in float32; rounded to bfloat16 they add a little to q's and k's.
+        assert ours <= 1.25 * theirs
+
+
+@pytest.mark.parametrize("time", [7, 130])
+def test_the_gradients_under_dropout_are_those_of_the_function(time):
+    def attention(q, k, v):
+        return causal_attention(q, k, v, dropout=0.3, dropout_key=jax.random.key(3))
+
+    # Against differences of the function's values, in float32: JAX's default tolerance.
+    jax.test_util.check_grads(attention, qkv(time, head_dim=8), order=1, modes=["rev"])
+
+
+def test_splash_equals_xla_forward_and_backward():
+    def splash(q, k, v):
+        return splash_attention(q, k, v, 64**-0.5, interpret=True)
+
+    for ours, theirs in zip(
+        value_and_grads(splash, *qkv(256)), value_and_grads(causal_attention, *qkv(256)), strict=True
+    ):
+        # The kernel sums blocks of keys one after the other with a running maximum: float32 rounding, as above.
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_attention_is_causal():
+    q, k, v = qkv(16)
+    changed = [x.at[:, 9:].add(1.0) for x in (q, k, v)]
+    np.testing.assert_array_equal(causal_attention(q, k, v)[:, :9], causal_attention(*changed)[:, :9])
+    assert not np.allclose(causal_attention(q, k, v)[:, 9:], causal_attention(*changed)[:, 9:])
+
+
+def test_dropout_drops_weights_and_keeps_the_mean():
+    q, k = (jnp.zeros((1, 64, 64, 8)) for _ in range(2))  # equal weights, 1 / (position + 1)
+    v = jnp.ones((1, 64, 64, 8))
+    out = causal_attention(q, k, v, dropout=0.25, dropout_key=jax.random.key(0))[0, :, :, 0]
+    last = np.asarray(out[-1])  # 64 heads, each the mean of 64 weights that are 0 or 1 / 0.75
+    # The mean of 4,096 such draws has standard deviation sqrt(0.25 / 0.75) / 64 = 0.009; five of them.
+    assert abs(last.mean() - 1) < 0.045
+    assert set(np.unique(np.round(np.asarray(out[0]), 4))) == {0.0, np.float32(1.3333)}
+
+
+def test_dropout_without_a_key_is_an_error():
+    with pytest.raises(ValueError, match="dropout_key"):
+        causal_attention(*qkv(4), dropout=0.1)
+    with pytest.raises(ValueError, match="no dropout"):
+        causal_attention(*qkv(128), backend="splash", dropout=0.1, dropout_key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [
+        ({}, "cudnn"),
+        ({"hardware": Hardware("tpu")}, "splash"),
+        ({"hardware": Hardware("tpu"), "dtype": jnp.float32}, "splash"),
+        ({"hardware": Hardware("cpu")}, "xla"),
+        ({"hardware": Hardware("rocm")}, "xla"),
+        ({"dtype": jnp.float32}, "xla"),
+        ({"hardware": Hardware("cuda", 7.5)}, "xla"),  # a T4
+        ({"dropout": 0.1}, "xla"),
+        ({"head_dim": 100}, "xla"),
+        ({"hardware": Hardware("tpu"), "time": 1000}, "xla"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can(change, backend):
+    choice = choose("auto", CASE._replace(**change))
+    assert choice.backend == backend
+    assert set(choice.rejected) == {"splash", "cudnn", "xla"} - {backend, "xla"}
+
+
+def test_the_choice_says_why():
+    assert str(choose("auto", CASE._replace(dropout=0.1))) == (
+        "xla; not splash: needs tpu, found cuda; not cudnn: has no dropout, asked for 0.1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "change", "message"),
+    [
+        ("splash", {}, "'splash' needs tpu, found cuda; type --model.attention auto"),
+        ("cudnn", {"hardware": Hardware("cpu")}, "needs cuda, found cpu"),
+        ("cudnn", {"dtype": jnp.float32}, "needs bfloat16 or float16, found float32"),
+        ("splash", {"hardware": Hardware("tpu"), "time": 100}, "multiple of 128, found 100"),
+        ("splash", {"hardware": Hardware("tpu"), "head_dim": 32}, "multiple of 64, found 32"),
+    ],
+)
+def test_an_explicit_choice_that_cannot_work_is_an_error(wanted, change, message):
+    with pytest.raises(UserError, match=message):
+        choose(wanted, CASE._replace(**change))
+
+
+def test_cuda_programs_call_cudnn_forward_and_backward(cudnn_without_gpu):
+    arguments = [jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)] * 3
+
+    def loss(q, k, v):
+        return jnp.sum(causal_attention(q, k, v, backend="cudnn"), dtype=jnp.float32)
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(__cudnn\$\w+)", program)
+    assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]

@@ -1,0 +1,34 @@
+"""Products with gradients that are written out, against those that JAX derives in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.attention.splash import from_heads, to_heads
+from gpt2_jax.model import flat_dot
+
+BATCH, TIME, FEATURES, OUTPUTS, HEAD_DIM = 2, 5, 12, 24, 4
+TOLERANCE = {jnp.float32: {"rtol": 1e-5, "atol": 1e-5}, jnp.bfloat16: {"rtol": 2**-8, "atol": 2**-5}}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, kernel, bias: flat_dot(x, kernel) + bias,
+        lambda x, kernel, bias: to_heads(x, kernel, bias, HEAD_DIM),
+        lambda x, kernel, bias: from_heads(x, kernel, HEAD_DIM) + bias,
+    ],
+    ids=["flat_dot", "to_heads", "from_heads"],
+)
+def test_values_and_gradients_are_those_of_the_plain_form(product, dtype):
+    sizes = ((BATCH, TIME, FEATURES), (FEATURES, OUTPUTS), (OUTPUTS,), (BATCH, TIME, OUTPUTS))
+    *args, grad = (jax.random.normal(jax.random.key(seed), size, dtype) for seed, size in enumerate(sizes))
+    value, gradients = jax.vjp(product, *args)
+    exact, exact_gradients = jax.vjp(lambda x, kernel, bias: x @ kernel + bias, *(x.astype(jnp.float32) for x in args))
+    wanted = (exact, *exact_gradients(grad.astype(jnp.float32)))
+    for one, other in zip((value, *gradients(grad)), wanted, strict=True):
+        assert one.dtype == dtype
+        # Sums of at most 24 terms of order 1 in another order; in bfloat16 rounded after the product and after the sum.
+        np.testing.assert_allclose(one, other, **TOLERANCE[dtype])

@@ -1,0 +1,162 @@
+"""Presets, TOML, flags, and the one line that every mistake gets."""
+
+import dataclasses
+import math
+import re
+import tomllib
+
+import pytest
+
+from gpt2_jax.config import TrainConfig, differences, flatten, validate
+from gpt2_jax.config.flags import parse_args
+from gpt2_jax.config.toml import PRESETS, preset_names, read_config, to_toml
+from gpt2_jax.errors import UserError
+
+
+def parse(*args):
+    return parse_args("train", "Train.", list(args))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_survive_the_round_trip(name, tmp_path):
+    config = read_config(name)
+    validate(config)
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert read_config(str(tmp_path / "config.toml")) == config
+
+
+def test_every_preset_header_shows_its_arithmetic_and_the_loss_to_expect():
+    for path in PRESETS.glob("*.toml"):
+        header = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert re.search(r"^# .* × .*", header, re.MULTILINE), path
+        assert "Loss:" in header, path
+
+
+def test_toml_holds_every_key_and_every_kind_of_value(tmp_path):
+    config = read_config("quickstart")
+    data = dataclasses.replace(config.data, characters='\n !"#\\\x7fé😀')
+    config = dataclasses.replace(config, data=data, batch_ramp=((1000, 4), (2000, 8)))
+    text = to_toml(config)
+    table = tomllib.loads(text)
+    assert sum(len(value) if isinstance(value, dict) else 1 for value in table.values()) == len(flatten(config))
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    assert read_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # OpenAI's tables say 117M, 345M, 762M and 1542M; these are the counts of the files
+    [("gpt2-124m", 124_439_808), ("gpt2-355m", 354_823_168), ("gpt2-774m", 774_030_080), ("gpt2-1558m", 1_557_611_200)],
+)
+def test_presets_have_the_sizes_of_the_released_models(name, parameters):
+    model = read_config(name).model
+    width = model.n_embd
+    per_layer = 12 * width * width + 13 * width  # 4 matrices of 12 C², their biases 9 C, two norms 4 C
+    total = (model.vocab_size + model.block_size) * width + model.n_layer * per_layer + 2 * width
+    assert total == parameters
+
+
+def test_flags_override_the_preset():
+    config = parse("--config", "gpt2-124m", "--steps=7000", "--model.n-layer", "3", "--optimizer.beta2", "0.9")
+    assert (config.steps, config.model.n_layer, config.optimizer.beta2) == (7000, 3, 0.9)
+    assert config.data == read_config("gpt2-124m").data
+    assert parse("--config", "quickstart", "--model.bias", "false").model.bias is False
+    assert parse("--config", "quickstart", "--batch_ramp", "1000", "2", "2000", "4").batch_ramp == (
+        (1000, 2),
+        (2000, 4),
+    )
+
+
+def test_help_names_every_key(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--config", "quickstart", "--help")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for key in flatten(read_config("quickstart")).keys() - {"data.sources"}:
+        assert f"--{key}" in text
+
+
+def test_without_a_config_the_presets_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        parse()
+    text = capsys.readouterr().out
+    assert all(name in text and header in text for name, header in preset_names().items())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "nope"], "--config nope: No such file.*quickstart"),
+        (["--config", "quickstart", "--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
+        (["--config", "quickstart", "--n_layer", "3"], "did you mean --model.n_layer"),
+        (["--config", "quickstart", "--lr", "3"], "unknown flag --lr; did you mean --"),
+        (["--config", "quickstart", "--batch_ramp", "1"], "batch_ramp"),
+        (["--config", "quickstart", "--seed", "4294967296"], "seed = 4294967296; expected .* below"),
+        (["--config", "quickstart", "--steps", "many"], "--steps: invalid literal"),
+        (["--config", "quickstart", "--steps"], "Missing value for argument '--steps'"),
+        (["--config", "quickstart", "--model.attention", "flash"], "invalid choice 'flash'.*'splash'"),
+        (["--config", "quickstart", "--steps", "0"], "steps = 0; expected at least 1"),
+        (["--config", "quickstart", "--model.n_head", "7"], "is not a multiple of model.n_head = 7"),
+        (["--config", "quickstart", "--model.dropout", "1"], "model.dropout = 1.0; expected 0 or more and below 1"),
+        (["--config", "quickstart", "--optimizer.learning_rate", "nan"], "learning_rate = nan"),
+        (["--config", "quickstart", "--optimizer.warmup_steps", "10000000"], "is more than the .* updates"),
+        (["--config", "quickstart", "--batch_ramp", "2000", "8", "1000", "16"], "batch_ramp .* tokens rising"),
+        (["--config", "quickstart", "--data.train", "x.bin"], "give either --data.text, or --data.train and"),
+        (["--config", "quickstart", "--mesh.data", "-1", "--mesh.fsdp", "-1"], "both -1"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(args, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(*args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = ", "not TOML"),
+        ("out = 'x'\nsteps = 3", "missing key batch_size; write batch_size ="),
+        ("stepz = 3", "unknown key stepz; did you mean steps?"),
+        ("n_layer = 3", "unknown key n_layer; did you mean model.n_layer?"),
+        ("[model]\nlearning_rate = 3", "unknown key model.learning_rate; did you mean optimizer.learning_rate?"),
+        ("[model]\nn_leyer = 3", "unknown key model.n_leyer; did you mean model.n_layer?"),
+        ("model = 3", "model is a section; write \\[model\\]"),
+        ("steps = '3'", "steps = '3'; expected int, found str"),
+        ("steps = true", "steps = True; expected int, found bool"),
+        ("dtype = 'float64'", "dtype = 'float64'; expected one of 'auto', 'float32', 'bfloat16'"),
+        ("batch_ramp = [[1, 2, 3]]", "batch_ramp = .* expected a list of pairs"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_clear_line(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_config(str(path))
+
+
+def test_integers_are_taken_for_floats(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("out='x'\nsteps=1\nbatch_size=1\n[optimizer]\nclip_norm = 1\n")
+    assert math.isclose(read_config(str(path)).optimizer.clip_norm, 1.0)
+    assert isinstance(read_config(str(path)).optimizer.clip_norm, float)
+
+
+def test_differences_are_those_of_the_mathematics():
+    config = read_config("quickstart")
+
+    def changed(**sections) -> TrainConfig:
+        new = config
+        for name, value in sections.items():
+            old = getattr(new, name)
+            value = dataclasses.replace(old, **value) if isinstance(value, dict) else value
+            new = dataclasses.replace(new, **{name: value})
+        return new
+
+    same = changed(out="x", steps=9, micro_batch_size=1, model={"scan_layers": True, "remat": "full"}, log={"every": 3})
+    assert differences(same, config) == {}
+    other = changed(seed=3, model={"n_layer": 9}, optimizer={"beta1": 0.5})
+    assert differences(other, config) == {
+        "seed": (1337, 3),
+        "model.n_layer": (config.model.n_layer, 9),
+        "optimizer.beta1": (0.9, 0.5),
+    }

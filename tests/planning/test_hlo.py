@@ -1,0 +1,178 @@
+"""Reading compiled programs: against programs whose collectives and products are known, and XLA's own analysis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax import attention
+from gpt2_jax.config import MeshConfig
+from gpt2_jax.planning.hlo import Collective, Program, flops, n_bytes_of
+from gpt2_jax.sharding import make_mesh
+
+F32 = 4
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(2, 4), jax.devices())
+
+
+def compiled_for(function, *shapes):
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+
+
+def collectives_of(mesh, function, shape, in_spec, out_spec):
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, in_spec))
+    return Program(jax.jit(mapped).lower(x).compile().as_text()).collectives(dict(mesh.shape))
+
+
+@pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("data", "fsdp")])
+def test_a_reduction_counts_as_often_as_its_loop_turns(mesh, axes):
+    def five(x):
+        return jax.lax.scan(lambda carry, _: (jnp.sin(jax.lax.psum(carry, axes)), None), x, length=5)[0]
+
+    devices = {"data": 2, "fsdp": 4}
+    size = devices[axes[0]] * devices.get(axes[-1], 1) if len(axes) == 2 else devices[axes[0]]
+    assert collectives_of(mesh, five, (100,), P(), P()) == [Collective("all-reduce", axes, size, 5, 5 * 100 * F32)]
+
+
+def test_every_kind_of_collective(mesh):
+    def gather(x):
+        return jax.lax.all_gather(x, "fsdp", tiled=True)
+
+    def scatter(x):
+        return jax.lax.psum_scatter(x, "data", tiled=True)
+
+    def exchange(x):
+        return jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True)
+
+    def pass_on(x):
+        return jax.lax.ppermute(x, "fsdp", [(place, (place + 1) % 4) for place in range(4)])
+
+    (found,) = collectives_of(mesh, gather, (80, 3), P("fsdp"), P())
+    assert found == Collective("all-gather", ("fsdp",), 4, 1, 80 * 3 * F32)
+    assert found.sent() == 3 * 20 * 3 * F32  # its own part, and two of others on their way round the ring
+    (found,) = collectives_of(mesh, scatter, (80, 3), P(), P("data"))
+    assert found == Collective("reduce-scatter", ("data",), 2, 1, 80 * 3 * F32)
+    assert found.sent() == 40 * 3 * F32
+    (found,) = collectives_of(mesh, exchange, (16, 8), P("fsdp"), P("fsdp"))
+    assert (found.kind, found.axes, found.n_bytes) == ("all-to-all", ("fsdp",), 4 * 8 * F32)
+    (found,) = collectives_of(mesh, pass_on, (80, 3), P("fsdp"), P("fsdp"))
+    assert (found.kind, found.axes, found.n_bytes) == ("collective-permute", ("fsdp",), 20 * 3 * F32)
+    assert found.sent() == found.n_bytes
+
+
+def test_traffic_of_a_product_is_what_xla_says():
+    compiled = compiled_for(jnp.dot, (64, 32), (32, 16))
+    assert Program(compiled.as_text()).memory_traffic() == compiled.cost_analysis()["bytes accessed"]
+
+
+def test_traffic_counts_loops_and_of_slices_what_they_take():
+    def sums(x):  # one row at a time
+        return jax.lax.scan(lambda total, row: (total + jnp.sum(jnp.sin(row)), None), 0.0, x)[0]
+
+    rows, width = 50, 1000
+    traffic = Program(compiled_for(sums, (rows, width)).as_text()).memory_traffic()
+    assert rows * width * F32 <= traffic < 5 * rows * width * F32  # some copies; not fifty times all of it
+
+
+@pytest.mark.parametrize(("n", "remat"), [(1, False), (7, False), (7, True)])
+def test_flops_count_loops_and_recomputation(n, remat):
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def loss(w, x):
+        body = jax.checkpoint(layer) if remat else layer
+        return jnp.sum(jax.lax.scan(body, x, w)[0])
+
+    w, x = jnp.ones((n, 32, 32)), jnp.ones((16, 32))
+    products = flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(w, x))["products"]
+    assert products == n * 2 * 16 * 32 * 32 * (3 + remat)  # forward, two backward, and forward again
+
+
+def test_flops_are_those_of_xla_where_nothing_loops():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
+
+    args = jnp.ones((64, 64)), jnp.ones((256, 64))
+    ours = flops(jax.make_jaxpr(jax.grad(loss))(*args))["products"]
+    theirs = jax.jit(jax.grad(loss)).lower(*args).compile().cost_analysis()["flops"]
+    assert ours <= theirs < 1.03 * ours  # which counts additions and tanh as well
+
+
+def test_flops_of_all_devices_are_counted(mesh):
+    def local(x, w):
+        return x @ w
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(("data", "fsdp")), P()), out_specs=P(("data", "fsdp")))
+    assert flops(jax.make_jaxpr(sharded)(jnp.ones((80, 8)), jnp.ones((8, 5))))["products"] == 2 * 80 * 8 * 5
+
+
+@pytest.mark.parametrize(("backend", "units"), [("splash", 9), ("cudnn", 7)])
+def test_flops_of_attention_kernels(backend, units, cudnn_without_gpu):
+    attend = functools.partial(attention.causal_attention, backend=backend)
+    q = jnp.ones((2, 256, 4, 64), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attend(q, q, q).astype(jnp.float32))))(q)
+    sums = 2 * q.size if backend == "splash" else 0  # of outputs times their gradients, outside the kernel
+    assert flops(jaxpr) == {"products": sums, "attention": units * 2 * 4 * 256 * 256 * 64}
+
+
+def test_bytes_of_shapes():
+    assert n_bytes_of("f32[2,3]{1,0}") == 24
+    on_chip = "bf16[8,128]{1,0:T(8,128)(2,1)S(1)}"
+    assert n_bytes_of(f"({on_chip}, s32[], pred[4]{{0}}, /*index=3*/f8e4m3fn[10])") == 2048 + 4 + 4 + 10
+    assert n_bytes_of(f"({on_chip}, u8[5])", on_chip=False) == 5
+
+
+def test_only_another_order_of_the_axes_is_another_layout():
+    text = """
+ENTRY %main (a: bf16[4,8,1]) -> bf16[8,4,1] {
+  %a = bf16[4,8,1]{1,0,2:T(8,128)} parameter(0)
+  %near = bf16[4,8,1]{2,1,0:T(8,128)(2,1)S(1)} copy(%a), metadata={op_name="x/attn/near"}
+  %turned = bf16[4,8,1]{0,1,2:T(8,128)} copy(%near), metadata={op_name="x/attn/turned"}
+  %outside = bf16[4,8,1]{1,0,2:T(8,128)} copy(%turned), metadata={op_name="x/mlp/outside"}
+  ROOT %transposed = bf16[8,4,1]{1,0,2:T(8,128)} transpose(%outside), dimensions={1,0,2}, metadata={op_name="x/attn/t"}
+}
+"""
+    assert Program(text).relayouts(r'op_name="[^"]*/attn/') == 2  # turned and transposed
+
+
+def test_what_cannot_be_read_is_said():
+    def until(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < jnp.sum(x * x), lambda x: x * 2, x)
+
+    with pytest.raises(ValueError, match="has no trip count"):
+        Program(compiled_for(until, (3,)).as_text())
+    with pytest.raises(ValueError, match="this is not HLO text"):
+        Program("something else")
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", ("fsdp",), 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("data",), 2),
+        ("[2,4]<=[8]", ("fsdp",), 4),
+        ("[4,2]<=[2,4]T(1,0)", ("data",), 2),
+        ("[1,8]<=[8]", ("data", "fsdp"), 8),
+        ("{}", ("data", "fsdp"), 8),
+        ("mesh['a'=2,'b'=4] {'b'}", ("fsdp",), 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",), 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",), 2),
+        ("mesh['a'=2,'b'=4] {'a', 'b'}", ("data", "fsdp"), 8),
+    ],
+)
+def test_every_way_of_writing_groups(groups, axes, devices):
+    """As XLA's documentation of HLO's text has them; which of them is printed depends on platform and version."""
+    text = f"""HloModule m
+ENTRY %main (x: f32[5]) -> f32[5] {{
+  %x = f32[5]{{0}} parameter(0)
+  ROOT %r = f32[5]{{0}} all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}"""
+    (found,) = Program(text).collectives({"data": 2, "fsdp": 4})
+    assert found == Collective("all-reduce", axes, devices, 1, 20)
