@@ -19,7 +19,6 @@ from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import CHIPS, Chip
-from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.planning import estimate as estimates
 from gpt2_jax.planning.topologies import devices_of
 from gpt2_jax.sharding import make_mesh
@@ -40,7 +39,7 @@ def test_a_plan_for_simulated_devices(capsys):
     shapes = {name: shape for name, shape, _ in table["parameters"]}
     size = sum(math.prod(shape) for shape in shapes.values())
     assert table["n_params"] == size - (384 - 257) * 192  # without the padding of the vocabulary
-    assert table["model_flops"] == flops_per_token(model, table["n_params"]) * table["tokens"]
+    assert table["model_flops"] == (6 * (table["n_params"] - 128 * 192) + 12 * 192 * 128) * table["tokens"]
     places = {name: where for name, _, where in table["parameters"]}
     assert places["wte/embedding"] == "dimension 0 over fsdp"
     assert places["h_0/ln_1/scale"] == "whole on each device"
