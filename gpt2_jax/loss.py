@@ -1,9 +1,9 @@
-"""Next-token cross-entropy, from the hidden states to a sum of nats.
+"""Next-token cross-entropy: from the hidden states to a loss sum in nats.
 
-The logits of GPT-2 are its largest array: 16 sequences of 1,024 tokens make 3.3 GB in float32. `cross_entropy`
-holds those of one chunk of tokens at a time, and forms the gradients of the head while it has them, in the
-forward pass, so that the backward pass neither keeps nor computes logits again (the idea of Cut Cross-Entropy,
-Wijmans et al. 2024, and of Liger Kernel's fused linear cross-entropy).
+Logits are the largest array of GPT-2: 3.3 GB in float32 for 16 sequences of 1,024 tokens. `cross_entropy` computes them
+in chunks of tokens. It forms the gradients of the head in the forward pass, while a chunk's logits exist, so the
+backward pass neither stores nor recomputes logits (the idea of Cut Cross-Entropy, Wijmans et al. 2024, and of Liger
+Kernel's fused linear cross-entropy).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from gpt2_jax.config import IGNORE
 def head_logits(hidden: jax.Array, embedding: jax.Array, vocab_size: int) -> jax.Array:
     """The tied head: [..., n_embd] and [padded_vocab, n_embd] -> float32 logits [..., padded_vocab].
 
-    Operands are in the dtype of `hidden`, sums in float32. Padding gets the lowest float32: no probability.
+    The matmul has operands in the dtype of `hidden` and sums in float32. Padding gets the lowest float32, so its
+    probability is 0.
     """
     logits = jnp.einsum("...c,vc->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(embedding.shape[0]) < vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
 def plain_cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, vocab_size: int) -> jax.Array:
-    """`cross_entropy` with all logits at once and JAX's own gradients: what it is tested against."""
+    """`cross_entropy` with all logits at once and JAX's own gradients: the reference in tests."""
     log_probs = jax.nn.log_softmax(head_logits(hidden, embedding, vocab_size))
     nats = -jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(targets == IGNORE, 0.0, nats))
@@ -36,12 +37,12 @@ def plain_cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Ar
 def cross_entropy(
     hidden: jax.Array, embedding: jax.Array, targets: jax.Array, vocab_size: int, chunk: int = 0
 ) -> jax.Array:
-    """Sum of −log p(target) over all targets that are not `IGNORE`, in nats, float32.
+    """Sum of −log p(target) in nats over all targets that are not `IGNORE`, float32 [].
 
     Args:
         hidden: [batch, time, n_embd], the output of the final layer norm.
-        embedding: [padded_vocab, n_embd], the tied token embedding, float32.
-        targets: int [batch, time], below `vocab_size`, or `IGNORE`.
+        embedding: float32 [padded_vocab, n_embd], the tied token embedding.
+        targets: int [batch, time], below `vocab_size` or `IGNORE`.
         chunk: tokens whose logits exist at the same time; 0 for all.
     """
 
@@ -49,13 +50,13 @@ def cross_entropy(
         return total + _nats(*part, embedding, vocab_size)[0], None
 
     parts = _chunks(hidden, targets, chunk)
-    return jax.lax.scan(add, _zeros((), targets), parts)[0]
+    return jax.lax.scan(add, _varying_zeros((), targets), parts)[0]
 
 
 def _nats(
     hidden: jax.Array, targets: jax.Array, embedding: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one chunk, [tokens, n_embd] and [tokens]: sum of nats, logits [tokens, V], log-normaliser [tokens, 1]."""
+    """One chunk, [tokens, n_embd] and [tokens] -> loss sum [], logits [tokens, vocab], log-normaliser [tokens, 1]."""
     logits = head_logits(hidden, embedding, vocab_size)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     at_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
@@ -66,7 +67,7 @@ def _nats(
 def _forward(
     hidden: jax.Array, embedding: jax.Array, targets: jax.Array, vocab_size: int, chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The loss, with d loss / d hidden and d loss / d embedding as what the backward pass keeps."""
+    """The loss sum, and its gradients with respect to `hidden` and `embedding` for the backward pass."""
 
     def add(
         carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]
@@ -81,7 +82,7 @@ def _forward(
         d_embedding += jnp.einsum("nv,nc->vc", d_logits, hidden, preferred_element_type=jnp.float32)
         return (total + nats, d_embedding), d_hidden
 
-    start = _zeros((), targets), _zeros(embedding.shape, targets)
+    start = _varying_zeros((), targets), _varying_zeros(embedding.shape, targets)
     (total, d_embedding), d_hidden = jax.lax.scan(add, start, _chunks(hidden, targets, chunk))
     d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     return total, (d_hidden, d_embedding.astype(embedding.dtype))
@@ -91,7 +92,7 @@ def _backward(
     vocab_size: int, chunk: int, kept: tuple[jax.Array, jax.Array], d_total: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     d_hidden, d_embedding = kept
-    # In float32: a factor of 1 / tokens, rounded to bfloat16, would scale all gradients but the head's.
+    # Multiply in float32: rounding the factor 1 / tokens to bfloat16 would scale all gradients except the head's.
     return (d_hidden.astype(jnp.float32) * d_total).astype(d_hidden.dtype), d_embedding * d_total, None
 
 
@@ -99,7 +100,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """[chunks, tokens, n_embd] and [chunks, tokens]; the last chunk is filled up with ignored targets."""
+    """Splits into [chunks, tokens, n_embd] and [chunks, tokens]. Ignored targets pad the last chunk."""
     tokens = targets.size
     chunk = min(chunk, tokens) or tokens
     missing = -tokens % chunk
@@ -108,9 +109,9 @@ def _chunks(hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Arra
     return hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)
 
 
-def _zeros(shape: tuple[int, ...], targets: jax.Array) -> jax.Array:
-    """Float32 zeros to start a loop with, computed from the targets.
+def _varying_zeros(shape: tuple[int, ...], targets: jax.Array) -> jax.Array:
+    """Float32 zeros that vary over the same mesh axes as `targets`, to start a scan under `shard_map`.
 
-    A constant would not do: under `shard_map` the loop's sums differ per device, and so must its start.
+    A constant does not vary, and the sums that replace it in the carry do. `jax.lax.pcast` would need the axis names.
     """
     return jnp.broadcast_to((targets.reshape(-1)[0] * 0).astype(jnp.float32), shape)

@@ -1,4 +1,4 @@
-"""What a run reports: rows of metrics.jsonl, a progress bar or plain lines, the plot, and throughput accounting."""
+"""Metrics of a run: the rows of metrics.jsonl, the plot, throughput and FLOPs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt2_jax.hardware import chip_of
 
 Row = dict[str, Any]
 
-PLOT_POINTS = 100  # The training curve is the mean of about as many stretches of rows.
+PLOT_POINTS = 100  # of the training curve, each the mean of consecutive rows
 
 
 def flops_per_token(config: GPT2Config, n_params: int) -> int:
@@ -32,19 +32,19 @@ def flops_per_token(config: GPT2Config, n_params: int) -> int:
 
 
 class Throughput(NamedTuple):
-    """How fast a stretch of training was; `mfu` is None where the chip's peak is unknown."""
+    """Speed of training. `mfu` is None where the chip's peak is unknown."""
 
     tokens_per_second: float
     mfu: float | None
 
 
 class ThroughputMeter:
-    """Tokens per second and model FLOPs utilisation, of training time only: the clock can be stopped.
+    """Tokens per second and model FLOPs utilisation of training time: the clock can be stopped.
 
     Args:
-        flops_per_token: see `flops_per_token`.
-        devices: of the mesh.
-        dtype: of the matrix products; the peaks are for bfloat16.
+        flops_per_token: model FLOPs.
+        devices: all devices of the mesh.
+        dtype: of matmuls. Known peaks are for bfloat16.
     """
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
@@ -59,12 +59,12 @@ class ThroughputMeter:
         self._since = None
 
     def start(self, tokens: int) -> None:
-        """Starts the clock if it stands: `tokens` were consumed so far."""
+        """Starts the clock unless it runs. `tokens` were consumed so far."""
         if self._since is None:
             self._since, self._tokens = time.perf_counter(), tokens
 
     def read(self, tokens: int) -> Throughput | None:
-        """Of the time since the last `read` or the `tick` that started the clock; None if it stood."""
+        """The speed since the last `read` or the `start` of the clock; None if the clock was stopped."""
         now = time.perf_counter()
         since, before = self._since, self._tokens
         self._since, self._tokens = now, tokens
@@ -78,12 +78,12 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, in order of steps.
 
     Args:
-        path: rows beyond `step`, and a last line that was cut off, are dropped: a run that continues from an
-            older checkpoint writes them again.
-        step: the step that the run continues from, 0 for a new one.
+        path: rows after `step` and an incomplete last line are deleted. A run that resumes from an older checkpoint
+            writes them again.
+        step: the step that the run resumes after, 0 for a new run.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file does not hold rows of a run.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -95,13 +95,13 @@ class MetricsFile:
         replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Row) -> None:
-        """Appends a row; it is in the file when this returns."""
+        """Appends a row. It is in the file when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a metrics.jsonl, without an incomplete last line."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
@@ -109,7 +109,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def format_row(row: Row, seconds_left: float | None) -> list[str]:
-    """What a person wants to see of a training row."""
+    """The parts of a training row that a person wants to see."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
     parts = [f"loss {row['loss']:.4f}"]
     parts += [] if speed is None else [f"{si(speed)} tok/s"]
@@ -118,8 +118,8 @@ def format_row(row: Row, seconds_left: float | None) -> list[str]:
 
 
 def plot(metrics: Path, image: Path) -> None:
-    """Draws training and validation loss over tokens; the image appears whole or not at all."""
-    # Imported late: it takes a second, and not every process plots.
+    """Plots training and validation loss over tokens. The image is replaced atomically."""
+    # Imported late: it takes a second, and only one process plots.
     from matplotlib.figure import Figure
 
     rows = list(read_rows(metrics))

@@ -1,14 +1,19 @@
-"""Eight simulated CPU devices, strict guards, and the fixtures that several files share."""
+"""Eight simulated CPU devices, strict ranks and dtypes, and the fixtures that several files share."""
 
 import os
 import tempfile
 
-# Before JAX starts. Single-device tests take the first of the eight.
+# Set before JAX starts. Single-device tests use the first of the eight devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs of this size take longer to compile than to run: compile without optimisation, in half of the time.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Eight devices on two busy cores can exceed XLA's default limit of 40 s for a collective.
+DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=300"
+os.environ["XLA_FLAGS"] = f"{DEVICES} {FAST_COMPILE}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# One program is compiled once, for all tests and the commands that they start; the user's own programs are not touched.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-programs-")
+# One cache of compiled programs for all tests, the processes that run them and the commands that they start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-programs-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import shutil
@@ -24,7 +29,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_sessionfinish() -> None:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`init_from`: the model that a training run starts from, and whether the run's config fits it."""
+"""`init_from`: opens the model that a run starts from, and checks that the config matches it."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
 from gpt2_jax.interop.stored import StoredModel
 
-SAME = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # of the config and of the model
+MUST_MATCH = ("n_layer", "n_head", "n_embd", "bias", "gelu")
 
 
-def open_initial(config: TrainConfig, written: TrainConfig | None = None) -> tuple[StoredModel | None, TrainConfig]:
-    """The model of `config.init_from`, and the config with what only that could tell filled in.
+def open_initial(config: TrainConfig, saved: TrainConfig | None = None) -> tuple[StoredModel | None, TrainConfig]:
+    """Opens the model of `config.init_from`, and fills in the config's open keys from it.
 
     Args:
-        written: the config of the run that is to be continued. It has what is to be filled in, and the model, which
-            may be gone, is not needed again.
+        saved: the config of the run to resume, if there is one. It has the open keys, so the model is not opened: it
+            may be gone.
 
     Returns:
-        None for the model where none is needed.
+        The model, None for random initial parameters and for a run to resume, and the config.
 
     Raises:
-        UserError: there is no such model, or the config is that of another one.
+        UserError: there is no such model, or the config does not match it.
     """
     if not config.init_from:
         return None, config
-    if written:
-        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or written.model.vocab_size)
-        data = dataclasses.replace(config.data, characters=config.data.characters or written.data.characters)
+    if saved:
+        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or saved.model.vocab_size)
+        data = dataclasses.replace(config.data, characters=config.data.characters or saved.data.characters)
         return None, dataclasses.replace(config, model=model, data=data)
     stored = open_model(config.init_from)
     ours, theirs = config.model, stored.config
-    wrong = {key: getattr(theirs, key) for key in SAME if getattr(ours, key) != getattr(theirs, key)}
+    wrong = {key: getattr(theirs, key) for key in MUST_MATCH if getattr(ours, key) != getattr(theirs, key)}
     if ours.vocab_size not in (0, theirs.vocab_size):
         wrong["vocab_size"] = theirs.vocab_size
-    if ours.block_size > theirs.block_size:  # fewer positions are the first ones
+    if ours.block_size > theirs.block_size:  # a shorter block takes the first positions
         wrong["block_size"] = theirs.block_size
     if wrong:
         found = ", ".join(f"{key} {value}, not {getattr(ours, key)}" for key, value in wrong.items())
         flags = " ".join(f"--model.{key} {value}" for key, value in wrong.items())
         raise UserError(f"init_from = {config.init_from!r} has {found}; type {flags.replace('False', 'false')}")
     data = config.data
-    if data.text:  # files of tokens are as whoever made them says
+    if data.text:  # token files were encoded by their maker, with any tokenizer
         tokenizer = stored.tokenizer()
         name = tokenizer_name(tokenizer) if tokenizer else None
         if name != data.tokenizer:
