@@ -23,7 +23,8 @@ def head_logits(hidden: jax.Array, embedding: jax.Array, vocab_size: int) -> jax
     probability is 0.
     """
     logits = jnp.einsum("...c,vc->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(embedding.shape[0]) < vocab_size, logits, jnp.finfo(jnp.float32).min)
+    is_token = jnp.arange(embedding.shape[0]) < vocab_size
+    return jnp.where(jnp.expand_dims(is_token, range(hidden.ndim - 1)), logits, jnp.finfo(jnp.float32).min)
 
 
 def plain_cross_entropy(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, vocab_size: int) -> jax.Array:
@@ -75,7 +76,7 @@ def _forward(
         total, d_embedding = carry
         hidden, targets = part
         nats, logits, log_normaliser = _nats(hidden, targets, embedding, vocab_size)
-        is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
+        is_target = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
         d_logits = jnp.exp(logits - log_normaliser) - is_target.astype(jnp.float32)
         d_logits = jnp.where(targets[:, None] == IGNORE, 0.0, d_logits).astype(hidden.dtype)
         d_hidden = jnp.einsum("nv,vc->nc", d_logits, embedding.astype(hidden.dtype))

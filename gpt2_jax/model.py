@@ -104,7 +104,7 @@ class QueriesKeysValues(nn.Module):
 
 
 def _project_in(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) -> list[jax.Array]:
-    return jnp.split(flat_dot(x, kernel) + bias, 3, axis=-1)
+    return jnp.split(flat_dot(x, kernel) + bias[None, None], 3, axis=-1)
 
 
 class Attention(nn.Module):
@@ -252,7 +252,7 @@ class GPT2(nn.Module):
             Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens added.
         """
         slots = cache.slot + jnp.arange(tokens.shape[1])
-        positions = jnp.maximum(slots - cache.pad[:, None], 0)
+        positions = jnp.maximum(slots[None, :] - cache.pad[:, None], 0)
         hidden, after = self._backbone(tokens, positions, True, cache)
         assert after is not None
         return self._head(hidden[:, -1]), after

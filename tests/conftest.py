@@ -1,5 +1,7 @@
 """Eight simulated CPU devices, strict ranks and dtypes, and the fixtures that several files share."""
 
+# ruff: noqa: E402 (the environment has to be set before JAX is imported)
+
 import os
 import tempfile
 
@@ -24,6 +26,8 @@ import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, init_params
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

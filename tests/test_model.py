@@ -40,7 +40,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(SIZES[size], id=size, marks=pytest.mark.slow if size in ("355M", "774M") else ()) for size in SIZES],
+)
 def test_logits_and_gradients_equal_transformers(config):
     theirs = torch_gpt2(config)
     tokens = tokens_for(config, 2, 65)
@@ -122,7 +125,7 @@ def test_number_of_parameters():
     assert n_params(shapes, FULL) == 124_439_808  # as `transformers` counts the released model
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_scanned_equals_unrolled(tiny, remat):
     model, params = tiny
     scanned = GPT2(dataclasses.replace(model.config, scan_layers=True, remat=remat))

@@ -74,12 +74,12 @@ def whole_batch(tiny_config, batches):
     ("data", "fsdp", "accumulation", "change"),
     [
         (1, 1, 16, {}),
-        (8, 1, 2, {}),
         (2, 4, 2, {}),
         (1, 4, 4, {"scan_layers": True, "remat": "dots"}),
-        (1, 1, 2, {"scan_layers": True, "remat": "full"}),
-        (4, 1, 2, {"scan_layers": True, "remat": "dots"}),
         (1, 1, 1, {"loss_chunk": 24}),
+        pytest.param(8, 1, 2, {}, marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param(4, 1, 2, {"scan_layers": True, "remat": "dots"}, marks=pytest.mark.slow),
     ],
 )
 def test_however_a_batch_is_cut_up_the_updates_are_equal(
@@ -107,8 +107,14 @@ def twenty(tiny_config):
     return batches, run(tiny_config, mesh_of(1), batches, 1)[0]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "accumulation"),
+    [(4, 2, 4), (2, 4, 1)]
+    + [
+        pytest.param(data, fsdp, accumulation, marks=pytest.mark.slow)
+        for data, fsdp, accumulation in [(8, 1, 1), (8, 1, 4), (4, 2, 1), (2, 4, 4), (1, 8, 1), (1, 8, 4)]
+    ],
+)
 def test_twenty_losses_are_the_same_on_every_mesh(tiny_config, twenty, data, fsdp, accumulation):
     batches, expected = twenty
     scanned = accumulation == 4
@@ -119,7 +125,7 @@ def test_twenty_losses_are_the_same_on_every_mesh(tiny_config, twenty, data, fsd
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (2, 4)])
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch, data, fsdp):
     """Interpreted, as there is no TPU: the step's way around Pallas kernels is what is under test."""
     config = dataclasses.replace(tiny_config, block_size=128, n_layer=1)
@@ -144,8 +150,10 @@ def test_the_gradient_that_adamw_sees_has_the_clipped_norm(tiny_config, batches)
     assert norm == pytest.approx(OPTIMIZER.clip_norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    ("scan_layers", "fsdp"),
+    [(False, 1), (True, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 4), (True, 1)])],
+)
 def test_the_bfloat16_step_for_cuda_calls_cudnn(tiny_config, scan_layers, fsdp, cudnn_without_gpu):
     config = dataclasses.replace(
         tiny_config, n_head=2, n_embd=128, block_size=128, attention="cudnn", scan_layers=scan_layers
@@ -259,7 +267,10 @@ def moved(text, operation):
     return sorted(tuple(map(int, re.search(r"\[([\d,]+)\]", result)[1].split(","))) for result in results)
 
 
-@pytest.mark.parametrize(("data", "change"), [(1, {"n_layer": 1}), (2, {"scan_layers": True, "remat": "dots"})])
+@pytest.mark.parametrize(
+    ("data", "change"),
+    [(2, {"scan_layers": True, "remat": "dots"}), pytest.param(1, {"n_layer": 1}, marks=pytest.mark.slow)],
+)
 def test_under_fsdp_only_parameters_and_gradients_move(tiny_config, data, change):
     traced, state = trace(dataclasses.replace(tiny_config, **change), mesh_of(data, 8 // data), 4)
     program = traced.lower().compile()

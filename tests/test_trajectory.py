@@ -86,6 +86,7 @@ def trajectories(shared_data):
     return losses, np.array(expected), start, params, as_params(theirs.state_dict(), CONFIG)
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32(shared_data):
     batches = text_batches(shared_data, 2 * UPDATES)  # the second half at the final learning rate
     theirs = torch_gpt2(CONFIG)

@@ -40,8 +40,8 @@ def cached_attention(
     keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, flat(k), cache.slot, axis=1)
     values = jax.lax.dynamic_update_slice_in_dim(cache.values, flat(v), cache.slot, axis=1)
     scores = jnp.einsum("nqd,nsd->nqs", flat(q) * scale, keys, preferred_element_type=jnp.float32)
-    slots = jnp.arange(keys.shape[1])
-    seen = slots <= cache.slot + jnp.arange(time)[:, None]  # [time, slots]
+    slots = jnp.arange(keys.shape[1])[None, None, :]
+    seen = slots <= cache.slot + jnp.arange(time)[None, :, None]  # [1, time, slots]
     seen = seen & (slots >= cache.pad[:, None, None])  # [batch, time, slots]
     weights = jax.nn.softmax(jnp.where(jnp.repeat(seen, n_head, axis=0), scores, jnp.finfo(jnp.float32).min), axis=-1)
     y = jnp.einsum("nqs,nsd->nqd", weights.astype(values.dtype), values)

@@ -98,13 +98,13 @@ def to_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) ->
     too: as a sum it took as long as two of the other matmuls. It needs eight rows of ones, because XLA turns one row
     back into a sum.
     """
-    return x @ kernel + bias
+    return x @ kernel + bias[None, None]
 
 
 def _to_heads_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel + bias, (x, kernel)
+    return x @ kernel + bias[None, None], (x, kernel)
 
 
 def _to_heads_backward(

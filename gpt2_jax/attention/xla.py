@@ -69,8 +69,9 @@ def _blockwise_forward(
     all_weights, outputs = [], []
     for (start, end), mask in zip(_blocks(q.shape[2]), masks, strict=True):
         scores = jnp.einsum("bhqd,bhkd->bhqk", q[:, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32)
-        causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        weights = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+        causal = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
+        scores = jnp.where(causal[None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         all_weights.append(weights)
         outputs.append(jnp.einsum("bhqk,bhkd->bhqd", _dropped(weights, mask, dropout), v[:, :, :end]))
     y = jnp.concatenate(outputs, axis=2)

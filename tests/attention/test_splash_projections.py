@@ -1,4 +1,4 @@
-"""Products with gradients that are written out, against those that JAX derives in float32."""
+"""Matmuls with written-out gradients, against the gradients that JAX derives in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,22 @@ TOLERANCE = {jnp.float32: {"rtol": 1e-5, "atol": 1e-5}, jnp.bfloat16: {"rtol": 2
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "product",
+    "matmul",
     [
-        lambda x, kernel, bias: flat_dot(x, kernel) + bias,
+        lambda x, kernel, bias: flat_dot(x, kernel) + bias[None, None],
         lambda x, kernel, bias: to_heads(x, kernel, bias, HEAD_DIM),
-        lambda x, kernel, bias: from_heads(x, kernel, HEAD_DIM) + bias,
+        lambda x, kernel, bias: from_heads(x, kernel, HEAD_DIM) + bias[None, None],
     ],
     ids=["flat_dot", "to_heads", "from_heads"],
 )
-def test_values_and_gradients_are_those_of_the_plain_form(product, dtype):
+def test_values_and_gradients_are_those_of_the_plain_form(matmul, dtype):
     sizes = ((BATCH, TIME, FEATURES), (FEATURES, OUTPUTS), (OUTPUTS,), (BATCH, TIME, OUTPUTS))
     *args, grad = (jax.random.normal(jax.random.key(seed), size, dtype) for seed, size in enumerate(sizes))
-    value, gradients = jax.vjp(product, *args)
-    exact, exact_gradients = jax.vjp(lambda x, kernel, bias: x @ kernel + bias, *(x.astype(jnp.float32) for x in args))
+    value, gradients = jax.vjp(matmul, *args)
+    in_float32 = [x.astype(jnp.float32) for x in args]
+    exact, exact_gradients = jax.vjp(lambda x, kernel, bias: x @ kernel + bias[None, None], *in_float32)
     wanted = (exact, *exact_gradients(grad.astype(jnp.float32)))
     for one, other in zip((value, *gradients(grad)), wanted, strict=True):
         assert one.dtype == dtype
-        # Sums of at most 24 terms of order 1 in another order; in bfloat16 rounded after the product and after the sum.
+        # Sums of at most 24 terms of order 1 in another order; in bfloat16 rounded after the matmul and after the sum.
         np.testing.assert_allclose(one, other, **TOLERANCE[dtype])

@@ -39,7 +39,7 @@ def prompt(length, seed=0, vocab_size=300):
     return np.random.default_rng(seed).integers(0, vocab_size, length).tolist()
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 17, 56])
+@pytest.mark.parametrize("length", [1, 17, 56, *(pytest.param(length, marks=pytest.mark.slow) for length in (7, 16))])
 def test_greedy_equals_transformers_over_200_tokens(pair, length):
     theirs, model, params = pair
     ids = torch.tensor([prompt(length)])
@@ -87,7 +87,10 @@ def test_several_tokens_at_a_time_and_padding_change_nothing(pair):
         np.testing.assert_allclose(row, model.apply({"params": params}, sequence[None])[0, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(), Sampling(0.8, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0), Sampling(0.8, top_k=20, top_p=0.9), pytest.param(Sampling(), marks=pytest.mark.slow)],
+)
 def test_a_batch_gives_the_tokens_of_each_prompt_alone(pair, sampling):
     _, model, params = pair
     prompts = [prompt(length, seed=length) for length in (3, 60, 17, 16)]
@@ -134,7 +137,9 @@ def test_stacked_and_sharded_parameters_give_the_same(pair):
     assert generate(model, sharded, [prompt(5)], 20, Sampling(0))[0].tolist() == expected
 
 
-@pytest.mark.parametrize("block_size", [32, 36])  # a bucket of the cache, and one that is not
+@pytest.mark.parametrize(  # a length that is not a bucket of the cache, and one that is
+    "block_size", [36, pytest.param(32, marks=pytest.mark.slow)]
+)
 def test_sliding_equals_a_plain_loop_over_the_last_tokens(tiny_config, block_size):
     model = GPT2(dataclasses.replace(tiny_config, block_size=block_size))
     # Larger than initial ones, or the tied head would repeat each token for ever.
@@ -305,7 +310,16 @@ def test_mistakes_have_their_message(pair, prompts, new, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}]
+    "values",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"samples": 0},
+        {"seed": -1},
+        {"vocab_size": 0},
+    ],
 )
 def test_impossible_sampling_is_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
@@ -315,16 +329,6 @@ def test_impossible_sampling_is_refused(values):
 def test_no_prompts_give_nothing(pair):
     _, model, params = pair
     assert generate(model, params, [], 5) == []
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"samples": 0}, "samples = 0"), ({"seed": -1}, "seed = -1"), ({"vocab_size": 0}, "vocab_size = 0; expected")],
-)
-def test_impossible_settings_are_refused_at_once(pair, settings, message):
-    _, model, params = pair
-    with pytest.raises(UserError, match=message):
-        stream(model, params, [[1]], 5, **settings)  # before the first token is asked for
 
 
 def test_sliding_compiles_by_buckets_too(tiny):
