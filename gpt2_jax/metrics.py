@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -15,6 +15,9 @@ from gpt2_jax.display import duration, si
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
 from gpt2_jax.hardware import chip_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -117,31 +120,35 @@ def format_row(row: Row, seconds_left: float | None) -> list[str]:
     return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])
 
 
-def plot(metrics: Path, image: Path) -> None:
-    """Plots training and validation loss over tokens. The image is replaced atomically."""
+def loss_figure(rows: Sequence[Row], title: str) -> Figure:
+    """Training and validation loss over tokens. The training curve has about 100 points, each a mean of rows."""
     # Imported late: it takes a second, and only one process plots.
     from matplotlib.figure import Figure
 
-    rows = list(read_rows(metrics))
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     points = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
     if points:
         length = -(-len(points) // PLOT_POINTS)
-        stretches = [points[start : start + length] for start in range(0, len(points), length)]
-        means = [[sum(column) / len(stretch) for column in zip(*stretch, strict=True)] for stretch in stretches]
+        groups = [points[start : start + length] for start in range(0, len(points), length)]
+        means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
         label = "training" + (f" (means of {length} rows)" if length > 1 else "")
         axes.plot(*zip(*means, strict=True), label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
     points = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
     if points:
         label = f"validation ({points[-1][1]:.4f} at the end)"
         axes.plot(*zip(*points, strict=True), label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=metrics.absolute().parent.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(lambda value, _: si(value))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
+    return figure
+
+
+def plot(metrics: Path, image: Path) -> None:
+    """Plots the rows of a metrics.jsonl. The image is replaced atomically."""
     partial = image.with_name(image.name + ".partial")
-    figure.savefig(partial, format="png")
+    loss_figure(list(read_rows(metrics)), metrics.absolute().parent.name).savefig(partial, format="png")
     partial.replace(image)

@@ -3,12 +3,22 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import CHIPS
-from gpt2_jax.metrics import MetricsFile, Throughput, ThroughputMeter, flops_per_token, format_row, plot, read_rows
+from gpt2_jax.metrics import (
+    MetricsFile,
+    Throughput,
+    ThroughputMeter,
+    flops_per_token,
+    format_row,
+    loss_figure,
+    plot,
+    read_rows,
+)
 
 
 def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path):
@@ -74,14 +84,24 @@ def test_what_a_person_sees_of_a_row():
     assert format_row(ROW | {"tokens_per_second": None, "mfu": None}, None) == ["loss 2.3457"]
 
 
-def test_the_plot_is_a_png(tmp_path):
+def test_the_plot_shows_means_of_training_rows_and_every_evaluation(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     image = tmp_path / "loss.png"
-    plot(metrics.path, image)  # nothing yet
-    metrics.write({"step": 1, "tokens": 10, "loss": 3.0})
-    metrics.write({"step": 1, "tokens": 10, "val_loss": 3.1})
-    for step in range(2, 250):
+    plot(metrics.path, image)  # no rows yet
+    for step in range(1, 250):
         metrics.write({"step": step, "tokens": 10 * step, "loss": 3.0 - step / 100})
+    for step, loss in ((100, 2.5), (200, 1.5)):
+        metrics.write({"step": step, "tokens": 10 * step, "val_loss": loss})
     plot(metrics.path, image)
     assert image.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+    (axes,) = loss_figure(list(read_rows(metrics.path)), "run").axes
+    training, validation = axes.lines
+    assert len(training.get_xdata()) == 83  # 249 rows, three a point
+    np.testing.assert_allclose([training.get_xdata()[0], training.get_ydata()[0]], [20, 2.98])  # of updates 1 to 3
+    np.testing.assert_array_equal(validation.get_xydata(), [[1000, 2.5], [2000, 1.5]])
+    assert [text.get_text() for text in axes.get_legend().texts] == [
+        "training (means of 3 rows)",
+        "validation (1.5000 at the end)",
+    ]

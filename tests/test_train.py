@@ -313,6 +313,17 @@ def test_the_directory_of_another_run_is_left_alone(tiny_run, tmp_path):
     assert after == before
 
 
+def test_a_checkpoint_of_another_state_layout_is_refused_but_is_still_a_model(tiny_run, tmp_path):
+    args = [*tiny_run, "--out", tmp_path / "run", "--optimizer.warmup_steps", 1]
+    assert run_here([*args, "--steps", 2]) == 0
+    with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:  # layout 1 had no number
+        checkpoints.save(3, final_state(tmp_path / "run"), {"data": checkpoints.info(2)["data"]})
+    with pytest.raises(UserError, match=r"/3 was saved by another version .*layout 1, expected 2.*--init_from"):
+        run_here([*args, "--steps", 4])
+    checkpoint = tmp_path / "run" / "checkpoints" / "3"
+    assert run_here([*args, "--init_from", checkpoint, "--out", tmp_path / "next", "--steps", 1]) == 0
+
+
 def test_two_processes_do_not_train_in_one_directory(tiny_run, tmp_path):
     args = [*tiny_run, "--out", tmp_path / "run"]
     first = command([*args, "--steps", "100000", "--optimizer.decay_steps", "40"])
