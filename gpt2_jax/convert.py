@@ -1,4 +1,4 @@
-"""Takes a model elsewhere: `python -m gpt2_jax.convert --from MODEL --to FORMAT --out DIR`."""
+"""Converts a model to another format: `python -m gpt2_jax.convert --from MODEL --to FORMAT --out DIR`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import KINDS, open_model
+from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
 from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
@@ -27,23 +27,27 @@ from gpt2_jax.interop.stored import architecture_summary
 
 PROG = "python -m gpt2_jax.convert"
 
+Format = Literal["huggingface", "llmc", "nanogpt", "orbax"]
+ExportDtype = Literal["float32", "bfloat16"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Flags of the command."""
 
-    source: Annotated[str, tyro.conf.arg(name="from", help=f"MODEL: {KINDS}.")]
-    to: Literal["huggingface", "llmc", "nanogpt", "orbax"]
-    """Format to write."""
+    source: Annotated[str, tyro.conf.arg(name="from", help=f"MODEL to convert: {MODEL_KINDS}.")]
+    to: Format
+    """Format to write. orbax is a run directory of this project, without the optimizer's state."""
     out: str
-    """Directory to write; it must not exist."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the tensors, for huggingface and llmc; bfloat16 rounds. (llm.c's train_gpt2cu wants bfloat16 by default.)"""
+    """Directory to create; it must not exist."""
+    dtype: ExportDtype = "float32"
+    """Dtype of the parameters in huggingface and llmc; bfloat16 rounds. (llm.c's train_gpt2cu reads bfloat16 by
+    default.)"""
 
 
 def main(args: Sequence[str]) -> int:
-    """The command; returns its exit code."""
-    flags = parse_flags(Flags, args, prog=PROG, description="Take a model elsewhere.")
+    """Runs the command and returns its exit code."""
+    flags = parse_flags(Flags, args, prog=PROG, description="Convert a model to another format.")
     out = convert(flags.source, flags.to, flags.out, flags.dtype)
     files = sorted(path.name for path in out.iterdir())
     print(f"wrote     {out}: {', '.join(files)}")
@@ -52,49 +56,54 @@ def main(args: Sequence[str]) -> int:
 
 
 def _next_command(flags: Flags, out: Path, files: list[str]) -> str:
+    """The command or the Python expression that reads the converted model."""
     if flags.to == "huggingface":
         if "tokenizer_config.json" not in files:
-            return f'AutoModelForCausalLM.from_pretrained("{out}") (the tokenizer is not known: none was written)'
+            return f'AutoModelForCausalLM.from_pretrained("{out}") (no tokenizer was written: it is unknown)'
         return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
     if flags.to == "llmc":
         file = next(file for file in files if file.endswith(".bin"))
         if "vocab.json" in files:
-            return (
-                f"llm.c reads {out / file}, but prints GPT-2's tokens: those of this model are in {out / 'vocab.json'}"
-            )
+            return f"llm.c reads {out / file}, but prints text with GPT-2's tokens; this model's: {out / 'vocab.json'}"
         precision = {"float32": "FP32", "bfloat16": "BF16"}[flags.dtype]
         return f"llm.c: make train_gpt2cu PRECISION={precision}, and ./train_gpt2cu -e {out / file}"
     if flags.to == "nanogpt":
         if "vocab.json" in files:
-            return f"nanoGPT reads {out} (it prints GPT-2's tokens; this model's are in {out / 'vocab.json'})"
+            return f"nanoGPT reads {out}, but prints text with GPT-2's tokens; this model's: {out / 'vocab.json'}"
         meta = f"copy {out / 'meta.pkl'} to data/{DATASET}/, and " if "meta.pkl" in files else ""
         return f"nanoGPT: {meta}python sample.py --out_dir={out}"
     return f"python -m gpt2_jax.generate --model {out}"
 
 
-def convert(
-    source: str,
-    to: Literal["huggingface", "llmc", "nanogpt", "orbax"],
-    out: str | Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Path:
-    """Writes any MODEL in another format, under a temporary name beside `out` that is renamed at the end.
+def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "float32") -> Path:
+    """Writes a model of any format in the format `to`.
+
+    The files are written into a temporary directory beside `out`, which is renamed at the end.
+
+    Args:
+        source: any MODEL.
+        to: the format to write.
+        out: the directory to create.
+        dtype: of the parameters, for huggingface and llmc.
+
+    Returns:
+        `out`, as a path.
 
     Raises:
-        UserError: the model cannot be read, the format has no such model, or `out` cannot be written.
+        UserError: the model cannot be read, the format cannot represent it, or `out` cannot be written.
     """
     try:
         out = Path(out).expanduser()
         exists = out.exists()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {out} cannot be a directory ({error}); give another") from error
+        raise UserError(f"--out {out} cannot be a directory ({error}); give another --out") from error
     if dtype != "float32" and to in ("nanogpt", "orbax"):
-        raise UserError(f"--dtype {dtype} is for huggingface and llmc; {to} keeps float32")
+        raise UserError(f"--dtype {dtype} is for huggingface and llmc, and {to} is always float32; leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
     print(f"from      {model.where}: {architecture_summary(model.config)}")
-    new = [parent for parent in out.parents if not parent.exists()]
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,21 +116,21 @@ def convert(
             write_nanogpt(model, partial)
         else:
             write_orbax(model, partial)
-        mask = _umask()  # mkdtemp and safetensors close what they make to everyone else
+        mask = _umask()  # mkdtemp and safetensors create files that only their owner can read
         for path in (partial, *partial.iterdir()):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # a full disk is any of them, by the writer
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # each writer reports a full disk as another
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
-        for _ in range(50):  # after a failure Orbax's threads may write on for a moment
+        for _ in range(50):  # after a failure, Orbax's threads may go on writing for a moment
             if not partial or not partial.exists():
                 break
             shutil.rmtree(partial, ignore_errors=True)
             time.sleep(0.1)
         if not out.exists():
-            for parent in new:
+            for parent in new_parents:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
     return out

@@ -18,7 +18,7 @@ from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import Sampling
 from gpt2_jax.hardware import current_hardware
-from gpt2_jax.interop import KINDS, open_model
+from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.resolve import matmul_dtype
 
 PROG = "python -m gpt2_jax.generate"
@@ -37,7 +37,7 @@ TEXT = tyro.constructors.PrimitiveConstructorSpec[str | None](
 class Flags:
     """Flags of the command."""
 
-    model: Annotated[str, tyro.conf.arg(help=f"MODEL: {KINDS}.")]
+    model: Annotated[str, tyro.conf.arg(help=f"MODEL: {MODEL_KINDS}.")]
     prompt: Annotated[str | None, TEXT, tyro.conf.arg(help_behavior_hint="")] = None
     """Text to continue. An empty one starts a new text."""
     prompt_file: Annotated[str | None, TEXT, tyro.conf.arg(help_behavior_hint="")] = None

@@ -1,7 +1,6 @@
-"""Every knob of a training run: frozen dataclasses, and what can be seen to be impossible in them.
+"""Every setting of a training run: frozen dataclasses, and the checks that need neither data nor devices.
 
-Whatever the user got wrong is a `UserError`: one line that says what was found, what was expected and
-what to type.
+A field's docstring is its entry in the `--help` of `gpt2_jax.train`.
 """
 
 from __future__ import annotations
@@ -17,38 +16,41 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
 
-IGNORE = -1  # A target that the loss does not count.
+IGNORE = -1  # a target that does not count in the loss
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """The architecture, and how it is computed."""
+    """The architecture of the model, and how it is computed."""
 
     vocab_size: int = 50257
-    """Tokens in the vocabulary; 0 takes the tokenizer's. Padded to a multiple of 128 inside the model only."""
+    """Number of tokens in the vocabulary; 0 takes it from the tokenizer. The model pads it to a multiple of 128
+    internally."""
     block_size: int = 1024
-    """Longest sequence, in tokens (GPT-2's n_positions)."""
+    """Context length: the longest sequence, in tokens (n_positions in GPT-2)."""
     n_layer: int = 12
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads per block."""
+    """Attention heads per block. n_embd must be a multiple of it."""
     n_embd: int = 768
-    """Width of the residual stream."""
+    """Width of the embeddings and of the residual stream."""
     dropout: float = 0.0
-    """Dropout rate after the embeddings, on attention weights and on both residual branches."""
+    """Dropout rate of the embeddings, the attention weights and both residual branches."""
     bias: bool = True
     """Biases in linear layers and layer norms. GPT-2 has them; nanoGPT's recipes do not."""
     gelu: Literal["tanh", "exact"] = "tanh"
-    """GPT-2 uses the tanh approximation of GELU, nanoGPT the exact one."""
+    """The GELU activation: GPT-2 uses the tanh approximation, nanoGPT the exact function."""
     attention: AttentionBackend = "auto"
-    """Attention kernel: auto picks by platform, dtype, shape and dropout, and the run says why."""
+    """Attention backend. auto takes the fastest one that supports the device, dtype, shape and dropout, and the run
+    prints the reason."""
     scan_layers: bool = False
-    """Compile one block and scan over the layers: faster to compile, smaller program, slower steps."""
+    """Scan over the layers instead of unrolling them: faster to compile and a smaller program, but slower updates."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks. With the last two it
-    also gathers parameters split over mesh.fsdp again, and does not keep them."""
+    """Rematerialisation, to save memory. The backward pass recomputes nothing (none), everything except matmuls (dots),
+    or whole blocks (full). With dots and full it also gathers the parameters sharded over mesh.fsdp a second time,
+    instead of storing them."""
     loss_chunk: int = 4096
-    """Tokens whose logits exist at the same time in the training loss; 0 for all."""
+    """Tokens whose logits are in memory at the same time in the training loss; 0 for all."""
 
     def unrolled(self, attention: AttentionBackend = "xla") -> GPT2Config:
         """The same architecture without scan and rematerialisation, by default with attention that runs everywhere.
@@ -65,91 +67,95 @@ class SourceConfig:
     train: str
     """Glob of its token files."""
     weight: float = 1.0
-    """Its share of the training sequences, relative to the other weights."""
+    """Its share of the training sequences, relative to the weights of the other sources."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from: `text`, or `val` with either `train` or `sources`."""
+    """The training and validation data: either `text`, or token files in `val` and in one of `train` and `sources`."""
 
     text: str = ""
-    """Text file or glob to train on; "stdlib" is the source of the running Python's standard library."""
+    """Text file or glob to train on. "stdlib" is the source code of the running Python's standard library."""
     train: str = ""
-    """Glob of token files to train on: llm.c's and nanoGPT's .bin, build-nanogpt's .npy. For several sources with
-    weights write [[data.sources]] tables into a TOML file instead, each with train and weight."""
+    """Glob of token files to train on: llm.c's or nanoGPT's .bin, or build-nanogpt's .npy. To mix several sources by
+    weight, write [[data.sources]] tables into a TOML file instead, each with train and weight."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sources, mixed by weight, instead of `train`."""
+    """Several sources of token files, mixed by weight, instead of `train`."""
     val: str = ""
-    """Glob of token files to validate on."""
+    """Glob of token files to validate on: needed with token files, not allowed with text."""
     tokenizer: TokenizerName = "gpt2"
-    """How text becomes tokens: GPT-2's byte pairs, raw bytes, or the text's own characters."""
+    """How text becomes tokens: gpt2 for GPT-2's byte pairs, bytes for raw bytes, chars for the text's characters."""
     val_fraction: float = 0.1
-    """Share of `text` held out: of the files, by a hash of their names, or the end of a single file."""
+    """Fraction of `text` to hold out for validation: whole files, chosen by a hash of their names, or the end of a
+    single file."""
     characters: str = ""
-    """Alphabet of tokenizer "chars", in token order; empty takes the text's own, sorted, or nanoGPT's meta.pkl."""
+    """Alphabet of tokenizer "chars", in token order. Empty takes the sorted characters of the text, or the alphabet in
+    nanoGPT's meta.pkl."""
     document_starts: bool = False
     """Move each training window forward to the first document that starts in it, if one does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Clip by global norm, then AdamW with masked decay, on a warmup-cosine schedule."""
+    """AdamW with masked weight decay, clipping by global norm, and a warmup-cosine schedule."""
 
     learning_rate: float = 6e-4
-    """Peak learning rate, reached by the last warm-up update."""
+    """Peak learning rate, reached at the last update of warmup."""
     final_learning_rate: float = 6e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine decay."""
     warmup_steps: int = 715
-    """Updates of linear warm-up."""
+    """Updates of linear warmup."""
     decay_steps: int = 0
-    """Update at which the cosine ends, warm-up included; 0 for `steps`."""
+    """Update at which the cosine decay ends, counted from the start of the run; 0 for the last update."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """Decay rate of AdamW's second moment."""
     epsilon: float = 1e-8
-    """AdamW's epsilon."""
+    """Constant in AdamW's denominator."""
     weight_decay: float = 0.1
-    """Decoupled decay of every tensor of rank 2 and up (embeddings included)."""
+    """Decoupled weight decay of every tensor of rank 2 or more, embeddings included."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 for no clipping."""
+    """Largest global norm of the gradient: larger gradients are scaled down to it. 0 turns clipping off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Number of devices along each mesh axis. One of the two may be -1: all devices that the other one leaves."""
 
     data: int = -1
-    """Replicas: each computes its share of the batch."""
+    """Replicas of the parameters. Each replica computes its share of the batch."""
     fsdp: int = 1
-    """Devices that share one copy of parameters and optimizer state."""
+    """Devices per replica, which shard its parameters, its optimizer state and its share of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is written to OUT/checkpoints, always after the last update too."""
+    """Checkpoints in OUT/checkpoints. The last update is always saved."""
 
     every: int = 1000
-    """Updates between checkpoints; 0 for the last one only."""
+    """Updates between checkpoints; 0 saves the last update only."""
     keep: int = 2
-    """Newest checkpoints to keep, beside the best of those that were saved right after an evaluation."""
+    """Number of newest checkpoints to keep. Of those saved right after an evaluation, the one with the lowest
+    validation loss is kept too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Validation during the run, always after the last update too."""
+    """Evaluation on the validation data. It always runs after the last update."""
 
     every: int = 250
-    """Updates between evaluations; 0 for the last one only."""
+    """Updates between evaluations; 0 evaluates after the last update only."""
     tokens: int = 0
-    """Validation tokens per evaluation, from the first on; 0 for all. The end of a run on text takes all too."""
+    """Validation tokens per evaluation, from the start of the data; 0 for all. The report at the end of a run on text
+    always takes all."""
     sample_tokens: int = 0
-    """Tokens that the finished model writes at the end of the run."""
+    """Tokens of sample text to print at the end of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Rows of OUT/metrics.jsonl, and the lines or the bar that you see."""
+    """Training rows in OUT/metrics.jsonl and on the terminal."""
 
     every: int = 10
     """Updates between training rows."""
@@ -157,27 +163,29 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run, whole: what config.toml in the run directory holds."""
+    """A complete training run, as written to config.toml in the run directory."""
 
     out: str
-    """Run directory. If it holds checkpoints of the same config, the run continues exactly."""
+    """Run directory. If it has checkpoints of the same config, the run resumes from the newest one, bit for bit."""
     steps: int
-    """Optimizer updates, in total."""
+    """Total number of optimizer updates."""
     batch_size: int
-    """GLOBAL sequences per update, over all devices and micro-batches."""
+    """GLOBAL number of sequences per update, over all devices and micro-batches."""
     micro_batch_size: int = 0
-    """Sequences per device per forward pass; 0 for all at once. Accumulation follows from the two sizes."""
+    """Sequences per device and forward pass; 0 for the device's whole share of the batch. A smaller micro-batch needs
+    less memory: gradients are accumulated until batch_size is reached."""
     batch_ramp: tuple[tuple[int, int], ...] = ()
-    """Smaller batches at the start: pairs (until this many tokens, this many sequences), then batch_size."""
+    """Smaller batches at the start of the run, as pairs of tokens and sequences: until the run has trained on that many
+    tokens, each batch has that many sequences. After the last pair, batch_size applies."""
     init_from: str = ""
-    """MODEL to start from (fine-tuning), as `gpt2_jax.load` takes it; empty for random initial parameters."""
+    """Model to fine-tune: any MODEL that gpt2_jax.load takes. Empty for random initial parameters."""
     seed: int = 1337
-    """Seeds the initial parameters, the data order and dropout."""
+    """Seed of the initial parameters, the data order and dropout."""
     dtype: Dtype = "auto"
-    """Of the matrix products: auto is bfloat16 on accelerators and float32 on CPU. The rest is float32."""
+    """Dtype of matmuls: auto is bfloat16 on accelerators and float32 on CPU. Everything else is float32."""
     compilation_cache: str = "auto"
-    """Directory for compiled programs, which the next start need not compile: auto is gpt2_jax/programs in the user's
-    cache directory, empty for none."""
+    """Directory that caches compiled programs for the next start. auto is gpt2_jax/programs in the user's cache
+    directory; empty turns the cache off."""
     model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -189,31 +197,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The part of a `TrainConfig` that a trained model needs: the architecture, and in `data` the tokenizer."""
+    """The part of a `TrainConfig` that a trained model needs: the architecture, and the tokenizer in `data`."""
 
     model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
 
-# Keys that change speed, memory or what is written, but not what is computed: at most the order of float
-# additions and, with dropout, which of the equally likely masks are drawn.
-NOT_MATHEMATICS = re.compile(
-    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*"
-    r"|model\.(attention|scan_layers|remat|loss_chunk)"
-    r"|data\.(text|train|val|sources)"  # files may move; that they are the same is seen from their fingerprint
-)
-
-
-def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys that change the mathematics of a run, each with its value there and here."""
-    here, there = flatten(ours), flatten(theirs)
-    return {
-        key: (there[key], here[key]) for key in here if here[key] != there[key] and not NOT_MATHEMATICS.fullmatch(key)
-    }
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config as `{"steps": ..., "model.n_layer": ...}`, in the order of its declaration."""
+    """A config as `{"steps": ..., "model.n_layer": ...}`, in the order of its fields."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -224,65 +215,140 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Keys that change speed, memory or output, but not the mathematics. At most they change the order of float additions
+# and, with dropout, which of the equally likely masks is drawn.
+_NOT_MATHEMATICAL = re.compile(
+    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*"
+    r"|model\.(attention|scan_layers|remat|loss_chunk)"
+    r"|data\.(text|train|val|sources)"  # files may move: the fingerprint of the data tells whether they are the same
+)
+
+
+def differences(config: TrainConfig, saved: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys that change the mathematics of a run, each with its value in `saved` and in `config`."""
+    old, new = flatten(saved), flatten(config)
+    return {key: (old[key], new[key]) for key in new if new[key] != old[key] and not _NOT_MATHEMATICAL.fullmatch(key)}
+
+
+# --- validation ----------------------------------------------------------------------------------------
+
+_Range = tuple[str, Callable[[Any], bool]]  # in words, for errors, and as a test
+_AT_LEAST_1: _Range = ("at least 1", lambda value: value >= 1)
+_NOT_NEGATIVE: _Range = ("0 or more", lambda value: value >= 0)
+_POSITIVE: _Range = ("a finite number above 0", lambda value: 0 < value < float("inf"))
+_FINITE: _Range = ("a finite number, 0 or more", lambda value: 0 <= value < float("inf"))
+_RATE: _Range = ("0 or more and below 1", lambda value: 0 <= value < 1)
+_DEVICES: _Range = ("at least 1, or -1 for the remaining devices", lambda value: value == -1 or value >= 1)
+
+_RANGES: dict[str, _Range] = {
+    "out": ("the name of a run directory", bool),
+    "steps": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "micro_batch_size": _NOT_NEGATIVE,
+    "seed": ("0 or more and below 2**32", lambda value: 0 <= value < 2**32),
+    "model.vocab_size": _NOT_NEGATIVE,
+    "model.block_size": _AT_LEAST_1,
+    "model.n_layer": _AT_LEAST_1,
+    "model.n_head": _AT_LEAST_1,
+    "model.n_embd": _AT_LEAST_1,
+    "model.dropout": _RATE,
+    "model.loss_chunk": _NOT_NEGATIVE,
+    "data.val_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.final_learning_rate": _FINITE,
+    "optimizer.warmup_steps": _NOT_NEGATIVE,
+    "optimizer.decay_steps": _NOT_NEGATIVE,
+    "optimizer.beta1": _RATE,
+    "optimizer.beta2": _RATE,
+    "optimizer.epsilon": _POSITIVE,
+    "optimizer.weight_decay": _FINITE,
+    "optimizer.clip_norm": _FINITE,
+    "mesh.data": _DEVICES,
+    "mesh.fsdp": _DEVICES,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.keep": _AT_LEAST_1,
+    "eval.every": _NOT_NEGATIVE,
+    "eval.tokens": _NOT_NEGATIVE,
+    "eval.sample_tokens": _NOT_NEGATIVE,
+    "log.every": _AT_LEAST_1,
+}
+
+
 def validate(config: TrainConfig) -> None:
-    """Refuses what can be seen to be impossible without data and devices.
+    """Checks everything that can be checked without data and devices.
 
     Raises:
-        UserError: names the key, its value and what to type instead.
+        UserError: names the key, its value, and what to type instead.
     """
     values = flatten(config)
-
-    def require(key: str, holds: Callable[[Any], bool], expected: str) -> None:
-        if not holds(values[key]):
+    for key, (expected, is_valid) in _RANGES.items():
+        if not is_valid(values[key]):
             raise UserError(f"{key} = {values[key]!r}; expected {expected}")
-
-    for key in ("steps", "batch_size", "model.block_size", "model.n_layer", "model.n_head", "model.n_embd"):
-        require(key, lambda value: value >= 1, "at least 1")
-    for key in ("log.every", "checkpoint.keep"):
-        require(key, lambda value: value >= 1, "at least 1")
-    for key in ("micro_batch_size", "checkpoint.every", "eval.every", "eval.tokens", "eval.sample_tokens"):
-        require(key, lambda value: value >= 0, "0 or more")
-    for key in ("model.vocab_size", "model.loss_chunk", "optimizer.warmup_steps", "optimizer.decay_steps"):
-        require(key, lambda value: value >= 0, "0 or more")
-    for key in ("optimizer.final_learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"):
-        require(key, lambda value: 0 <= value < float("inf"), "a finite number, 0 or more")
-    for key in ("optimizer.learning_rate", "optimizer.epsilon"):
-        require(key, lambda value: 0 < value < float("inf"), "a finite number above 0")
-    for key in ("optimizer.beta1", "optimizer.beta2", "model.dropout"):
-        require(key, lambda value: 0 <= value < 1, "0 or more and below 1")
-    require("seed", lambda value: 0 <= value < 2**32, "0 or more and below 2**32")
-    require("data.val_fraction", lambda value: 0 < value < 1, "above 0 and below 1")
-    require("mesh.data", lambda value: value == -1 or value >= 1, "-1 or at least 1")
-    require("mesh.fsdp", lambda value: value == -1 or value >= 1, "-1 or at least 1")
-    require("out", bool, "the name of a run directory")
-
-    model = config.model
-    if model.n_embd % model.n_head:
-        raise UserError(f"model.n_embd = {model.n_embd} is not a multiple of model.n_head = {model.n_head}")
-    if config.mesh.data == -1 and config.mesh.fsdp == -1:
-        raise UserError("mesh.data and mesh.fsdp are both -1; only one can take what is left")
-    decay_steps = config.optimizer.decay_steps or config.steps
-    if config.optimizer.warmup_steps > decay_steps:
+    n_embd, n_head = config.model.n_embd, config.model.n_head
+    if n_embd % n_head:
+        divisor = next(n for n in range(n_head, 0, -1) if n_embd % n == 0)
         raise UserError(
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than the {decay_steps} updates of "
-            f"the schedule; type --optimizer.warmup_steps {decay_steps // 10}"
+            f"model.n_embd = {n_embd} is not a multiple of model.n_head = {n_head}; type --model.n_head {divisor}"
+        )
+    if config.mesh.data == -1 and config.mesh.fsdp == -1:
+        raise UserError(
+            "mesh.data and mesh.fsdp are both -1; only one of them can take the remaining devices; type --mesh.fsdp 1"
+        )
+    _check_schedule(config)
+    _check_data(config.data)
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """Checks that warmup fits into the learning rate schedule, and that the batch size ramps up."""
+    warmup_steps, decay_steps = config.optimizer.warmup_steps, config.optimizer.decay_steps or config.steps
+    if warmup_steps > decay_steps:
+        raise UserError(
+            f"optimizer.warmup_steps = {warmup_steps} is more than the {decay_steps} updates of the learning rate "
+            f"schedule; type --optimizer.warmup_steps {decay_steps // 10}"
         )
     previous_tokens, previous_size = 0, 1
     for tokens, size in config.batch_ramp:
-        if tokens <= previous_tokens or size < previous_size or size > config.batch_size:
+        if tokens <= previous_tokens or not previous_size <= size <= config.batch_size:
             raise UserError(
-                f"batch_ramp = {config.batch_ramp}; expected pairs (tokens, sequences), tokens rising and sequences "
-                f"growing towards batch_size = {config.batch_size}"
+                f"batch_ramp = {config.batch_ramp}; expected pairs of tokens and sequences, with tokens rising and "
+                f"sequences growing to at most batch_size = {config.batch_size}"
             )
         previous_tokens, previous_size = tokens, size
-    data = config.data
-    if [bool(data.text), bool(data.train), bool(data.sources)].count(True) != 1 or bool(data.text) == bool(data.val):
+
+
+def _check_data(data: DataConfig) -> None:
+    """Checks that there is one kind of training data, with validation data to match."""
+    token_files = f"data.train = {data.train!r}" if data.train else "[[data.sources]]"
+    if not (data.text or data.train or data.sources):
         raise UserError(
-            "no data, or two kinds of it; give either --data.text, or --data.train and --data.val (of several sources "
-            "[[data.sources]] in TOML and --data.val)"
+            "no training data is set; type --data.text FILE for text, or --data.train FILES --data.val FILES for token "
+            "files"
         )
+    if data.text and (data.train or data.sources):
+        raise UserError(
+            f"data.text = {data.text!r} and {token_files} are both set; expected one of them; for token files, type "
+            "--data.text= with --data.train and --data.val"
+        )
+    if data.train and data.sources:
+        raise UserError(
+            f"data.train = {data.train!r} and [[data.sources]] are both set; expected one of them; for the sources, "
+            "type --data.train="
+        )
+    if data.text and data.val:
+        raise UserError(
+            f"data.val = {data.val!r} is set with data.text, which holds out data.val_fraction of itself; type "
+            "--data.val="
+        )
+    if not data.text and not data.val:
+        raise UserError(f"{token_files} is set without validation data; type --data.val FILES")
     for source in data.sources:
         if not 0 < source.weight < float("inf"):
-            raise UserError(f"data.sources: {source.train!r} has the weight {source.weight}; expected one above 0")
+            raise UserError(
+                f"the source {source.train!r} in data.sources has weight = {source.weight}; expected a finite number "
+                "above 0"
+            )
     if data.document_starts and data.tokenizer == "chars":
-        raise UserError("data.document_starts = true needs end-of-text tokens, which data.tokenizer = 'chars' lacks")
+        raise UserError(
+            "data.document_starts = true needs an end-of-text token, and data.tokenizer = 'chars' has none; type "
+            "--data.document_starts false"
+        )

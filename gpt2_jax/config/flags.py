@@ -24,8 +24,8 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
     """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
 
     Raises:
-        UserError: for everything that can be found wrong before looking at data and devices.
-        SystemExit: code 0 after `--help`; without `--config`, the presets are listed.
+        UserError: something is wrong that can be found without data and devices.
+        SystemExit: after `--help`, with code 0; without `--config`, after a list of the presets.
     """
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     name, rest = "", []
@@ -36,18 +36,18 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
         else:
             rest.append(arg)
     if not name:
-        asks_help = "--help" in rest or "-h" in rest
+        help_requested = "--help" in rest or "-h" in rest
         print(f"{description}\n\nusage: {prog} --config NAME|FILE.toml [--section.key value ...]\n\npresets:")
         print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
-        print(f"\nevery key, with its meaning: {prog} --config NAME --help")
-        raise SystemExit(0 if asks_help else 2)
+        print(f"\nTo list every key with its meaning, type {prog} --config NAME --help")
+        raise SystemExit(0 if help_requested else 2)
     config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
     validate(config)
     return config
 
 
 def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line as two: the flags that are fields of the dataclass `kind`, with their values, and the rest."""
+    """Splits a command line: the flags that are fields of the dataclass `kind`, with their values, and the rest."""
     names = {field.name for field in dataclasses.fields(kind)}
     taken: list[str] = []
     rest: list[str] = []
@@ -63,31 +63,49 @@ def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[st
 
 
 def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
-    """`config` with `--section.key value` flags applied; `--help` prints every key and exits with 0."""
+    """`config` with `--section.key value` flags applied. `--help` prints every key and exits with code 0.
+
+    Raises:
+        UserError: an unknown flag, or a bad value.
+    """
     known = flatten(config)
-    del known["data.sources"]  # a list of tables, whose own keys are flags once the file has them
+    del known["data.sources"]  # The list is no flag, but the keys of the tables in it are.
     for index, source in enumerate(config.data.sources):
         known |= flatten(source, f"data.sources.{index}.")
+
+    def parse(args: list[str]) -> TrainConfig:
+        return tyro.cli(
+            TrainConfig,
+            default=config,
+            args=args,
+            prog=prog,
+            description=description,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+
     words: list[str] = []
     key = ""
     for arg in args:
         if arg in ("--help", "-h"):
-            _tyro(config, ["--help"], prog, description)
+            parse(["--help"])
         if arg.startswith("--"):
             key = arg[2:].replace("-", "_")
             if key == "data.sources":
-                raise UserError(f"{arg} is no flag; write [[data.sources]] tables with train and weight in a TOML file")
+                raise UserError(
+                    f"{arg} is not a flag; write [[data.sources]] tables with train and weight in a TOML file"
+                )
             if key not in known:
                 raise UserError(f"unknown flag {arg}; {nearest_key(key, list(known), prefix='--')}")
             arg = "--" + key
-        elif isinstance(known.get(key), bool):  # true and false, as TOML spells them
+        elif isinstance(known.get(key), bool):  # true and false, as in TOML
             arg = arg.capitalize()
         words.append(arg)
-    return _quietly(lambda: _tyro(config, words, prog, description), prog)
+    return _raise_user_errors(lambda: parse(words), prog)
 
 
 def parse_flags(kind: type[Flags], args: Sequence[str], *, prog: str, description: str) -> Flags:
-    """The flags of a command as the dataclass `kind`, `--field-name value` each; `--help` prints them and exits with 0.
+    """Parses a command's flags, `--field-name value`, into the dataclass `kind`. `--help` prints them and exits with 0.
 
     Raises:
         UserError: an unknown flag, a missing one, or a bad value.
@@ -99,29 +117,28 @@ def parse_flags(kind: type[Flags], args: Sequence[str], *, prog: str, descriptio
 
     if {"--help", "-h"} & set(args):
         parse(["--help"])
-    return _quietly(lambda: parse(args), prog)
+    return _raise_user_errors(lambda: parse(args), prog)
 
 
-def _quietly(parse: Callable[[], Parsed], prog: str) -> Parsed:
-    """What `parse` returns; what tyro prints and exits with becomes a `UserError` of one line."""
+# --- tyro's errors -------------------------------------------------------------------------------------
+
+
+def _raise_user_errors(parse: Callable[[], Parsed], prog: str) -> Parsed:
+    """Calls `parse`. Where tyro prints an error and exits, raises a `UserError` of one line instead."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed), redirect_stdout(printed):
             return parse()
     except SystemExit:
-        # tyro draws a box: a title, a rule, the message, a rule, hints. The message is the line we need.
-        parts = re.split(r"^\W*[-─]{8,}\W*$", printed.getvalue(), flags=re.MULTILINE)
-        message = " ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())
-        raise UserError(f"{message} (the meaning of every flag: {prog} --help)") from None
+        raise UserError(
+            f"{_error_message(printed.getvalue())}; for the meaning of every flag, type {prog} --help"
+        ) from None
 
 
-def _tyro(config: TrainConfig, args: list[str], prog: str, description: str) -> TrainConfig:
-    return tyro.cli(
-        TrainConfig,
-        default=config,
-        args=args,
-        prog=prog,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+def _error_message(printed: str) -> str:
+    """The message in an error that tyro has printed.
+
+    tyro has no way to ask for it. It draws a box with a title, a rule, the message, a rule, and hints.
+    """
+    parts = re.split(r"^\W*[-─]{8,}\W*$", printed, flags=re.MULTILINE)
+    return " ".join(parts[1 if len(parts) > 1 else 0].replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""Configs as TOML: presets and files read, names and types checked, resolved configs written."""
+"""Configs as TOML: reads presets and files, checks names and types, and writes complete configs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def preset_names() -> dict[str, str]:
-    """Every preset with the first line of its header."""
+    """The names of the presets, each with the first line of its header."""
     return {
         path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
         for path in sorted(PRESETS.glob("*.toml"))
@@ -25,10 +25,10 @@ def preset_names() -> dict[str, str]:
 
 
 def read_config(name: str) -> TrainConfig:
-    """The config of a preset name or of a TOML file.
+    """Reads a config from a preset or a TOML file.
 
     Raises:
-        UserError: no such preset or file, not TOML, an unknown key, a missing key, a wrong type.
+        UserError: there is no such preset or file, it is not TOML, or a key is unknown, missing or of the wrong type.
     """
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
     presets = f"give a .toml file or a preset: {', '.join(preset_names())}"
@@ -36,7 +36,17 @@ def read_config(name: str) -> TrainConfig:
     return _from_table(TrainConfig, table, str(path))
 
 
-def _read_toml(path: Path, where: str, advice: str = "give the file of a run") -> dict[str, Any]:
+def read_model_config(path: Path) -> ModelConfig:
+    """Reads the model and the tokenizer from a run's config.toml.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    table = _read_toml(path, str(path), "give the directory of a run")
+    return _from_table(ModelConfig, {key: table[key] for key in ("model", "data") if key in table}, str(path))
+
+
+def _read_toml(path: Path, where: str, advice: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,33 +55,28 @@ def _read_toml(path: Path, where: str, advice: str = "give the file of a run") -
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
-
-
-def read_model(path: Path) -> ModelConfig:
-    """The model and the tokenizer of a run's config.toml.
-
-    Raises:
-        UserError: as `read_config`.
-    """
-    table = _read_toml(path, str(path))
-    return _from_table(ModelConfig, {key: table[key] for key in ("model", "data") if key in table}, str(path))
+        raise UserError(f"{path} is not TOML: {error}; correct it") from error
 
 
 def nearest_key(key: str, known: Sequence[str], prefix: str = "") -> str:
-    """What to type instead of an unknown key: the same name in another section, or the closest spelling."""
+    """Suggests a known key for an unknown one: the same name in another section, or the closest spelling."""
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"did you mean {prefix}{close[0]}?"
 
 
 def all_keys() -> list[str]:
-    """Every key of a config, in the order of its declaration."""
+    """Every key of a config, in the order of its fields."""
     return list(flatten(TrainConfig(out="", steps=1, batch_size=1)))
 
 
 def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
-    """Builds a config dataclass from a TOML table, checking names and types."""
+    """Builds a config dataclass from a TOML table, and checks names and types.
+
+    Args:
+        where: the file, for errors.
+        prefix: of the table's keys, such as "model.".
+    """
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -80,10 +85,10 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
             raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, known)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}: {key} is a section; write [{key}] and its keys below it")
+                raise UserError(f"{where}: {key} is a section; write [{key}] with its keys below")
             values[key] = _from_table(hints[key], value, where, f"{key}.")
         else:
-            values[key] = _typed(hints[key], value, f"{where}: {prefix}{key}")
+            values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
     missing = [
         field.name
         for field in dataclasses.fields(kind)
@@ -96,8 +101,15 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
     return kind(**values)
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a `UserError`; integers are taken for floats, nothing else is bent."""
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks that a TOML value has the type `hint`, and converts lists to tuples and integers to floats where needed.
+
+    Args:
+        where: the file and the key, for errors.
+
+    Raises:
+        UserError: it has another type.
+    """
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
@@ -105,12 +117,12 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         inner, *rest = get_args(hint)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            file, key = where.rsplit(": ", 1)
             if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-                raise UserError(f"{where} = {value!r}; write a [[section]] of that name for each, with its keys below")
-            *file, key = where.rsplit(": ", 1)
-            return tuple(_from_table(inner, item, ": ".join(file), f"{key}.") for item in value)
+                raise UserError(f"{where} = {value!r}; expected tables; write [[{key}]] for each, with its keys below")
+            return tuple(_from_table(inner, item, file, f"{key}.") for item in value)
         if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
-            return tuple(_typed(inner, item, where) for item in value)
+            return tuple(_convert(inner, item, where) for item in value)
         raise UserError(f"{where} = {value!r}; expected a list of pairs such as [[1000000, 64]]")
     if hint is float and type(value) is int:
         return float(value)
@@ -120,7 +132,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 
 def to_toml(config: TrainConfig | ModelConfig) -> str:
-    """The complete config as TOML, which `read_config` or `read_model` reads back to the same values."""
+    """The complete config as TOML. `read_config` or `read_model_config` reads it back to the same values."""
     lines: list[str] = []
     section = ""
     for key, value in flatten(config).items():
@@ -137,6 +149,6 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in flatten(value).items()) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
+    if isinstance(value, str):  # A JSON string is a TOML basic string, except for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

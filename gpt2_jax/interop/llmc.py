@@ -1,10 +1,10 @@
-"""llm.c's `model_*.bin` (llm.c, `train_gpt2.py`, `write_model`), little-endian:
+"""llm.c's `model_*.bin`, as `write_model` in llm.c's `train_gpt2.py` writes it. It is little-endian:
 
     256 int32: magic 20240326, version (3: float32, 5: bfloat16), max_seq_len, vocab_size, num_layers, num_heads,
                channels, padded_vocab_size, zeros
-    the tensors below one after the other, those of the blocks stacked over the layers, matrices [out, in]
+    the tensors in `ORDER`, those of the blocks stacked over the layers, matrices [out, in]
 
-llm.c's model has all biases and the tanh GELU.
+A model in llm.c always has biases and the tanh GELU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.shards import HEADER_BYTES, HEADER_INTS, read_header
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import StoredModel, checked, in_directory
-from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_unusual_tokenizer
+from gpt2_jax.interop.stored import StoredModel, check_sizes, directory_files
+from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer_unless_gpt2
 from gpt2_jax.model import padded_vocab_size
 
 MAGIC = 20240326
 DTYPES = {3: np.dtype("<f4"), 5: jnp.dtype(jnp.bfloat16)}
 
-# Our names in the order of the file; "*" is every layer.
+# Our names, in the order of the file. "*" stands for every layer.
 ORDER = (
     "wte/embedding",
     "wpe/embedding",
@@ -47,7 +47,7 @@ ORDER = (
 
 
 def _shape(name: str, config: GPT2Config, padded_vocab: int) -> tuple[int, ...]:
-    """The shape of one tensor (of one layer) in the file."""
+    """The shape of a tensor in the file; of one layer, if it is stacked."""
     width = config.n_embd
     outputs = {"c_attn": 3 * width, "c_fc": 4 * width}
     inputs = 4 * width if "mlp/c_proj" in name else width
@@ -64,23 +64,23 @@ def _shape(name: str, config: GPT2Config, padded_vocab: int) -> tuple[int, ...]:
 
 
 def open_llmc(path: Path) -> StoredModel:
-    """Reads the header; tensors are mapped.
+    """Opens the file and reads its header. Tensors are memory-mapped.
 
     Raises:
-        UserError: not such a file, another version, or header and size disagree.
+        UserError: it is another kind of file or another version of the format, or its size does not match its header.
     """
     header, size = read_header(path, MAGIC, "a model of llm.c")
     if int(header[1]) not in DTYPES:
         raise UserError(
-            f"{path} has version {header[1]} of llm.c's format; expected 3 (float32) or 5 (bfloat16), as today's llm.c "
-            "writes them"
+            f"{path} has version {header[1]} of llm.c's format; expected 3 (float32) or 5 (bfloat16); write it again "
+            "with a newer llm.c"
         )
     dtype = DTYPES[int(header[1])]
     block_size, vocab_size, n_layer, n_head, n_embd, padded_vocab = map(int, header[2:8])
     if padded_vocab < vocab_size:
-        raise UserError(f"{path} has an impossible header: {vocab_size} tokens padded to {padded_vocab}")
+        raise UserError(f"{path} has an impossible header: {vocab_size} tokens padded to {padded_vocab}; copy it again")
     config = GPT2Config(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    checked(str(path), config)
+    check_sizes(str(path), config)
     offsets: dict[str, int] = {}
     offset = HEADER_BYTES
     for name in ORDER:
@@ -89,7 +89,7 @@ def open_llmc(path: Path) -> StoredModel:
         offset += layers * int(np.prod(_shape(name, config, padded_vocab))) * dtype.itemsize
     if offset != size:
         raise UserError(
-            f"{path} is cut off or damaged: its header means {offset:,} bytes, and it has {size:,}; copy it again"
+            f"{path} is cut off or damaged: its header implies {offset:,} bytes, but it has {size:,}; copy it again"
         )
 
     def read(name: str) -> np.ndarray:
@@ -103,23 +103,25 @@ def open_llmc(path: Path) -> StoredModel:
             return array[:vocab_size]
         return array.T if name.endswith("kernel") else array
 
-    tokenizer = functools.partial(read_tokenizer, in_directory(path.parent), vocab_size)
+    find_tokenizer = functools.partial(read_tokenizer, directory_files(path.parent), vocab_size)
     step = path.stem.removeprefix("model_")
-    return StoredModel(str(path), config, read, tokenizer, int(step) if step.isdigit() else 0)
+    return StoredModel(str(path), config, read, find_tokenizer, int(step) if step.isdigit() else 0)
 
 
 def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
-    """Writes `model_STEP.bin`, with the vocabulary padded by zeros; a tokenizer other than GPT-2's beside it.
+    """Writes `model_STEP.bin`, with zeros as the padding of the vocabulary, and a tokenizer unless it is GPT-2's.
 
     Raises:
-        UserError: llm.c has no such model.
+        UserError: llm.c cannot represent the model.
     """
     config = model.config
     if not config.bias:
-        raise UserError(f"{model.where} has no biases, llm.c's model always has; take --to huggingface or nanogpt")
+        raise UserError(f"{model.where} has no biases, but llm.c needs them; take --to huggingface or nanogpt")
     if config.gelu != "tanh":
-        raise UserError(f"{model.where} uses the exact GELU, llm.c only the tanh one; take --to huggingface or nanogpt")
-    write_unusual_tokenizer(model.tokenizer(), directory, config.block_size)
+        raise UserError(
+            f"{model.where} uses the exact GELU, but llm.c only has the tanh one; take --to huggingface or nanogpt"
+        )
+    write_tokenizer_unless_gpt2(model.tokenizer, directory, config.block_size)
     version = {"float32": 3, "bfloat16": 5}[dtype]
     padded = padded_vocab_size(config)
     header = np.zeros(HEADER_INTS, "<i4")
@@ -127,7 +129,7 @@ def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
     header[:8] = MAGIC, version, *sizes
     with open(directory / f"model_{model.step:08d}.bin", "wb") as file:
         header.tofile(file)
-        arrays = dict(model.parameters())  # a model comes by layers, the file wants all layers of a tensor together
+        arrays = dict(model.parameters())  # all in memory: the file has the layers of one tensor after each other
         for name in ORDER:
             for layer in range(config.n_layer if "*" in name else 1):
                 array = arrays[name.replace("*", str(layer))]

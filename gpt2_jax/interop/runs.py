@@ -1,4 +1,4 @@
-"""Run directories and their checkpoints, and models that were converted to them."""
+"""Run directories and their checkpoints, and models that were converted to this format."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoints, SavedState
 from gpt2_jax.config import DataConfig, ModelConfig
-from gpt2_jax.config.toml import read_model, to_toml
+from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import StoredModel, checked
+from gpt2_jax.interop.stored import StoredModel, check_sizes
 from gpt2_jax.model import Params, padded_vocab_size
 
 
@@ -30,52 +30,54 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def open_checkpoint(path: Path) -> StoredModel:
-    """One checkpoint, RUN/checkpoints/STEP; its config is that of the run.
+    """Opens one checkpoint, RUN/checkpoints/STEP, with the config of its run.
 
     Raises:
         UserError: it cannot be read.
     """
-    written = read_model(path.parent.parent / "config.toml")
-    config, data = checked(str(path.parent.parent / "config.toml"), written.model), written.data
+    config_file = path.parent.parent / "config.toml"
+    saved_config = read_model_config(config_file)
+    config, data = saved_config.model, saved_config.data
+    check_sizes(str(config_file), config)
     saved = SavedState(path)
 
-    # An access to the files takes as long for a block as for a tensor. A block of every GPT-2 is smaller than `wte`.
+    # Orbax takes as long to read a block as to read one tensor. A block of any GPT-2 is smaller than `wte`.
     @functools.lru_cache(maxsize=1)
-    def block(first: str) -> Any:
-        return saved.read("params", first)
+    def read_block(name: str) -> Any:
+        return saved.read("params", name)
 
     def read(name: str) -> np.ndarray:
         first, *rest = name.split("/")
-        tree = block(first) if first.startswith("h_") else saved.read("params", first)
+        tree = read_block(first) if first.startswith("h_") else saved.read("params", first)
         array: np.ndarray = functools.reduce(lambda tree, key: tree[key], rest, tree)
         return array[: config.vocab_size] if first == "wte" else array
 
-    def tokenizer() -> Tokenizer:
+    def find_tokenizer() -> Tokenizer:
         return get_tokenizer(data.tokenizer, data.characters)
 
-    return StoredModel(str(path), config, read, tokenizer, int(path.name))
+    return StoredModel(str(path), config, read, find_tokenizer, int(path.name))
 
 
 def write_orbax(model: StoredModel, directory: Path) -> None:
-    """Writes `config.toml` with model and tokenizer, and `checkpoints/STEP` with the parameters alone.
+    """Writes `config.toml` with the model and its tokenizer, and `checkpoints/STEP` with the parameters only.
 
     Raises:
-        UserError: the tokenizer is none that a config can name.
+        UserError: a config cannot name the tokenizer.
     """
-    tokenizer = model.tokenizer()
-    kind = tokenizer_name(tokenizer) if tokenizer else None
-    if kind is None:
+    tokenizer = model.tokenizer
+    name = tokenizer_name(tokenizer) if tokenizer else None
+    if name is None:
         raise UserError(
-            f"the tokenizer of {model.where} is not known, or none of gpt2, bytes and chars, and config.toml has to "
-            "name it; take --to huggingface"
+            f"the tokenizer of {model.where} is not known, or not one of gpt2, bytes and chars, which config.toml can "
+            "name; take --to huggingface"
         )
-    data = DataConfig(tokenizer=kind, characters=tokenizer.characters if isinstance(tokenizer, CharTokenizer) else "")
+    data = DataConfig(tokenizer=name, characters=tokenizer.characters if isinstance(tokenizer, CharTokenizer) else "")
     config = model.config.unrolled("auto")
     (directory / "config.toml").write_text(to_toml(ModelConfig(config, data)), encoding="utf-8")
     params: Params = {}
-    for name, array in model.parameters():
-        *path, leaf = name.split("/")
-        if name == "wte/embedding":
+    for parameter, array in model.parameters():
+        *path, leaf = parameter.split("/")
+        if parameter == "wte/embedding":
             array = np.pad(array, ((0, padded_vocab_size(config) - len(array)), (0, 0)))
         functools.reduce(lambda node, key: node.setdefault(key, {}), path, params)[leaf] = array
     with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:

@@ -1,6 +1,6 @@
-"""A model on disk in any format: what it is, its tokenizer, and its parameters, one at a time.
+"""A model on disk, in any format: its config, its tokenizer, and its parameters, read one at a time.
 
-Names of parameters are ours with slashes, layers apart and the vocabulary not padded, whatever the file has:
+Parameters have the same names and shapes whatever the format: one entry per layer, and no padding of the vocabulary:
 
     wte/embedding [vocab_size, n_embd], h_3/attn/c_attn/kernel [n_embd, 3 n_embd], …
 """
@@ -26,40 +26,56 @@ from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.sharding import state_sharding
 
-Find = Callable[[str], Path | None]  # a file of a model by its name, or None
-
-# How the released checkpoints, transformers and nanoGPT call the leaves of ours.
-_TORCH_LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoredModel:
     """A model that can be loaded or converted.
 
     Attributes:
-        where: what the user knows it by, for errors.
+        where: the name or path that the user gave, for errors.
         config: its architecture.
-        read: an array of the file by our name of the parameter; KeyError if there is none.
-        tokenizer: makes its tokenizer, or None where that is not known.
-        end_of_text: the token that ends a text, where the format names another one than the tokenizer's.
-        step: updates that it was trained for, where the format says so.
+        read: reads an array from the file, by the name of the parameter. Raises KeyError if the file has none.
+        find_tokenizer: reads the tokenizer. Returns None if the files have none and the format implies none.
+        step: number of updates that it was trained for, if the format records it.
+        end_of_text: the token that ends a text, if the format names it; by default the tokenizer's.
     """
 
     where: str
     config: GPT2Config
     read: Callable[[str], np.ndarray]
-    tokenizer: Callable[[], Tokenizer | None]
+    find_tokenizer: Callable[[], Tokenizer | None]
     step: int = 0
     end_of_text: int | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokenizer", functools.cache(self.tokenizer))
-
-    def parameter(self, name: str) -> np.ndarray:
-        """One parameter, float32, contiguous, in memory of its own.
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, read at the first access; None if it is unknown.
 
         Raises:
-            UserError: it is missing, or not of the shape that the config says, or not of floats.
+            UserError: its files are damaged, or its vocabulary cannot be downloaded.
+        """
+        return self.find_tokenizer()
+
+    def open_tokenizer(self) -> Tokenizer:
+        """`tokenizer`, for callers that cannot do without one.
+
+        Raises:
+            UserError: the tokenizer is unknown, or cannot be read.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"the tokenizer of {self.where} is not known; put its vocab.json and merges.txt, or nanoGPT's "
+                "meta.pkl, beside the model"
+            )
+        return self.tokenizer
+
+    def parameter(self, name: str) -> np.ndarray:
+        """Reads one parameter: float32, contiguous, in memory of its own.
+
+        Raises:
+            UserError: it is missing, has another shape than the config implies, or is not of a floating-point dtype.
         """
         expected = parameter_shapes(self.config)[name]
         try:
@@ -71,34 +87,20 @@ class StoredModel:
             ) from error
         if array.shape != expected:
             raise UserError(
-                f"{self.where}: {name} has the shape {list(array.shape)}, its config says {list(expected)} "
+                f"{self.where}: {name} has the shape {list(array.shape)}, but its config implies {list(expected)} "
                 f"({architecture_summary(self.config)}); correct the config or the file"
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
-        return np.array(array, np.float32, order="C")  # not as the file has it: writers take the memory as it is
+        return np.array(array, np.float32, order="C")  # The file's may be transposed, and writers copy memory as it is.
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All parameters with their names, in the order of the model."""
+        """Reads all parameters, in the order of the model: pairs of name and array."""
         for name in parameter_shapes(self.config):
             yield name, self.parameter(name)
 
-    def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer, opened once.
-
-        Raises:
-            UserError: the model comes without one.
-        """
-        tokenizer = self.tokenizer()
-        if tokenizer is None:
-            raise UserError(
-                f"the tokenizer of {self.where} is not known; put its vocab.json and merges.txt, or nanoGPT's "
-                "meta.pkl, beside the model"
-            )
-        return tokenizer
-
     def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> LanguageModel:
-        """Loads the parameters: see `interop.load`."""
+        """Loads the model: see `interop.load`."""
         model = GPT2(self.config.unrolled("auto"), dtype)
         shapes = abstract_params(model)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
@@ -109,10 +111,11 @@ class StoredModel:
         return LanguageModel(model, self.place(abstract), self.open_tokenizer, self.end_of_text)
 
     def place(self, abstract: Params) -> Params:
-        """The parameters on the devices, each read, placed and forgotten before the next.
+        """Loads the parameters onto devices: reads, places and frees one after the other.
 
         Args:
-            abstract: shapes and shardings to fill. Layers may be stacked, the vocabulary padded, positions fewer.
+            abstract: the shapes and shardings to fill. Layers may be stacked, the vocabulary padded, and the positions
+                fewer than in the file.
         """
 
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
@@ -133,30 +136,36 @@ class StoredModel:
 
 @functools.cache
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by its name, the vocabulary not padded."""
-    shapes = abstract_params(GPT2(config.unrolled()))
-    by_name = {
-        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
-    order = sorted(by_name, key=lambda name: (name[0] != "w", name[0] == "l", _layer(name)))
-    return {name: by_name[name] for name in order} | {"wte/embedding": (config.vocab_size, config.n_embd)}
+    """The shape of every parameter by its name, in the order of the model, without padding of the vocabulary."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(GPT2(config.unrolled())))
+    shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    shapes["wte/embedding"] = (config.vocab_size, config.n_embd)
+    return {name: shapes[name] for name in sorted(shapes, key=_position)}
 
 
-def _layer(name: str) -> int:
-    return int(name[2:].split("/")[0]) if name.startswith("h_") else 0
+def _position(name: str) -> tuple[int, int]:
+    """Sorts parameters: the embeddings, then the layers, then the final layer norm."""
+    first = name.split("/")[0]
+    if first.startswith("h_"):
+        return 1, int(first.removeprefix("h_"))
+    return (2 if first == "ln_f" else 0), 0
+
+
+# The names that OpenAI's released checkpoints, transformers and nanoGPT give to the leaves.
+_TORCH_LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def torch_name(name: str) -> str:
-    """h_3/attn/c_attn/kernel -> h.3.attn.c_attn.weight, the released checkpoints' name."""
+    """The name of a parameter in the released checkpoints: h_3/attn/c_attn/kernel -> h.3.attn.c_attn.weight."""
     *path, leaf = name.split("/")
     return ".".join([*path, _TORCH_LEAVES[leaf]]).replace("h_", "h.", 1)
 
 
-def checked(where: str, config: GPT2Config) -> GPT2Config:
-    """The config itself, if its sizes are those of a model.
+def check_sizes(where: str, config: GPT2Config) -> None:
+    """Checks the sizes in a config that comes from a file.
 
     Raises:
-        UserError: they are not.
+        UserError: a size is not a whole number above 0, or `n_embd` is not a multiple of `n_head`.
     """
     for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, key)
@@ -164,16 +173,15 @@ def checked(where: str, config: GPT2Config) -> GPT2Config:
             raise UserError(f"{where} has {key} = {value!r} in its config; expected a whole number, 1 or more")
     if config.n_embd % config.n_head:
         raise UserError(f"{where} has n_embd = {config.n_embd}, which is not a multiple of n_head = {config.n_head}")
-    return config
 
 
-def in_directory(directory: Path) -> Find:
-    """The files of a directory."""
+def directory_files(directory: Path) -> FindFile:
+    """Finds the files of a model in a directory."""
     return lambda name: path if (path := directory / name).is_file() else None
 
 
 def architecture_summary(config: GPT2Config) -> str:
-    """The sizes, for messages."""
+    """The sizes of a model in words, for messages."""
     return (
         f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.block_size} positions, "
         f"vocabulary {config.vocab_size:,}"

@@ -1,17 +1,18 @@
-"""Tokenizers as `transformers` keeps them: `vocab.json` with `merges.txt`, or `tokenizer.json`.
+"""Tokenizer files of `transformers`: `vocab.json` with `merges.txt`, or `tokenizer.json`.
 
-In these files a token of bytes is a string with one printable character for each byte (GPT-2's `encoder.py`,
-`bytes_to_unicode`): bytes that are printable in Latin-1 stand for themselves, the others for the characters from
-U+0100 on.
+These files write a token as a string with one printable character per byte (`bytes_to_unicode` in GPT-2's
+`encoder.py`). Bytes that are printable in Latin-1 are written as themselves, the others as the characters from U+0100
+on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,23 @@ from gpt2_jax.data.tokenizer import (
     tokenizer_name,
 )
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import Find
+from gpt2_jax.interop.stored import FindFile
 
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
-BYTE = {character: byte for byte, character in CHARACTER.items()}
+BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
+CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
-# Of all its tokens in order, each after its length: tells GPT-2's vocabulary from another one.
+# `_fingerprint` of GPT-2's vocabulary.
 GPT2_SHA256 = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
 
 
-def read_tokenizer(find: Find, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer among the files of a model, None if there is none of a kind known here: byte pairs, or characters.
+def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
+    """Reads the tokenizer of a model: byte pairs or characters. Returns None if it is of another kind, or unknown.
 
     Args:
-        find: gives a file by its name, or None.
-        vocab_size: of the model: without files, GPT-2's size means GPT-2's tokenizer.
+        find: finds the files of the model.
+        vocab_size: of the model. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
 
     Raises:
         UserError: a file is damaged.
@@ -54,44 +55,56 @@ def read_tokenizer(find: Find, vocab_size: int) -> Tokenizer | None:
     if vocab and merges:
         lines = _read(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return _safely(vocab, lambda: _byte_pairs(_parse(vocab), pairs))
+        with _damage_reported(vocab):
+            return _byte_pair_encoding(_parse(vocab), pairs)
     if path := find("tokenizer.json"):
-        return _safely(path, lambda: _from_table(_parse(path)))
+        with _damage_reported(path):
+            return _from_tokenizer_json(_parse(path))
     return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
 
 
-def _safely(path: Path, make: Callable[[], Tokenizer | None]) -> Tokenizer | None:
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Turns the exceptions of a file with an unexpected structure into a `UserError`."""
     try:
-        return make()
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of transformers ({error!r}); copy it again") from error
 
 
-def _from_table(table: Mapping[str, Any]) -> Tokenizer | None:
-    """Of a `tokenizer.json`."""
-    model, before = table["model"], table["pre_tokenizer"]
+def _from_tokenizer_json(table: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer in a `tokenizer.json`; None if it is of another kind."""
+    model, pre_tokenizer = table["model"], table["pre_tokenizer"]
     if model["type"] != "BPE" or table["normalizer"]:
         return None
-    if before is None and not model["merges"]:
+    if pre_tokenizer is None and not model["merges"]:
         characters = sorted(model["vocab"], key=model["vocab"].get)
-        plain = _numbered(model["vocab"]) and all(len(character) == 1 for character in characters)
+        plain = _has_no_gaps(model["vocab"]) and all(len(character) == 1 for character in characters)
         return CharTokenizer("".join(characters)) if plain else None
-    if not before or before["type"] != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
+    if not pre_tokenizer or pre_tokenizer["type"] != "ByteLevel":
+        return None
+    if pre_tokenizer["add_prefix_space"] or not pre_tokenizer.get("use_regex", True):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["content"]: token["id"] for token in table["added_tokens"]}
-    return _byte_pairs(model["vocab"] | added, pairs)
+    return _byte_pair_encoding(model["vocab"] | added, pairs)
 
 
-def _byte_pairs(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktoken.Encoding | None:
-    """Byte pairs with GPT-2's pattern; what is neither a byte nor merged from two tokens is a special token."""
+def _byte_pair_encoding(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktoken.Encoding | None:
+    """Byte pairs with GPT-2's pattern; None if tiktoken cannot represent them.
+
+    A token that is neither a byte nor the result of a merge is a special token.
+    """
     merged = ["".join(pair) for pair in merges]
-    special = vocab.keys() - BYTE.keys() - set(merged)
-    # tiktoken merges in the order of the tokens: it must be that of the merges.
+    special = vocab.keys() - CHARACTER_TO_BYTE.keys() - set(merged)
+    # tiktoken merges in the order of the token numbers, so the merges have to be in that order.
     order = [vocab.get(piece, -1) for piece in merged]
-    if not _numbered(vocab) or not BYTE.keys() <= vocab.keys() or -1 in order or order != sorted(order):
+    in_order = -1 not in order and order == sorted(order)
+    if not in_order or not _has_no_gaps(vocab) or not CHARACTER_TO_BYTE.keys() <= vocab.keys():
         return None
-    ranks = {bytes(BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - special}
+    ranks = {
+        bytes(CHARACTER_TO_BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - special
+    }
     if ranks == {bytes([byte]): byte for byte in range(256)} and special == {END_OF_TEXT}:
         return byte_encoding()
     name = "gpt2" if _fingerprint(ranks) == GPT2_SHA256 else "byte pairs"
@@ -100,12 +113,13 @@ def _byte_pairs(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktok
     )
 
 
-def _numbered(vocab: Mapping[str, int]) -> bool:
-    """Whether the tokens are 0, 1, 2, … without gaps."""
+def _has_no_gaps(vocab: Mapping[str, int]) -> bool:
+    """Whether the token numbers are 0, 1, 2, … without gaps."""
     return sorted(vocab.values()) == list(range(len(vocab)))
 
 
 def _fingerprint(ranks: Mapping[bytes, int]) -> str:
+    """The SHA-256 of all tokens in order, each preceded by its length."""
     ordered = sorted(ranks, key=ranks.__getitem__)
     return hashlib.sha256(b"".join(bytes([len(token)]) + token for token in ordered)).hexdigest()
 
@@ -131,7 +145,12 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end: int | None) -> None:
-    """Writes the files from which `AutoTokenizer` makes the same tokenizer; `end` is the token that ends a text."""
+    """Writes the files from which `AutoTokenizer` reads the same tokenizer.
+
+    Args:
+        block_size: of the model.
+        end: the token that ends a text, if there is one.
+    """
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
         vocab, merges = _vocab_and_merges(tokenizer)
@@ -152,28 +171,28 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end:
         (directory / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
-        raise TypeError(f"no files for {type(tokenizer).__name__}")
+        raise TypeError(f"transformers has no files for a {type(tokenizer).__name__}")
     if end is not None:
         name = tokenizer.decode_bytes([end]).decode("utf-8", "replace")
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_unusual_tokenizer(tokenizer: Tokenizer | None, directory: Path, block_size: int) -> None:
-    """`write_tokenizer`, for formats that have no tokenizer and mean GPT-2's: only what is another one."""
+def write_tokenizer_unless_gpt2(tokenizer: Tokenizer | None, directory: Path, block_size: int) -> None:
+    """`write_tokenizer` for formats that imply GPT-2's tokenizer: writes any other one, if it is known."""
     if tokenizer and tokenizer_name(tokenizer) != "gpt2":
         write_tokenizer(tokenizer, directory, block_size, end_of_text(tokenizer))
 
 
 def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
-    """`vocab.json`, and the lines of `merges.txt`, which tiktoken has only in the order of its tokens."""
+    """The contents of `vocab.json`, and the lines of `merges.txt`, recovered from the order of tiktoken's tokens."""
     special = {encoding.encode_single_token(token): token for token in encoding.special_tokens_set}
     ranks = {
         encoding.decode_single_token_bytes(token): token for token in range(encoding.n_vocab) if token not in special
     }
 
     def text(token: bytes) -> str:
-        return "".join(CHARACTER[byte] for byte in token)
+        return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
     merges = [" ".join(map(text, _halves(token, ranks))) for token in ranks if len(token) > 1]
     vocab = {text(token): rank for token, rank in ranks.items()} | {token: rank for rank, token in special.items()}
@@ -181,7 +200,7 @@ def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged into `token`: its byte pairs with the tokens before it alone."""
+    """The two tokens that were merged into `token`: its byte pairs if only lower-numbered tokens existed."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]

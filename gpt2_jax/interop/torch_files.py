@@ -1,4 +1,4 @@
-"""Files that torch saved; torch is needed for these alone. Nothing but containers and tensors is unpickled."""
+"""Reads files that torch saved. Only these need torch. Only containers and tensors are unpickled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import numpy as np
 
 from gpt2_jax.errors import UserError
 
-SAFE_TORCH = (2, 6)  # Before it, weights_only could be made to run code (CVE-2025-32434).
+SAFE_TORCH = (2, 6)  # In older versions, a file can run code in spite of weights_only (CVE-2025-32434).
 
 
 def import_torch(purpose: str) -> Any:
-    """The module torch.
+    """The module `torch`.
+
+    Args:
+        purpose: what it is needed for, for errors.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or too old to read files safely.
     """
     try:
         import torch
@@ -30,27 +33,31 @@ def import_torch(purpose: str) -> Any:
 
 
 def load_torch(path: Path) -> Any:
-    """What torch saved, tensors mapped from the file where its format allows that.
+    """Reads the object that torch saved. Tensors are memory-mapped where the file's format allows it.
 
     Raises:
-        UserError: it cannot be read, or would run code to be read.
+        UserError: it cannot be read, or reading it would run code.
     """
     torch = import_torch(f"reading {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
-            raise UserError(f"{path} is not a checkpoint that torch can read, or is damaged; copy it again") from error
+            raise UserError(
+                f"{path} is not a checkpoint that torch can read, or it is damaged; copy it again"
+            ) from error
         raise UserError(
-            f"{path} holds Python objects beside tensors, and reading those could run any code; save it again with "
-            "nothing but dicts, lists, numbers and tensors, as nanoGPT does"
+            f"{path} holds Python objects besides tensors, and reading them could run any code; save it again with "
+            "only dicts, lists, numbers and tensors, as nanoGPT does"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read ({reason}); it is cut off, damaged or not torch's") from error
+        raise UserError(
+            f"{path} cannot be read ({reason}); it is cut off, damaged or not torch's; copy it again"
+        ) from error
 
 
-def as_array(tensor: Any) -> np.ndarray:
-    """A torch tensor, floating ones as float32; of a float32 one the memory itself."""
+def to_numpy(tensor: Any) -> np.ndarray:
+    """Converts a torch tensor to NumPy: floating-point dtypes to float32, and float32 without a copy."""
     array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array

@@ -45,7 +45,7 @@ def open_initial(config: TrainConfig, saved: TrainConfig | None = None) -> tuple
         raise UserError(f"init_from = {config.init_from!r} has {found}; type {flags.replace('False', 'false')}")
     data = config.data
     if data.text:  # token files were encoded by their maker, with any tokenizer
-        tokenizer = stored.tokenizer()
+        tokenizer = stored.tokenizer
         name = tokenizer_name(tokenizer) if tokenizer else None
         if name != data.tokenizer:
             advice = f"type --data.tokenizer {name}" if name else "prepare token files with its own tokenizer"

@@ -1,4 +1,4 @@
-"""Presets, TOML, flags, and the one line that every mistake gets."""
+"""Presets, TOML, flags, and one clear line for every mistake."""
 
 import dataclasses
 import math
@@ -96,13 +96,30 @@ def test_without_a_config_the_presets_are_listed(capsys):
         (["--config", "quickstart", "--steps"], "Missing value for argument '--steps'"),
         (["--config", "quickstart", "--model.attention", "flash"], "invalid choice 'flash'.*'splash'"),
         (["--config", "quickstart", "--steps", "0"], "steps = 0; expected at least 1"),
-        (["--config", "quickstart", "--model.n_head", "7"], "is not a multiple of model.n_head = 7"),
+        (
+            ["--config", "quickstart", "--model.n_head", "7"],
+            "a multiple of model.n_head = 7; type --model.n_head 6",
+        ),
         (["--config", "quickstart", "--model.dropout", "1"], "model.dropout = 1.0; expected 0 or more and below 1"),
         (["--config", "quickstart", "--optimizer.learning_rate", "nan"], "learning_rate = nan"),
         (["--config", "quickstart", "--optimizer.warmup_steps", "10000000"], "is more than the .* updates"),
         (["--config", "quickstart", "--batch_ramp", "2000", "8", "1000", "16"], "batch_ramp .* tokens rising"),
-        (["--config", "quickstart", "--data.train", "x.bin"], "give either --data.text, or --data.train and"),
-        (["--config", "quickstart", "--mesh.data", "-1", "--mesh.fsdp", "-1"], "both -1"),
+        (
+            ["--config", "quickstart", "--data.text="],
+            "no training data is set; type --data.text .* or --data.train",
+        ),
+        (
+            ["--config", "quickstart", "--data.train", "x.bin"],
+            "data.text = 'stdlib' and data.train = 'x.bin' are both set; .* type --data.text= with --data.train and",
+        ),
+        (["--config", "quickstart", "--data.val", "x.bin"], "data.val = 'x.bin' is set with data.text.* --data.val="),
+        (["--config", "gpt2-124m", "--data.val="], "data.train = .* without validation data; type --data.val FILES"),
+        (
+            ["--config", "quickstart", "--data.tokenizer", "chars", "--data.document_starts", "true"],
+            "needs an end-of-text token, and data.tokenizer = 'chars' has none; type --data.document_starts false",
+        ),
+        (["--config", "quickstart", "--mesh.data", "-1", "--mesh.fsdp", "-1"], "both -1; .* type --mesh.fsdp 1"),
+        (["--config", "quickstart", "--mesh.data", "0"], "mesh.data = 0; expected at least 1, or -1"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(args, message):
@@ -125,6 +142,7 @@ def test_mistakes_on_the_command_line_are_one_clear_line(args, message):
         ("steps = true", "steps = True; expected int, found bool"),
         ("dtype = 'float64'", "dtype = 'float64'; expected one of 'auto', 'float32', 'bfloat16'"),
         ("batch_ramp = [[1, 2, 3]]", "batch_ramp = .* expected a list of pairs"),
+        ("[data]\nsources = 3", r"data.sources = 3; expected tables; write \[\[data.sources\]\] for each"),
     ],
 )
 def test_mistakes_in_a_file_are_one_clear_line(text, message, tmp_path):
@@ -134,6 +152,29 @@ def test_mistakes_in_a_file_are_one_clear_line(text, message, tmp_path):
         read_config(str(path))
 
 
+SOURCES = "out='x'\nsteps=1\nbatch_size=1\n[data]\nval='val'\n[[data.sources]]\ntrain='a'\nweight="
+
+
+@pytest.mark.parametrize(
+    ("weight", "flags", "message"),
+    [
+        ("1", [], None),
+        ("0.0", [], "the source 'a' in data.sources has weight = 0.0; expected a finite number above 0"),
+        ("1", ["--data.val="], r"\[\[data.sources\]\] is set without validation data"),
+        ("1", ["--data.train", "b"], r"data.train = 'b' and \[\[data.sources\]\] are both set; .* type --data.train="),
+        ("1", ["--data.text", "c"], r"data.text = 'c' and \[\[data.sources\]\] are both set"),
+    ],
+)
+def test_mistakes_with_several_sources_are_one_clear_line(weight, flags, message, tmp_path):
+    (tmp_path / "mine.toml").write_text(SOURCES + weight)
+    args = ["--config", str(tmp_path / "mine.toml"), *flags]
+    if message is None:
+        assert parse(*args).data.sources[0].weight == 1
+        return
+    with pytest.raises(UserError, match=message):
+        parse(*args)
+
+
 def test_integers_are_taken_for_floats(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("out='x'\nsteps=1\nbatch_size=1\n[optimizer]\nclip_norm = 1\n")
@@ -141,7 +182,7 @@ def test_integers_are_taken_for_floats(tmp_path):
     assert isinstance(read_config(str(path)).optimizer.clip_norm, float)
 
 
-def test_differences_are_those_of_the_mathematics():
+def test_differences_lists_the_keys_that_change_the_mathematics():
     config = read_config("quickstart")
 
     def changed(**sections) -> TrainConfig:

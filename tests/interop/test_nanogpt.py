@@ -1,0 +1,119 @@
+"""nanoGPT's `ckpt.pt`: checkpoints as its train.py saves them, read and written."""
+
+import dataclasses
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from model_files import EXACT, Trap, assert_loads, assert_same_params, nanogpt_checkpoint
+from torch_gpt2 import as_params, torch_gpt2
+
+from gpt2_jax import load
+from gpt2_jax.convert import convert
+from gpt2_jax.errors import UserError
+from gpt2_jax.interop import open_model
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_nanogpt_loads(theirs_exact, tmp_path, prefix):
+    torch.save(nanogpt_checkpoint(theirs_exact, EXACT, prefix), tmp_path / "ckpt.pt")
+    assert_loads(tmp_path / "ckpt.pt", theirs_exact, EXACT)
+    assert_loads(tmp_path, theirs_exact, EXACT)  # nanoGPT's out_dir
+    assert open_model(str(tmp_path)).step == 7
+
+
+def test_a_checkpoint_without_biases_loads(tmp_path):
+    config = dataclasses.replace(EXACT, bias=False)
+    theirs = torch_gpt2(config)
+    torch.save(nanogpt_checkpoint(theirs, config), tmp_path / "ckpt.pt")
+    params = load(str(tmp_path)).params
+    weights = {name: tensor for name, tensor in theirs.state_dict().items() if not name.endswith("bias")}
+    assert_same_params(params, as_params(weights, config))
+
+
+def test_meta_pkl_gives_the_characters_and_runs_no_code(tmp_path, monkeypatch):
+    config = dataclasses.replace(EXACT, vocab_size=3)
+    (tmp_path / "out").mkdir()
+    torch.save(nanogpt_checkpoint(torch_gpt2(config), config), tmp_path / "out" / "ckpt.pt")
+    model = open_model(str(tmp_path / "out"))
+    assert model.tokenizer is None
+    monkeypatch.chdir(tmp_path / "out")  # where the path does not name the directories above
+    model = open_model("ckpt.pt")
+    meta = tmp_path / "data" / "letters" / "meta.pkl"
+    meta.parent.mkdir(parents=True)
+    table = {"vocab_size": 3, "itos": {0: "\n", 1: "b", 2: "é"}, "stoi": {"\n": 0, "b": 1, "é": 2}}
+    meta.write_bytes(pickle.dumps(table))
+    assert model.tokenizer.encode_ordinary("bé\n") == [1, 2, 0]
+    (tmp_path / "runs" / "deep").mkdir(parents=True)
+    shutil.copy("ckpt.pt", tmp_path / "runs" / "deep")
+    monkeypatch.chdir(tmp_path)  # nanoGPT's directory, where it looks for data/
+    assert open_model("runs/deep").tokenizer.encode_ordinary("bé\n") == [1, 2, 0]
+    model = open_model("out")
+    meta.write_bytes(pickle.dumps({"itos": Trap(tmp_path / "sprung")}))
+    with pytest.raises(UserError, match="is not nanoGPT's table of characters"):
+        model.open_tokenizer()
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("config", [EXACT, dataclasses.replace(EXACT, bias=False)], ids=["bias", "no-bias"])
+def test_converting_to_the_same_format_writes_the_same_dict(tmp_path, config):
+    original = nanogpt_checkpoint(torch_gpt2(config), config)
+    torch.save(original, tmp_path / "ckpt.pt")
+    convert(str(tmp_path / "ckpt.pt"), "nanogpt", tmp_path / "out")
+    written = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert written["model_args"] == original["model_args"]
+    assert written["iter_num"] == 7
+    assert written["model"].keys() == original["model"].keys()
+    for name, tensor in original["model"].items():
+        assert torch.equal(written["model"][name], tensor)
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(theirs_exact, tmp_path):
+    path = tmp_path / "ckpt.pt"
+
+    def refused(message):
+        with pytest.raises(UserError, match=message) as error:
+            load(str(path))
+        assert "\n" not in str(error.value)
+
+    checkpoint = nanogpt_checkpoint(theirs_exact, EXACT)
+    torch.save(checkpoint | {"config": Trap(tmp_path / "sprung")}, path)
+    refused("holds Python objects besides tensors, and reading them could run any code")
+    assert not (tmp_path / "sprung").exists()
+    torch.save(checkpoint, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused("is cut off, damaged or not torch's")
+    path.write_bytes(b"no checkpoint at all")
+    refused("is not a checkpoint that torch can read|cannot be read")
+    torch.save(checkpoint["model"], path)
+    refused("is not a nanoGPT checkpoint: it holds .*; expected model and model_args")
+    torch.save(checkpoint | {"model_args": None}, path)
+    refused("expected dicts as its model and model_args")
+    torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"n_head": 5}}, path)
+    refused("is not a multiple of n_head = 5")
+    torch.save(checkpoint | {"model": {"a": 1}}, path)
+    refused("its model holds other things than tensors")
+    integers = {name: tensor.int() for name, tensor in checkpoint["model"].items()}
+    torch.save(checkpoint | {"model": integers}, path)
+    refused("holds int32; expected float32")
+    torch.save(checkpoint | {"model_args": {"n_layer": 3}}, path)
+    refused("model_args has no block_size")
+    del checkpoint["model"]["transformer.h.1.ln_2.weight"]
+    torch.save(checkpoint, path)
+    refused("has no transformer.h.1.ln_2.weight, which a GPT-2")
+    checkpoint["model"]["transformer.h.1.ln_2.weight"] = torch.zeros(33)
+    torch.save(checkpoint, path)
+    refused(r"h_1/ln_2/scale has the shape \[33\]")
+    checkpoint["model"]["transformer.h.9.ln_2.weight"] = torch.zeros(32)
+    torch.save(checkpoint, path)
+    refused("has transformer.h.9.ln_2.weight, which a GPT-2 of its model_args does not have")
+
+
+def test_only_files_that_torch_saved_need_torch(saved, tmp_path, monkeypatch):
+    torch.save({}, tmp_path / "ckpt.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    load(str(saved))
+    with pytest.raises(UserError, match=r"ckpt.pt needs torch, which is not installed; type pip install torch"):
+        load(str(tmp_path / "ckpt.pt"))
