@@ -41,8 +41,7 @@ class Flags:
     out: str
     """Directory to create; it must not exist."""
     dtype: ExportDtype = "float32"
-    """Dtype of the parameters in huggingface and llmc; bfloat16 rounds. (llm.c's train_gpt2cu reads bfloat16 by
-    default.)"""
+    """Dtype of the parameters, for huggingface and llmc. bfloat16 rounds; llm.c's train_gpt2cu reads it by default."""
 
 
 def main(args: Sequence[str]) -> int:

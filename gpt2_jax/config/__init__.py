@@ -1,6 +1,7 @@
 """Every setting of a training run: frozen dataclasses, and the checks that need neither data nor devices.
 
-A field's docstring is its entry in the `--help` of `gpt2_jax.train`.
+A field's docstring is its entry in the `--help` of `gpt2_jax.train`. tyro keeps the line breaks in it, so lines break
+between sentences only.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class GPT2Config:
     """The architecture of the model, and how it is computed."""
 
     vocab_size: int = 50257
-    """Number of tokens in the vocabulary; 0 takes it from the tokenizer. The model pads it to a multiple of 128
-    internally."""
+    """Number of tokens in the vocabulary; 0 takes it from the tokenizer.
+    The model pads it to a multiple of 128 internally."""
     block_size: int = 1024
     """Context length: the longest sequence, in tokens (n_positions in GPT-2)."""
     n_layer: int = 12
@@ -41,14 +42,14 @@ class GPT2Config:
     gelu: Literal["tanh", "exact"] = "tanh"
     """The GELU activation: GPT-2 uses the tanh approximation, nanoGPT the exact function."""
     attention: AttentionBackend = "auto"
-    """Attention backend. auto takes the fastest one that supports the device, dtype, shape and dropout, and the run
-    prints the reason."""
+    """Attention backend. auto takes the fastest one that supports the device, dtype, shape and dropout.
+    The run prints the reason."""
     scan_layers: bool = False
     """Scan over the layers instead of unrolling them: faster to compile and a smaller program, but slower updates."""
     remat: Literal["none", "dots", "full"] = "none"
-    """Rematerialisation, to save memory. The backward pass recomputes nothing (none), everything except matmuls (dots),
-    or whole blocks (full). With dots and full it also gathers the parameters sharded over mesh.fsdp a second time,
-    instead of storing them."""
+    """Rematerialisation saves memory: the backward pass recomputes activations instead of storing them.
+    dots recomputes everything except matmuls, full recomputes whole blocks.
+    Both also gather the parameters sharded over mesh.fsdp a second time, instead of storing them."""
     loss_chunk: int = 4096
     """Tokens whose logits are in memory at the same time in the training loss; 0 for all."""
 
@@ -77,8 +78,8 @@ class DataConfig:
     text: str = ""
     """Text file or glob to train on. "stdlib" is the source code of the running Python's standard library."""
     train: str = ""
-    """Glob of token files to train on: llm.c's or nanoGPT's .bin, or build-nanogpt's .npy. To mix several sources by
-    weight, write [[data.sources]] tables into a TOML file instead, each with train and weight."""
+    """Glob of token files to train on: llm.c's or nanoGPT's .bin, or build-nanogpt's .npy.
+    To mix several sources, write [[data.sources]] tables into a TOML file instead, each with train and weight."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources of token files, mixed by weight, instead of `train`."""
     val: str = ""
@@ -86,11 +87,10 @@ class DataConfig:
     tokenizer: TokenizerName = "gpt2"
     """How text becomes tokens: gpt2 for GPT-2's byte pairs, bytes for raw bytes, chars for the text's characters."""
     val_fraction: float = 0.1
-    """Fraction of `text` to hold out for validation: whole files, chosen by a hash of their names, or the end of a
-    single file."""
+    """Fraction of text to hold out: whole files, chosen by a hash of their names, or the end of a single file."""
     characters: str = ""
-    """Alphabet of tokenizer "chars", in token order. Empty takes the sorted characters of the text, or the alphabet in
-    nanoGPT's meta.pkl."""
+    """Alphabet of tokenizer "chars", in token order.
+    Empty takes the sorted characters of the text, or the alphabet in nanoGPT's meta.pkl."""
     document_starts: bool = False
     """Move each training window forward to the first document that starts in it, if one does."""
 
@@ -136,8 +136,8 @@ class CheckpointConfig:
     every: int = 1000
     """Updates between checkpoints; 0 saves the last update only."""
     keep: int = 2
-    """Number of newest checkpoints to keep. Of those saved right after an evaluation, the one with the lowest
-    validation loss is kept too."""
+    """Number of newest checkpoints to keep.
+    Of those saved right after an evaluation, the one with the lowest validation loss is kept too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +147,8 @@ class EvalConfig:
     every: int = 250
     """Updates between evaluations; 0 evaluates after the last update only."""
     tokens: int = 0
-    """Validation tokens per evaluation, from the start of the data; 0 for all. The report at the end of a run on text
-    always takes all."""
+    """Validation tokens per evaluation, from the start of the data; 0 for all.
+    The report at the end of a run on text always takes all."""
     sample_tokens: int = 0
     """Tokens of sample text to print at the end of the run."""
 
@@ -172,11 +172,12 @@ class TrainConfig:
     batch_size: int
     """GLOBAL number of sequences per update, over all devices and micro-batches."""
     micro_batch_size: int = 0
-    """Sequences per device and forward pass; 0 for the device's whole share of the batch. A smaller micro-batch needs
-    less memory: gradients are accumulated until batch_size is reached."""
+    """Sequences per device and forward pass; 0 for the device's whole share of the batch.
+    Smaller micro-batches need less memory: gradients are accumulated until batch_size is reached."""
     batch_ramp: tuple[tuple[int, int], ...] = ()
-    """Smaller batches at the start of the run, as pairs of tokens and sequences: until the run has trained on that many
-    tokens, each batch has that many sequences. After the last pair, batch_size applies."""
+    """Smaller batches at the start of the run, as pairs of tokens and sequences.
+    Until the run has trained on that many tokens, each batch has that many sequences.
+    After the last pair, batch_size applies."""
     init_from: str = ""
     """Model to fine-tune: any MODEL that gpt2_jax.load takes. Empty for random initial parameters."""
     seed: int = 1337
@@ -184,8 +185,8 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Dtype of matmuls: auto is bfloat16 on accelerators and float32 on CPU. Everything else is float32."""
     compilation_cache: str = "auto"
-    """Directory that caches compiled programs for the next start. auto is gpt2_jax/programs in the user's cache
-    directory; empty turns the cache off."""
+    """Directory that caches compiled programs for the next start.
+    auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off."""
     model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

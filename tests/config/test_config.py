@@ -1,12 +1,16 @@
 """Presets, TOML, flags, and one clear line for every mistake."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
 import re
 import tomllib
 
 import pytest
 
+from gpt2_jax import config as config_module
 from gpt2_jax.config import TrainConfig, differences, flatten, validate
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import PRESETS, preset_names, read_config, to_toml
@@ -74,6 +78,16 @@ def test_help_names_every_key(capsys):
     text = capsys.readouterr().out
     for key in flatten(read_config("quickstart")).keys() - {"data.sources"}:
         assert f"--{key}" in text
+
+
+def test_help_breaks_lines_between_sentences_only():
+    """tyro keeps the line breaks of a field's docstring."""
+    for node in ast.walk(ast.parse(inspect.getsource(config_module))):
+        if isinstance(node, ast.ClassDef):
+            for field, docstring in itertools.pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+                    for line in ast.literal_eval(docstring.value).splitlines():
+                        assert line.endswith("."), line
 
 
 def test_without_a_config_the_presets_are_listed(capsys):
