@@ -34,7 +34,7 @@ class LanguageModel:
     Args:
         model: the Flax module.
         params: its parameters, so that `model.apply({"params": params}, tokens)` computes logits.
-        open_tokenizer: called once, when the tokenizer is first needed. Raises UserError if the model has none.
+        open_tokenizer: returns the tokenizer; called once, when it is first needed. Raises UserError if there is none.
         end_of_text: the token that ends a text; by default the tokenizer's.
     """
 
@@ -57,7 +57,7 @@ class LanguageModel:
         """Continues a text.
 
         Args:
-            prompt: "" starts a new text, from end-of-text.
+            prompt: the text to continue; "" starts a new text from the end-of-text token.
             max_new_tokens: at most; the model may end the text earlier. By default 200, or as many as fit into
                 `block_size`.
             **options: temperature, top_k, top_p, seed and slide, as in `Sampling`.
@@ -91,10 +91,13 @@ class LanguageModel:
     def stream(
         self, prompts: Sequence[str], max_new_tokens: int | None = None, sampling: Sampling = DEFAULT
     ) -> Iterator[list[str]]:
-        """`generate_batch`, as the text is written: what each sequence gains, without the prompts.
+        """`generate_batch` as an iterator: yields the new text of every sequence while it is generated.
 
         Args:
-            sampling: `stop` and `vocab_size` are the tokenizer's.
+            sampling: its `stop` and `vocab_size` are replaced by the tokenizer's.
+
+        Yields:
+            One string per sequence, without the prompts. Concatenated, the strings of a sequence are its continuation.
         """
         tokenizer = self.tokenizer
         stop = end_of_text(tokenizer) if self._end_of_text is None else self._end_of_text
