@@ -15,7 +15,7 @@ from gpt2_jax import GPT2, GPT2Config, load
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import to_toml
-from gpt2_jax.model import padded_vocab_size
+from gpt2_jax.model import abstract_params, padded_vocab_size
 
 CONFIG = GPT2Config(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_embd=32)
 EXACT = dataclasses.replace(CONFIG, gelu="exact")
@@ -34,6 +34,15 @@ def assert_loads(path, theirs, config=CONFIG) -> tuple[GPT2, dict]:
     assert dataclasses.replace(gpt2.model.config, attention="auto") == config
     assert_same_params(gpt2.params, as_params(theirs.state_dict(), config))
     return gpt2.model, gpt2.params
+
+
+def random_params(config: GPT2Config) -> dict:
+    """Random parameters, also for models without biases, which transformers does not have. The padding is 0."""
+    rng = np.random.default_rng(0)
+    model = GPT2(config.unrolled())
+    params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), abstract_params(model))
+    params["wte"]["embedding"][config.vocab_size :] = 0
+    return params
 
 
 def save_run(run: Path, config: GPT2Config, params, data: DataConfig = BYTES, step: int = 3) -> Path:

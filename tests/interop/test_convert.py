@@ -6,17 +6,15 @@ import json
 import subprocess
 import sys
 
-import jax
 import pytest
 import safetensors
-from model_files import CONFIG, EXACT, FORMATS, assert_same_params, save_run
+from model_files import CONFIG, EXACT, FORMATS, assert_same_params, random_params, save_run
 from torch_gpt2 import as_params, torch_gpt2
 
-from gpt2_jax import GPT2, load
+from gpt2_jax import load
 from gpt2_jax.convert import convert, main
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
-from gpt2_jax.model import init_params
 
 GELUS = {"tanh": dataclasses.replace(CONFIG, vocab_size=257), "exact": dataclasses.replace(EXACT, vocab_size=257)}
 
@@ -67,16 +65,16 @@ def test_every_conversion_round_trips_bit_for_bit(runs, converted, tmp_path, sou
 
 
 @pytest.mark.parametrize(
-    ("to", "changes", "message"),
+    ("to", "gelu", "bias", "message"),
     [
-        ("llmc", {"gelu": "exact"}, "uses the exact GELU, but llm.c only has the tanh one"),
-        ("llmc", {"bias": False}, "has no biases"),
-        ("nanogpt", {}, "uses the tanh GELU, but nanoGPT only has the exact one"),
+        ("llmc", "exact", True, "uses the exact GELU, but llm.c only has the tanh one"),
+        ("llmc", "tanh", False, "has no biases"),
+        ("nanogpt", "tanh", True, "uses the tanh GELU, but nanoGPT only has the exact one"),
     ],
 )
-def test_a_model_that_the_format_cannot_represent_is_refused_and_leaves_no_files(tmp_path, to, changes, message):
-    config = dataclasses.replace(CONFIG, **changes)
-    run = save_run(tmp_path / "run", config, init_params(GPT2(config), jax.random.key(0)))
+def test_a_model_that_the_format_cannot_represent_is_refused_and_leaves_no_files(tmp_path, to, gelu, bias, message):
+    config = dataclasses.replace(GELUS[gelu], bias=bias)
+    run = save_run(tmp_path / "run", config, random_params(config))
     with pytest.raises(UserError, match=message):
         convert(str(run), to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -121,7 +119,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path):
     runs = {gelu: tmp_path / gelu for gelu in GELUS}
     for gelu, run in runs.items():
         config = dataclasses.replace(GELUS[gelu], n_embd=128)
-        save_run(run, config, init_params(GPT2(config), jax.random.key(0)))
+        save_run(run, config, random_params(config))
     formats = sorted(FORMATS, key=lambda to: to == "orbax")  # last: its threads may report errors later
     commands = [
         ["--from", str(runs["exact" if to == "nanogpt" else "tanh"]), "--to", to, "--out", str(tmp_path / "out")]

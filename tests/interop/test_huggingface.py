@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from model_files import CONFIG, EXACT, assert_loads, assert_same_params, rounded, save_run
+from model_files import CONFIG, EXACT, assert_loads, assert_same_params, random_params, rounded, save_run
 from torch_gpt2 import torch_gpt2
 from transformers import AutoModelForCausalLM
 
 from gpt2_jax import GPT2, load
 from gpt2_jax.convert import convert
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import init_params
 
 # --- reading -------------------------------------------------------------------------------------------
 
@@ -28,7 +27,7 @@ def test_a_saved_model_loads_and_computes_the_same_logits(theirs, saved):
     tokens = np.random.default_rng(0).integers(0, 300, (2, 32))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    logits = model.apply({"params": params}, tokens)
+    logits = jax.jit(model.apply)({"params": params}, tokens)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=1e-4)  # float32 matmuls that add in another order
 
@@ -120,8 +119,7 @@ def test_a_name_on_the_hub_is_read_from_its_cache(theirs, saved, add_to_hub_cach
 def test_transformers_loads_the_export(tmp_path, config):
     os.umask(0o022)
     model = GPT2(config)
-    params = jax.tree.map(lambda leaf: leaf + 0.01, init_params(model, jax.random.key(0)))
-    params["wte"]["embedding"] = params["wte"]["embedding"].at[257:].set(0)
+    params = random_params(config)
     run = save_run(tmp_path / "run", config, params)
     out = convert(str(run), "huggingface", tmp_path / "out")
     theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -132,7 +130,7 @@ def test_transformers_loads_the_export(tmp_path, config):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     assert expected.shape == (2, 32, 257)  # without the padding of the vocabulary
-    np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, tokens), expected, atol=1e-4)
     modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
     assert modes == {0o644}  # readable for others, as the umask allows
     table = json.loads((out / "config.json").read_text())

@@ -9,14 +9,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from model_files import CONFIG, assert_same_params, save_run
+from model_files import CONFIG, assert_same_params, random_params, save_run
 from torch_gpt2 import as_params
 
-from gpt2_jax import GPT2, GPT2Config, load
+from gpt2_jax import GPT2Config, load
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.convert import convert
 from gpt2_jax.interop.stored import parameter_shapes
-from gpt2_jax.model import init_params
 from gpt2_jax.sharding import make_mesh, state_sharding
 
 
@@ -76,7 +75,7 @@ def test_loading_takes_memory_for_the_model_and_one_tensor(tmp_path):
     # Like GPT-2, with token embeddings that are the largest tensor by far.
     exact = GPT2Config(vocab_size=20000, block_size=64, n_layer=4, n_head=4, n_embd=512, gelu="exact")
     tanh = dataclasses.replace(exact, gelu="tanh")
-    params = init_params(GPT2(exact), jax.random.key(0))
+    params = random_params(exact)
     run = save_run(tmp_path / "run", exact, params)
     nanogpt, huggingface = (convert(str(run), to, tmp_path / to) for to in ("nanogpt", "huggingface"))
     (llmc,) = convert(str(save_run(tmp_path / "tanh", tanh, params)), "llmc", tmp_path / "llmc").glob("*.bin")

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import pytest
 import tiktoken
-from model_files import CONFIG, save_run
+from model_files import CONFIG, random_params, save_run
 from torch_gpt2 import as_params, torch_gpt2
 from transformers import AutoTokenizer
 
-from gpt2_jax import GPT2
 from gpt2_jax.config import DataConfig
 from gpt2_jax.convert import convert
 from gpt2_jax.data.tokenizer import CharTokenizer, byte_encoding, gpt2_encoding
@@ -19,7 +17,6 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
 from gpt2_jax.interop.stored import directory_files
 from gpt2_jax.interop.tokenizer_files import CHARACTER_TO_BYTE, read_tokenizer, write_tokenizer
-from gpt2_jax.model import init_params
 
 GPT2_VOCABULARY = dataclasses.replace(CONFIG, vocab_size=50257, n_layer=1)
 
@@ -90,7 +87,7 @@ def test_tokenizers_of_bytes_and_characters_convert(tmp_path):
     }
     for name, (data, vocab_size, ours, text) in cases.items():
         config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
-        run = save_run(tmp_path / name, config, init_params(GPT2(config), jax.random.key(0)), data)
+        run = save_run(tmp_path / name, config, random_params(config), data)
         out = convert(str(run), "huggingface", tmp_path / f"{name}-out")
         theirs = AutoTokenizer.from_pretrained(out)
         tokens = ours.encode_ordinary(text)
