@@ -166,7 +166,7 @@ def test_mistakes_in_a_file_are_one_clear_line(text, message, tmp_path):
         read_config(str(path))
 
 
-SOURCES = "out='x'\nsteps=1\nbatch_size=1\n[data]\nval='val'\n[[data.sources]]\ntrain='a'\nweight="
+SOURCES = "out='x'\nsteps=1000\nbatch_size=1\n[data]\nval='val'\n[[data.sources]]\ntrain='a'\nweight="
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from gpt2_jax.model import GPT2, init_params
 
 CONFIG = GPT2Config(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 PROMPTS = ["é is", "One, two", "x"]
+N = 50  # new tokens; with one number and short prompts, all greedy tests run the same two compiled programs
 
 
 def save_run(run, config, data):
@@ -59,8 +60,8 @@ def text_of(tokens):
 def test_text_from_a_run_is_the_text_of_its_tokens(gpt2):
     assert isinstance(gpt2, LanguageModel)
     for prompt in PROMPTS:
-        (tokens,) = generate(gpt2.model, gpt2.params, [list(prompt.encode())], 40, Sampling(0, stop=256))
-        assert gpt2.generate(prompt, max_new_tokens=40, temperature=0) == prompt + text_of(tokens)
+        (tokens,) = generate(gpt2.model, gpt2.params, [list(prompt.encode())], N, Sampling(0, stop=256))
+        assert gpt2.generate(prompt, max_new_tokens=N, temperature=0) == prompt + text_of(tokens)
     assert gpt2.tokenizer.encode_ordinary("é") == list("é".encode())
     logits = gpt2.model.apply({"params": gpt2.params}, np.array([[1, 2, 3]]))
     assert logits.shape == (1, 3, 257)
@@ -73,8 +74,8 @@ def test_greedy_text_equals_that_of_transformers(theirs, tmp_path):
     gpt2 = load(str(tmp_path))
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        expected = theirs.generate(**inputs, max_new_tokens=50, do_sample=False, pad_token_id=256, eos_token_id=256)
-        text = gpt2.generate(prompt, max_new_tokens=50, temperature=0)
+        expected = theirs.generate(**inputs, max_new_tokens=N, do_sample=False, pad_token_id=256, eos_token_id=256)
+        text = gpt2.generate(prompt, max_new_tokens=N, temperature=0)
         assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
         assert len(text) > len(prompt)
 
@@ -95,11 +96,10 @@ def test_generate_generate_batch_and_stream_agree(gpt2):
 
 
 def test_an_empty_prompt_starts_a_new_text(gpt2, tmp_path):
-    (tokens,) = generate(gpt2.model, gpt2.params, [[256]], 20, Sampling(0, stop=256))
-    assert gpt2.generate("", max_new_tokens=20, temperature=0) == text_of(tokens)
+    (tokens,) = generate(gpt2.model, gpt2.params, [[256]], N, Sampling(0, stop=256))
+    assert gpt2.generate("", max_new_tokens=N, temperature=0) == text_of(tokens)
     config, data = dataclasses.replace(CONFIG, vocab_size=3), DataConfig(tokenizer="chars", characters="ab\n")
     chars = load(str(save_run(tmp_path / "chars", config, data)))
-    assert set(chars.generate("a", max_new_tokens=20)) <= set("ab\n")
     with pytest.raises(UserError, match="the prompt is empty, and this model has no end-of-text token"):
         chars.generate("")
     with pytest.raises(UserError, match="the character 'x', which is not among the 3"):
@@ -121,8 +121,8 @@ def test_a_model_without_a_tokenizer_still_has_its_parameters(theirs, tmp_path):
     for use in (lambda: gpt2.generate("x"), lambda: gpt2.stream(["x"]), lambda: gpt2.tokenizer):
         with pytest.raises(UserError, match=r"the tokenizer of .* is not known; put its vocab.json and merges.txt"):
             use()
-    (tokens,) = generate(gpt2.model, gpt2.params, [[1, 2, 3]], 5, Sampling(0))
-    assert len(tokens) == 5
+    (tokens,) = generate(gpt2.model, gpt2.params, [[1, 2, 3]], N, Sampling(0))
+    assert len(tokens) == N
 
 
 # Imports the commands before the API, as a notebook may. Prints the state that they must leave alone.
