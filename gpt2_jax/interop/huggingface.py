@@ -106,7 +106,8 @@ def open_huggingface(where: str, find: FindFile, assume_gpt2: bool = True) -> St
         head, embedding = tensors["lm_head.weight"](), tensors["wte.weight"]()
         if not np.array_equal(head, embedding):
             raise UserError(
-                f"{where} has a head of its own, lm_head.weight; expected the token embedding wte.weight, as in GPT-2"
+                f"{where} has an lm_head.weight that differs from wte.weight; expected a head tied to the token "
+                "embedding, as in GPT-2"
             )
     for name in sorted(zeros):
         if np.any(tensors[name]()):

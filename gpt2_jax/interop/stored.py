@@ -72,7 +72,7 @@ class StoredModel:
         return self.tokenizer
 
     def parameter(self, name: str) -> np.ndarray:
-        """Reads one parameter: float32, contiguous, in memory of its own.
+        """Reads one parameter: float32, contiguous, in new memory.
 
         Raises:
             UserError: it is missing, has another shape than the config implies, or is not of a floating-point dtype.
