@@ -1,13 +1,14 @@
-"""Checkpoints on disk: asynchronous, atomic, sharded; the newest and the best are kept.
+"""Checkpoints on disk: asynchronous, atomic and sharded. Keeps the newest ones and the best.
 
-The only file that knows Orbax, and it knows no model: it saves and restores trees of arrays. A checkpoint is
-written beside its final name and renamed, so one that can be listed is whole.
+Only this file uses Orbax. It saves and restores trees of arrays and knows nothing of the model. Orbax writes a
+checkpoint under a temporary name and renames it at the end, so every checkpoint that is listed is complete.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +24,76 @@ def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
 
+@contextmanager
+def _reading(checkpoint: Path, advice: str) -> Iterator[None]:
+    """Reports an error of Orbax as a UserError that names the checkpoint and ends with `advice`."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({reason}); {advice}") from error
+
+
 class SavedState:
-    """One checkpoint, to read parts of: nothing in its directory is touched.
+    """Reads parts of one checkpoint, and writes nothing into its directory.
 
     Args:
         path: DIRECTORY/STEP of a `Checkpoints`.
 
     Raises:
-        UserError: it is not a whole checkpoint.
+        UserError: it is not a complete checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        metadata = self._safely(lambda: self._reader.metadata(self._path).item_metadata)
+        with _reading(self._path.parent, "use another one"):
+            metadata = self._reader.metadata(self._path).item_metadata
         if metadata is None:
-            raise UserError(f"the checkpoint {path} is not whole: no tree of arrays in {self._path}; take another one")
+            raise UserError(f"the checkpoint {path} is incomplete: no tree of arrays in {self._path}; use another one")
         self._tree = metadata.tree
 
     def read(self, *path: str) -> Any:
-        """The tree of NumPy arrays below the keys of `path`.
+        """Reads the tree of NumPy arrays below the keys of `path`.
 
         Raises:
-            KeyError: there is nothing.
-            UserError: it cannot be read.
+            KeyError: the checkpoint has no such keys.
+            UserError: the checkpoint cannot be read.
         """
         part = functools.reduce(lambda tree, key: tree[key], path, self._tree)
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
 
         def nested(tree: Any) -> Any:
             return functools.reduce(lambda inner, key: {key: inner}, reversed(path), tree)
 
-        args = ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(how), partial_restore=True)
-        state = self._safely(lambda: self._reader.restore(self._path, args=args))
+        args = ocp.args.PyTreeRestore(nested(shapes), restore_args=nested(as_numpy), partial_restore=True)
+        with _reading(self._path.parent, "use another one"):
+            state = self._reader.restore(self._path, args=args)
         return functools.reduce(lambda tree, key: tree[key], path, state)
-
-    def _safely(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except (OSError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the checkpoint {self._path.parent} cannot be read ({reason}); take another one"
-            ) from error
 
 
 class Checkpoints:
-    """The checkpoints of one run, DIRECTORY/STEP each. Close it, or use it in a `with`: saves end in background.
+    """The checkpoints of one run, in DIRECTORY/STEP. Saves run in the background: `close` it, or use it in a `with`.
 
     Args:
-        directory: created if missing; left-overs of interrupted saves in it are removed.
-        keep: how many of the newest stay, beside the one with the lowest validation loss.
+        directory: created if missing. Remains of interrupted saves are removed.
+        keep: number of newest checkpoints to keep, besides the one with the lowest validation loss.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            # Compression leaves 92% of a state, at four times the processor time of a save.
+            # Compression reduces a state to 92% of its size and takes four times the processor time.
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "info": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                # The policy below decides; but only with a best_fn does Orbax write the metrics down, without
-                # which a run that is continued would forget which checkpoint was the best.
+                # The policy below decides what to keep. But only with a best_fn does Orbax store the metrics, without
+                # which a resumed run would not know the best checkpoint.
                 best_fn=_val_loss,
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -97,7 +101,7 @@ class Checkpoints:
                         checkpoint_managers.LatestN(keep),
                         checkpoint_managers.BestN(
                             get_metric_fn=_val_loss,
-                            reverse=True,  # Orbax keeps the last of the sorted: the lowest loss
+                            reverse=True,  # Orbax sorts and keeps the last, so the lowest loss has to come last
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -110,24 +114,28 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for background saves and releases the directory."""
         self._manager.close()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk."""
+        """Waits until all saves are on disk."""
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The newest step that can be restored."""
+        """The newest restorable step; None if there is none."""
         step: int | None = self._manager.latest_step()
         return step
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss, of those that can be restored and have one."""
+        """The restorable step with the lowest validation loss; None if no step has one."""
         step: int | None = self._manager.best_step()
         return step
 
     def steps(self) -> list[int]:
-        """All steps that can be restored, in order."""
+        """All restorable steps, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, info: dict[str, Any], val_loss: float | None = None) -> None:
@@ -135,8 +143,8 @@ class Checkpoints:
 
         Args:
             state: tree of arrays.
-            info: what JSON can hold.
-            val_loss: at this step, if it is known; ranks the checkpoint.
+            info: JSON-serializable.
+            val_loss: at this step, if known; ranks the checkpoint.
         """
         self._manager.save(
             step,
@@ -145,16 +153,16 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state saved at `step`, into the shapes, dtypes and shardings of `abstract_state`.
+        """Restores the state of `step` with the shapes, dtypes and shardings of `abstract_state`.
 
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        how = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        return self._read(step, state=ocp.args.PyTreeRestore(abstract_state, restore_args=how))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        return self._read(step, state=ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args))
 
     def info(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state at `step`.
+        """The `info` that was saved with the state of `step`.
 
         Raises:
             UserError: the checkpoint cannot be read.
@@ -163,12 +171,6 @@ class Checkpoints:
         return info
 
     def _read(self, step: int, **item: Any) -> Any:
-        try:
+        advice = "if it is damaged, move it away to resume from an older one"
+        with _reading(self.directory.absolute() / str(step), advice):
             return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
-        except (OSError, KeyError, ValueError) as error:
-            path = self._manager.directory / str(step)
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the checkpoint {path} cannot be read ({reason}); if it is damaged, move it away to go on from an "
-                "older one"
-            ) from error

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a bar there, plain lines elsewhere, one in five seconds at most."""
+"""Progress display: a bar in a terminal; elsewhere plain lines, at most one every five seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Display:
-    """A context manager that shows how far some work is.
+    """A context manager that shows the progress of some work.
 
     Args:
-        done: of the work, at the start.
-        total: the whole of it; 0 where nobody knows.
-        text: what stands beside the bar until the first `show`.
-        counts: whether the bar shows the two numbers, or their ratio.
-        quiet: shows nothing: of several processes one speaks.
+        done: work already done at the start.
+        total: all of the work; 0 if unknown.
+        text: shown beside the bar until the first `show`.
+        counts: the bar shows "done/total"; otherwise a percentage.
+        quiet: shows nothing, as in all processes but the primary one.
     """
 
     def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
@@ -51,11 +51,11 @@ class Display:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays on the screen."""
         self.console.print(text, markup=False)
 
     def show(self, done: float, line: str, parts: Sequence[str]) -> None:
-        """How far it is: `parts` beside the bar, or a line that starts with `line`; the last one is always shown."""
+        """Shows progress: `parts` beside the bar, or a line that starts with `line`. The last one is always shown."""
         now = time.perf_counter()
         if self._bar:
             self._bar.update(self._task, completed=done, text=" · ".join(parts))
@@ -65,7 +65,7 @@ class Display:
 
 
 def si(number: float) -> str:
-    """1234567 -> '1.23M', three digits."""
+    """Formats a number with three digits and a unit: 1234567 -> '1.23M'."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
@@ -73,12 +73,12 @@ def si(number: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """1 -> '1 document', 1234 -> '1,234 documents'."""
+    """Formats a number with its noun: 1 -> '1 document', 1234 -> '1,234 documents'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """3725 -> '1:02:05', 65 -> '1:05'."""
+    """Formats seconds: 3725 -> '1:02:05', 65 -> '1:05'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

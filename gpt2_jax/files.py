@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and directories that one process writes at a time."""
+"""Atomic file writes, and a lock that lets one process at a time write a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt2_jax.errors import UserError
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: readers see the old text or the new one, whole."""
+    """Writes a file atomically: readers see the old text or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -26,13 +26,13 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def exclusive(directory: Path, purpose: str) -> Iterator[None]:
-    """Holds a directory for this process; the system lets go of it when the process ends, however it ends.
+    """Locks a directory for this process. The kernel releases the lock when the process ends, even if it is killed.
 
     Args:
-        purpose: what only one process may do there, for the error: "training".
+        purpose: the activity that the lock protects, for the error message: "training".
 
     Raises:
-        UserError: another process holds it. (A requeued job can start while the old one still saves.)
+        UserError: another process holds the lock. (A requeued job can start while the old one still saves.)
     """
     if sys.platform == "win32":  # has no flock
         yield
@@ -47,7 +47,7 @@ def exclusive(directory: Path, purpose: str) -> Iterator[None]:
             raise UserError(
                 f"another process is {purpose} in {directory}; wait for it, stop it, or give another --out"
             ) from None
-        except OSError:  # a file system without locks, as some network ones: there the user has to take care
+        except OSError:  # some network file systems have no locks; there the user has to take care
             pass
         yield
     finally:

@@ -1,6 +1,6 @@
-"""What programs run in: compiled ones are kept on disk, and on CPUs freed memory is kept in the process.
+"""Process setup: the persistent compilation cache, and malloc on CPU.
 
-Each only where the user has not decided it by the environment.
+Environment variables that configure either of them win over the defaults here.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import jax
 
 from gpt2_jax.errors import UserError
 
-CACHE_BYTES = 8 << 30  # The programs not used for longest go first. The quickstart's, for one CPU, take 260 KB.
+CACHE_BYTES = 8 << 30  # JAX evicts the least recently used programs. The quickstart's take 260 KB on one CPU.
 
-KEPT_BYTES = 256 << 20  # The most temporary memory of a program that is kept.
+MAX_KEPT_BYTES = 256 << 20  # A program with more temporary memory returns it to the kernel after each call.
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def enable_compilation_cache(directory: str) -> None:
-    """JAX keeps what it compiles in this directory, and the next process that needs it does not compile.
+    """Caches compiled programs on disk, for this process and later ones.
 
     Args:
-        directory: "auto" for gpt2_jax in the user's cache directory, empty for none. JAX_COMPILATION_CACHE_DIR and
-            JAX_ENABLE_COMPILATION_CACHE, where they are set, decide instead of "auto".
+        directory: "auto" for gpt2_jax in the user's cache directory, empty for no cache. JAX_COMPILATION_CACHE_DIR and
+            JAX_ENABLE_COMPILATION_CACHE override "auto".
 
     Raises:
-        UserError: the directory cannot be made or written.
+        UserError: the directory cannot be created or written.
     """
     if directory == "auto":
         if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
@@ -41,9 +41,9 @@ def enable_compilation_cache(directory: str) -> None:
     if directory and not _is_writable(path):
         if directory != "auto":
             raise UserError(f"compilation_cache = {directory!r} cannot be written; type --compilation_cache ''")
-        directory = ""  # a user without a home compiles at each start, as JAX alone does
+        directory = ""  # a user without a home directory has no cache, as in plain JAX
     jax.config.update("jax_compilation_cache_dir", str(path) if directory else None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones are a slow start too
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up to a slow start
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
@@ -56,25 +56,25 @@ def _is_writable(path: Path) -> bool:
 
 
 def use_single_malloc_arena() -> None:
-    """All threads take memory from one heap; has to come before there are threads. `keep_freed_memory` needs it."""
+    """Makes all threads allocate from one heap, as `keep_freed_memory` needs. Call it before any thread starts."""
     _mallopt(_M_ARENA_MAX, 1)
 
 
 def keep_freed_memory(program: jax.stages.Compiled) -> None:
-    """What XLA's CPU backend frees after a call of this program, the next call gets again, if it is little.
+    """Lets the next call of a CPU program reuse the temporary memory of the last one, up to `MAX_KEPT_BYTES`.
 
-    glibc would hand large blocks back to the kernel, and the next call find all their pages missing: a third of the
-    time of an update of nanoGPT's character model. But a heap breaks into pieces and comes to several times what is
-    needed at once, 7.8 GB instead of 2.1 with 6 layers of 384, which are not worth the quarter of the time there.
+    By default glibc returns large blocks to the kernel, and the next call page-faults on all of it: a third of the time
+    of an update of nanoGPT's character model. A heap that keeps its memory also fragments. With 6 layers of width 384
+    it grew to 7.8 GB instead of 2.1 GB, for a quarter of the time. Hence the limit.
     """
     memory = program.memory_analysis()
-    if memory and memory.temp_size_in_bytes <= KEPT_BYTES:
+    if memory and memory.temp_size_in_bytes <= MAX_KEPT_BYTES:
         _mallopt(_M_MMAP_MAX, 0)
         _mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _mallopt(parameter: int, value: int) -> None:
-    """glibc's `mallopt`, where there is one and the environment does not tune malloc already."""
+    """Calls glibc's `mallopt`, unless the C library is another one or the environment already tunes malloc."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     if platform.libc_ver()[0] == "glibc":

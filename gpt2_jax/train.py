@@ -26,8 +26,9 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, read_ahead
-from gpt2_jax.distributed import processes
+from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
+from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.files import exclusive
 from gpt2_jax.hardware import current_hardware
@@ -57,7 +58,7 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     try:
-        with processes.distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 1}):
+        with distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 1}):
             return train(parse_args(summary.TRAIN, DESCRIPTION, args))
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,8 +68,8 @@ def main(args: Sequence[str]) -> int:
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
     """Trains, or resumes training, until `config.steps` updates are done, and reports.
 
-    With several processes, call it within `processes.distributed_session`: otherwise an error in one process leaves the
-    others waiting.
+    With several processes, call it within `distributed_session`: otherwise an error in one process leaves the others
+    waiting.
 
     Args:
         config: validated.
@@ -90,8 +91,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
     accumulation = {size: num_micro_batches(size, config.micro_batch_size, mesh) for size in schedule.sizes()}
     data, config = open_data(config)
-    processes.assert_equal("config", to_toml(config))
-    processes.assert_equal("data", data.fingerprint)
+    assert_equal("config", to_toml(config))
+    assert_equal("data", data.fingerprint)
     out = open_directory(config, saved)
 
     model = build_model(config, attention)
@@ -102,20 +103,20 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
 
     with (
         jax.default_matmul_precision(matmul_precision(config.dtype)),
-        exclusive(out, "training") if processes.is_primary() else nullcontext(),
+        exclusive(out, "training") if is_primary() else nullcontext(),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data.fingerprint)
         state, start = run_checkpoints.restore_or_init(initial)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
-        if processes.is_primary():
+        if is_primary():
             write_config(out, config)
         say = reporter.display.say
         for line in summary.banner(config, data, mesh, attention, size, out, start):
             say(line)
         with (
-            processes.stop_signals() as stop_requested,
+            stop_signals() as stop_requested,
             reporter.display,
             closing(read_ahead(source, start, config.steps)) as batches,
         ):
@@ -152,7 +153,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 return 128 + signal_number
         nats, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
         sample = summary.sample_text(model, state.params, data, config)
-        if processes.is_primary():
+        if is_primary():
             for line in summary.closing(config, data, out, nats, n_targets, sample, checkpoints.best()):
                 say(line)
     return 0

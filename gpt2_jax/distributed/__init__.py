@@ -1,1 +1,1 @@
-"""Several processes of one run: how they find each other, agree and end together."""
+"""One run of several processes: detecting them, connecting them, agreeing, and ending together."""

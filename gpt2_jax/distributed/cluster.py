@@ -1,12 +1,12 @@
-"""Whether this process is one of several, and how they find each other: what flags and launchers say.
+"""Detects the cluster: how many processes train together, and where they connect.
 
-A launcher starts the same command once on every host (or once for every GPU), and says so in the environment. The
-first of these that is there decides; where there is none, or one process only, nothing of this happens:
+A launcher starts the same command once on every host, or once per GPU, and describes the job in the environment. The
+first entry of this list that is present decides. Without any, or with one process, the process trains alone.
 
-    --coordinator HOST:PORT --processes N --process I       flags; whatever they leave out comes from the next line
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (or a Kubernetes Job's JOB_COMPLETION_INDEX)
+    --coordinator HOST:PORT --processes N --process I       flags; the next line supplies those that are missing
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, of a Kubernetes Job)
     OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, …           Open MPI's mpirun
-    SLURM_STEP_NUM_TASKS, SLURM_PROCID, …                   srun; the shell of a batch script is no step of several
+    SLURM_STEP_NUM_TASKS, SLURM_PROCID, …                   SLURM's srun; the shell of a batch script runs alone
     TPU_WORKER_HOSTNAMES, or a TPU VM's metadata            a TPU pod slice
 """
 
@@ -24,27 +24,27 @@ from gpt2_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFlags:
-    """One of several processes. SLURM, Open MPI and TPU pod slices need no flags."""
+    """Flags of a run with several processes. SLURM, Open MPI and TPU pod slices need none of them."""
 
     coordinator: str = ""
-    """HOST:PORT where process 0 listens; by default JAX_COORDINATOR_ADDRESS, or what the launcher says."""
+    """HOST:PORT where process 0 listens. Default: JAX_COORDINATOR_ADDRESS, or the launcher's choice."""
     processes: int = 0
-    """How many there are; by default JAX_NUM_PROCESSES, or what the launcher says. 1 is this one alone."""
+    """Number of processes. Default: JAX_NUM_PROCESSES, or the launcher's number. 1 trains in this process alone."""
     process: int = -1
-    """Which one this is, from 0; by default JAX_PROCESS_ID or JOB_COMPLETION_INDEX, or what the launcher says."""
+    """Index of this process, from 0. Default: JAX_PROCESS_ID, JOB_COMPLETION_INDEX, or the launcher's index."""
     coordinator_timeout: int = 300
-    """Seconds in which all processes must have come together."""
+    """Seconds for all processes to connect."""
     heartbeat_timeout: int = 100
-    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    """Seconds of silence after which a process counts as dead and the others end."""
 
 
 class Cluster(NamedTuple):
-    """One of several processes.
+    """The processes of a run, and how this one connects to them.
 
     Attributes:
-        processes: how many.
-        coordinator: where they meet, as messages name it.
-        arguments: for `jax.distributed.initialize`; none where JAX finds them itself.
+        processes: number of processes.
+        coordinator: the address they connect to, for messages.
+        arguments: of `jax.distributed.initialize`. Those that JAX detects itself are missing.
     """
 
     processes: int
@@ -53,7 +53,7 @@ class Cluster(NamedTuple):
 
 
 def metadata(key: str) -> str:
-    """An attribute that Google's metadata server has of this machine; "" where there is no such thing."""
+    """Reads an attribute of this machine from Google's metadata server; "" if there is none."""
     request = urllib.request.Request(
         f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}",
         headers={"Metadata-Flavor": "Google"},
@@ -61,17 +61,17 @@ def metadata(key: str) -> str:
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as answer:
             return answer.read().decode()
-    except OSError:  # no such server, or it has no such attribute
+    except OSError:  # no such server, or no such attribute
         return ""
 
 
 def detect_cluster(
     flags: ClusterFlags, environ: Mapping[str, str], metadata: Callable[[str], str] = metadata
 ) -> Cluster | None:
-    """What the flags or the launcher say; None for a process of its own.
+    """The cluster that the flags or the launcher describe; None if this process trains alone.
 
     Raises:
-        UserError: it is said by halves, or makes no sense.
+        UserError: the description is incomplete or invalid.
     """
     if flags.processes == 1:
         return None
@@ -89,7 +89,7 @@ def detect_cluster(
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:
-    """The first of these variables that is set, as a number; -1 for none."""
+    """The first of these variables that is set, as a number; -1 if none is."""
     name = next((name for name in names if environ.get(name)), None)
     if name is None:
         return -1
@@ -110,16 +110,16 @@ def _explicit(flags: ClusterFlags, coordinator: str, environ: Mapping[str, str])
         "--process I (JAX_PROCESS_ID)": process < 0,
     }
     if any(missing.values()):
-        raise UserError(f"one of several processes needs {' and '.join(key for key, is_ in missing.items() if is_)}")
+        raise UserError(f"a run of several processes needs {' and '.join(key for key, is_ in missing.items() if is_)}")
     if process >= processes:
-        raise UserError(f"--process {process} of --processes {processes}; they count from 0 to {processes - 1}")
+        raise UserError(f"found --process {process} of --processes {processes}; expected 0 to {processes - 1}")
     return _cluster(coordinator, processes, process)
 
 
 def _cluster(coordinator: str, processes: int, process: int, device: int | None = None) -> Cluster:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UserError(f"the coordinator's address is {coordinator!r}; expected HOST:PORT, of the host of process 0")
+        raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, where HOST runs process 0")
     arguments = {
         "coordinator_address": coordinator,
         "num_processes": processes,
@@ -131,27 +131,27 @@ def _cluster(coordinator: str, processes: int, process: int, device: int | None 
 
 
 def _port(job: int, environ: Mapping[str, str]) -> int:
-    """A port that jobs on the same hosts are not likely to share: JAX's own choice."""
+    """A port that jobs on the same host are unlikely to share, computed as JAX does."""
     return int(environ.get("JAX_COORDINATOR_PORT") or 65536 - 4096 + job % 4096)
 
 
 def _own_device(rank: int, neighbours: int, environ: Mapping[str, str]) -> int | None:
-    """Of the GPUs that the processes of this host see, the one that is this process's; None for all of them.
+    """The one GPU that this process uses, of those that all processes of this host see; None to use all of them.
 
-    JAX would take one for each process, and so leave seven of eight idle where a host has one process.
+    JAX would always take one per process, and leave seven of eight GPUs idle with one process per host.
     """
     bound = "SLURM_GPUS_PER_TASK" in environ or environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
     return None if neighbours == 1 or bound or "JAX_LOCAL_DEVICE_IDS" in environ else rank
 
 
 def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Cluster:
-    processes, neighbours = (_number(environ, f"OMPI_COMM_WORLD_{what}") for what in ("SIZE", "LOCAL_SIZE"))
-    # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the number of the job times 2**12, and where mpirun runs.
+    processes, neighbours = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
+    # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the job number times 2**12, and the addresses of mpirun's host.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     if not coordinator and (found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)):
         coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(int(found[1]) >> 12, environ)}"
     if not coordinator and processes != neighbours:
-        raise UserError("this Open MPI does not say where process 0 runs; give --coordinator HOST:PORT")
+        raise UserError("Open MPI does not report where process 0 runs; give --coordinator HOST:PORT")
     if not coordinator:
         coordinator = f"localhost:{_port(os.getppid(), environ)}"
     device = _own_device(_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), neighbours, environ)
@@ -161,10 +161,10 @@ def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Cluster:
 def _slurm(coordinator: str, environ: Mapping[str, str]) -> Cluster:
     processes, hosts = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_STEP_NUM_NODES")
     if not coordinator:
-        # The first of "gpu[003-005,9],login1": what stands before the brackets, and the first number in them.
+        # The first host of "gpu[003-005,9],login1": the prefix, then the first number in the brackets.
         first = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", environ.get("SLURM_STEP_NODELIST", ""))
         if not first:
-            raise UserError("SLURM does not name the hosts of this step; give --coordinator HOST:PORT")
+            raise UserError("SLURM does not name the hosts of this job step; give --coordinator HOST:PORT")
         coordinator = (
             f"{''.join(part or '' for part in first.groups())}:{_port(_number(environ, 'SLURM_JOB_ID'), environ)}"
         )
@@ -174,10 +174,10 @@ def _slurm(coordinator: str, environ: Mapping[str, str]) -> Cluster:
 
 
 def _tpu_hosts(environ: Mapping[str, str], metadata: Callable[[str], str]) -> list[str]:
-    """The hosts of the TPU slices that this one belongs to, in JAX's order; one "" for each of other slices."""
+    """All hosts of a TPU job, in JAX's order: those of this slice by name, those of other slices as ""."""
     names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     slices = _number(environ, "MEGASCALE_NUM_SLICES")
-    # Where there are no TPU chips, JAX sets this variable as it is imported.
+    # JAX sets this variable on import if the machine has no TPU.
     if not names and "TPU_SKIP_MDS_QUERY" not in environ:
         names = metadata("worker-network-endpoints")  # "name:id:address,…", or the names alone
         in_metadata = re.search(r"MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", metadata("tpu-env")) if names else None

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import TrainConfig
-from gpt2_jax.distributed import processes
+from gpt2_jax.distributed.agreement import broadcast_from_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -46,7 +46,7 @@ class RunCheckpoints:
             UserError: the newest checkpoint is past `config.steps`, was trained on other data, or cannot be read.
         """
         config, model, mesh = self._config, self._model, self._mesh
-        step = int(processes.broadcast_from_primary("start", str(self._checkpoints.latest() or 0)))
+        step = int(broadcast_from_primary("start", str(self._checkpoints.latest() or 0)))
         if not step:
             params = initial.place(abstract_state(model, config.optimizer, mesh).params) if initial else None
             return init_state(model, config.optimizer, mesh, config.seed, params), 0

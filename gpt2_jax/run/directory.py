@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt2_jax.config import TrainConfig, differences
 from gpt2_jax.config.toml import read_config, to_toml
-from gpt2_jax.distributed import processes
+from gpt2_jax.distributed.agreement import check_shared, is_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
 
@@ -50,14 +50,14 @@ def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Path:
             advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
         raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        if processes.is_primary():
+        if is_primary():
             out.mkdir(parents=True, exist_ok=True)
         for path in (out, *(out / name for name in ("config.toml", "checkpoints", "metrics.jsonl", "loss.png"))):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:
         raise UserError(f"cannot write the run directory {out}: {error.strerror}; type another --out") from error
-    processes.check_shared(out)
+    check_shared(out)
     return out
 
 

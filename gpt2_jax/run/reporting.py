@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.display import Display
-from gpt2_jax.distributed import processes
+from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.metrics import MetricsFile, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
@@ -42,7 +42,7 @@ class Reporter:
         start: int,
     ) -> None:
         self._out, self._config, self._checkpoints, self._tokens_after = out, config, checkpoints, tokens_after
-        self._file = MetricsFile(out / "metrics.jsonl", start) if processes.is_primary() else None
+        self._file = MetricsFile(out / "metrics.jsonl", start) if is_primary() else None
         self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
         self._reported = start
         self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
