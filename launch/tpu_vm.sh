@@ -1,39 +1,40 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM or on a slice of several hosts, with gcloud alone: see the usage below.
-# Nothing is kept on this side: the flags and the TPU's own state say everything, from any machine.
+# Trains on a Cloud TPU VM, or on all hosts of a TPU slice. Needs only gcloud. See the usage below.
+# The script stores nothing locally: the flags and the state of the TPU are enough, so any machine can run it.
 set -euo pipefail
 
 usage() {
   cat << 'END'
 usage: launch/tpu_vm.sh COMMAND NAME --zone ZONE [flags] [-- arguments of python -m gpt2_jax.train]
 
-  up       create, setup and run, as far as needed; the same line resumes after a preemption or a crash
-  resume   another name for up
-  watch    up, and again after every preemption or crash, until the training has ended
-  create   ask for the TPU: on demand or with --spot, at once or with --queued
-  setup    copy this checkout to every worker, install it, mount --storage
-  run      start the training on every worker; it goes on when this terminal closes
-  status   the state of the TPU, and of the training on every worker
+  up       create the TPU, set it up and start the training, as far as needed; run it again after a preemption or a
+           crash to resume
+  resume   the same as up
+  watch    up, and up again after every preemption or crash, until the training ends
+  create   request the TPU: on demand or --spot, immediately or --queued
+  setup    copy this checkout to every worker, install it and mount --storage
+  run      start the training on every worker; it keeps running when this terminal closes
+  status   show the state of the TPU and of the training on every worker
   logs     follow the log of worker 0, or of --worker N
-  stop     every worker finishes its update and saves (SIGTERM); run continues
-  exec     a shell command on every worker, in the checkout: exec NAME --zone ZONE -- COMMAND
+  stop     send SIGTERM: every worker finishes its update and saves; resume with run
+  exec     run a shell command in the checkout on every worker: exec NAME --zone ZONE -- COMMAND
   delete   delete the TPU and its disks
 
-  --zone ZONE          such as us-west4-a (cloud.google.com/tpu/docs/regions-zones)
-  --type TYPE          accelerator type: v4-32, v5litepod-16, v5p-8, v6e-16, ... (up, watch, create)
-  --spot               cheaper, and taken away at any time
-  --queued             as a queued resource, which waits until there is a TPU (status and delete need the flag, too)
-  --storage WHERE      keeps runs/ (up, watch, setup): HOST:/SHARE for NFS, gs://BUCKET for a bucket with a hierarchical
-                       namespace, none for the TPU's own disk, which goes with it
-  --init FILE          bash script that setup runs on every worker, in the checkout, before it mounts --storage: to
-                       fetch data/, for example, or to install gcsfuse for gs:// where the image has none
-  --version VERSION    software of the TPU VM; by default what fits the type
-  --project PROJECT    by default that of gcloud's configuration
-  --create-flag=FLAG   one more flag for gcloud's create, such as --create-flag=--reserved; may be repeated
-  --worker N           whose log
-  --dry-run            print the commands, run none
+  --zone ZONE          for example us-west4-a (cloud.google.com/tpu/docs/regions-zones)
+  --type TYPE          accelerator type: v4-32, v5litepod-16, v5p-8, v6e-16, ... (for up, watch, create)
+  --spot               cheaper, but preempted at any time
+  --queued             request a queued resource, which waits until a TPU is free; give it to status and delete as well
+  --storage WHERE      storage of runs/ (for up, watch, setup): HOST:/SHARE for NFS, gs://BUCKET for a bucket with a
+                       hierarchical namespace, none for the TPU's own disk, which is deleted with the TPU
+  --init FILE          bash script that setup runs in the checkout on every worker before it mounts --storage, for
+                       example to fetch data/, or to install gcsfuse for gs:// if the image lacks it
+  --version VERSION    software version of the TPU VM; by default the one for --type
+  --project PROJECT    by default the project of gcloud's configuration
+  --create-flag=FLAG   an extra flag for gcloud's create, for example --create-flag=--reserved; may be repeated
+  --worker N           the worker whose log to follow
+  --dry-run            print the commands without running them
 
-A TPU costs money from READY to delete, whether it computes or not: 16 chips at, say, 1.20 $ an hour each, 461 $ a day.
+A TPU costs money from READY until you delete it, idle or not: 16 chips at, say, 1.20 $ an hour each are 461 $ a day.
 END
 }
 
@@ -42,7 +43,7 @@ die() {
   exit 2
 }
 
-# A command as one would type it.
+# Prints a command, quoted for the shell.
 quoted() {
   local word line=''
   for word in "$@"; do
@@ -52,7 +53,7 @@ quoted() {
   echo "${line# }"
 }
 
-# Runs a command, and shows it before that; with --dry-run shows it only.
+# Prints a command and runs it; with --dry-run only prints it.
 call() {
   if [[ -n $dry_run ]]; then
     quoted "$@"
@@ -64,10 +65,10 @@ call() {
 
 tpus() { call gcloud compute tpus "$@" --zone="$zone" "${project[@]}"; }
 
-# on WORKER SCRIPT: a shell script on one worker, or on `all` at the same time.
+# on WORKER SCRIPT: runs a shell script on one worker, or on `all` in parallel.
 on() { tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; }
 
-# How to go on: another command of this script on the same TPU.
+# Prints another command of this script for the same TPU, for the user to type.
 next() { quoted "$0" "$1" "$name" --zone "$zone" ${queued:+--queued} "${project[@]}"; }
 
 runtime_version() {
@@ -76,12 +77,12 @@ runtime_version() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) die "which software does --type $type need? type --version (cloud.google.com/tpu/docs/runtimes)" ;;
+    *) die "unknown software version for --type $type; type --version (cloud.google.com/tpu/docs/runtimes)" ;;
   esac
 }
 
-# The state of the TPU, ABSENT if there is none. Every other failure of gcloud's is one here: what could not be seen
-# must not be created a second time.
+# Prints the state of the TPU, or ABSENT if it does not exist. Fails if gcloud fails in any other way: a TPU that gcloud
+# cannot see must not be created twice.
 state() {
   local kind=tpu-vm value=state errors=$temporary/errors
   [[ -z $queued ]] || kind=queued-resources value=state.state
@@ -112,7 +113,7 @@ delete() {
   fi
 }
 
-# Until the TPU can be used: creates it where there is none, or none any more.
+# Waits until the TPU is ready. Creates it if it does not exist, replaces it if it was preempted.
 ensure() {
   local now
   while true; do
@@ -137,27 +138,27 @@ setup() {
   case $storage in
     none) ;;
     gs://*)
-      # A checkpoint is finished by renaming its directory; only in a hierarchical namespace is that one step.
+      # Saving a checkpoint ends with renaming its directory, which is atomic only in a hierarchical namespace.
       if [[ -z $dry_run && $(gcloud storage buckets describe "$storage" --raw \
         --format='value(hierarchicalNamespace.enabled)' "${project[@]}") != True ]]; then
-        die "$storage has no hierarchical namespace, without which checkpoints can break; make one that has:" \
+        die "$storage has no hierarchical namespace, so checkpoints can break; create a bucket that has one:" \
           "gcloud storage buckets create gs://NAME --uniform-bucket-level-access --enable-hierarchical-namespace"
       fi
-      # What one worker writes the others have to see: nothing about files is cached.
+      # Without a metadata cache, so that every worker sees the files that another one writes.
       mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 $bucket ~/storage"
       ;;
     *) mount="{ sudo apt-get install -qq -y nfs-common && sudo mount -t nfs $storage ~/storage; }" ;;
   esac
   if [[ -z $dry_run ]]; then
     archive=$temporary/$archive
-    # All that git knows or does not ignore, as it is now: a config that you have just written, too.
+    # All files that git tracks or does not ignore, as they are now, including a config that is not committed yet.
     git ls-files -z --cached --others --exclude-standard --deduplicate |
       while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
       tar --create --gzip --null --files-from=- --file="$archive"
   fi
   tpus tpu-vm scp "$archive" "$name:gpt2_jax.tar.gz" --worker=all
   [[ -z $init ]] || tpus tpu-vm scp "$init" "$name:gpt2_jax_init.sh" --worker=all
-  # The Python of these images is 3.10; uv brings a newer one.
+  # These images have Python 3.10, so uv installs a newer one.
   on all "set -e
 mkdir -p ~/gpt2_jax ~/storage ~/training
 cd ~/gpt2_jax
@@ -172,10 +173,10 @@ mkdir -p ~/storage/runs
 [ -e data ] || ln -sfn ~/storage/data data"
 }
 
-# The lock is held while the training runs; a process id alone could have become another process's.
+# Starts the training, which holds a lock while it runs. A process id alone could belong to another process by now.
 run() {
   on all "cd ~/gpt2_jax || exit
-flock -n ~/training/lock true || { echo \"\$HOSTNAME: running already\"; exit 0; }
+flock -n ~/training/lock true || { echo \"\$HOSTNAME: already running\"; exit 0; }
 rm -f ~/training/pid ~/training/exit_code
 setsid nohup flock -w 10 ~/training/lock bash -c \
 '\"\$@\" & echo \$! > ~/training/pid; wait \$!; echo \$? > ~/training/exit_code' training \
@@ -183,12 +184,12 @@ setsid nohup flock -w 10 ~/training/lock bash -c \
 timeout 20 sh -c 'until [ -s ~/training/pid ]; do sleep 0.1; done'"
 }
 
-# What became of the training, one line a worker.
+# Prints the state of the training, one line per worker.
 training() {
   on all "cd ~/training 2> /dev/null || { echo \"\$HOSTNAME: not set up\"; exit 0; }
 if ! flock -n lock true; then echo \"\$HOSTNAME: running\"
 elif [ -s exit_code ]; then echo \"\$HOSTNAME: ended with exit code \$(cat exit_code)\"
-elif [ -e log ]; then echo \"\$HOSTNAME: cut off\"
+elif [ -e log ]; then echo \"\$HOSTNAME: died without an exit code\"
 else echo \"\$HOSTNAME: not started\"; fi"
 }
 
@@ -207,16 +208,16 @@ up() {
   run "$@"
 }
 
-# Ends with 0 when the training has, with 2 if it refuses its arguments (it would again), 143 if somebody stopped it.
+# Exits with 0 when the training is done, 2 if it rejects its input (it would again), 143 if somebody stopped it.
 watch() {
   local crashes=0 stopped code now report
   while ((crashes < 3)); do
-    # In a process of its own: that there is no spot TPU just now, say, ends that one only.
+    # In a separate process, so that a failure of `up`, such as no free spot TPU, does not end this one.
     code=0
     "$0" up "${given[@]}" || code=$?
     ((code != 2)) || exit 2
     if ((code)); then
-      now=$(state) || now=unknown # the network, say
+      now=$(state) || now=unknown # for example without a network
       [[ $now != READY && $now != ACTIVE ]] || ((++crashes))
       sleep "$poll"
       continue
@@ -227,7 +228,7 @@ watch() {
       now=$(state) || continue
       case $now in
         READY | ACTIVE) ;;
-        ABSENT) echo "error: somebody has deleted $name" >&2 && exit 1 ;;
+        ABSENT) echo "error: somebody deleted $name" >&2 && exit 1 ;;
         *) break ;;
       esac
       report=$(training) || continue
@@ -239,16 +240,16 @@ watch() {
         echo "done; $name costs money until you type: $(next delete)"
         return
       elif grep -q ' code 2$' <<< "$report"; then
-        die "the training refuses what it was given: $(next logs)"
+        die "the training rejects its input; to see why, type: $(next logs)"
       elif grep -q ' code 143$' <<< "$report"; then
-        ((++stopped < 5)) || exit 143 # a preemption is a SIGTERM, too, but then the TPU soon is no longer READY
+        ((++stopped < 5)) || exit 143 # a preemption also sends SIGTERM, but the TPU soon leaves READY
       else
         ((++crashes))
         break
       fi
     done
   done
-  echo "error: crashed $crashes times: $(next logs)" >&2
+  echo "error: crashed $crashes times; to see why, type: $(next logs)" >&2
   exit 1
 }
 
@@ -262,18 +263,19 @@ status() {
 logs() { on "$worker" 'tail -n 100 -F ~/training/log'; }
 
 main() {
-  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "this needs bash 4.4, found $BASH_VERSION"
+  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "found bash $BASH_VERSION; expected 4.4 or newer"
   local command=${1:-} flag
   case $command in
     up | resume | watch | create | setup | run | status | logs | stop | exec | delete) shift ;;
     -h | --help) usage && exit ;;
     '') usage >&2 && exit 2 ;;
-    *) die "no command $command; type $0 --help" ;;
+    *) die "unknown command $command; type $0 --help" ;;
   esac
   given=("$@") name=${1:-} zone='' type='' spot='' queued='' storage='' init='' version='' worker=0 dry_run=''
   create_flags=() project=() poll=${POLL_SECONDS:-30} temporary=''
   [[ $name != -h && $name != --help ]] || { usage && exit; }
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "expected the TPU's name (a-z, 0-9, -) after $command, found '$name'"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+    die "found '$name' after $command; expected the TPU's name (a-z, 0-9, -)"
   shift
   while (($#)) && [[ $1 != -- ]]; do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
@@ -289,30 +291,33 @@ main() {
       --create-flag) create_flags+=("$2") ;;
       --project) project=(--project="$2") ;;
       --zone | --type | --storage | --init | --version | --worker) printf -v "${flag#--}" %s "$2" ;;
-      *) die "no flag $flag; type $0 --help; flags of the training stand after --" ;;
+      *) die "unknown flag $flag; type $0 --help; flags for the training go after --" ;;
     esac
     shift 2
   done
   (($# == 0)) || shift # the --
 
-  [[ -n $zone ]] || die "where? type --zone, such as --zone us-west4-a"
+  [[ -n $zone ]] || die "no zone; type --zone, for example --zone us-west4-a"
   case $command in up | resume | watch | create)
-    [[ -n $type ]] || die "which TPU? type --type, such as --type v5litepod-16; it decides what this costs"
+    [[ -n $type ]] || die "no accelerator type; type --type, for example --type v5litepod-16; it determines the cost"
     version=${version:-$(runtime_version)}
     ;;
   esac
   case $command in up | resume | watch | setup)
     [[ $storage =~ ^(gs://[a-z0-9._-]+|[A-Za-z0-9.-]+:/[A-Za-z0-9./_-]+|none)$ ]] ||
-      die "--storage has to be HOST:/SHARE, gs://BUCKET or none, found '$storage'"
-    [[ -z $init || -f $init ]] || die "--init: no file $init"
-    [[ -f pyproject.toml && -d gpt2_jax ]] || die "start this in the checkout that is to be copied, found $PWD"
+      die "--storage is '$storage'; expected HOST:/SHARE, gs://BUCKET or none"
+    [[ -z $init || -f $init ]] || die "--init: $init does not exist"
+    [[ -f pyproject.toml && -d gpt2_jax ]] ||
+      die "$PWD is not a checkout of gpt2_jax; run this in the one to copy to the workers"
     ;;
   esac
   case $command in
-    up | resume | watch | run | exec) (($#)) || die "$command what? type it after --, such as -- --config gpt2-124m" ;;
-    *) (($# == 0)) || die "$command takes nothing after --, found $*" ;;
+    up | resume | watch | run) (($#)) || die "$command needs arguments after --: type -- --config gpt2-124m" ;;
+    exec) (($#)) || die "exec needs a command after --: type -- COMMAND" ;;
+    *) (($# == 0)) || die "found $* after --; $command takes no arguments there" ;;
   esac
-  [[ -n $dry_run ]] || command -v gcloud > /dev/null || die "no gcloud here (cloud.google.com/sdk/docs/install)"
+  [[ -n $dry_run ]] || command -v gcloud > /dev/null ||
+    die "gcloud is not installed; see cloud.google.com/sdk/docs/install"
   temporary=$(mktemp -d)
   trap 'rm -rf "$temporary"' EXIT
 
