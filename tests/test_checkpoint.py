@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what is restored, and what a kill leaves behind."""
+"""Checkpoints: which are kept, what is restored, and recovery from an interrupted save."""
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,17 @@ SINGLE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def test_the_newest_and_the_best_are_kept(tmp_path):
     losses = enumerate([3.0, 1.0, None, 2.0, None, 5.0], start=1)
     for step, val_loss in losses:
-        if step in (1, 4, 5):  # started again: the best is not forgotten
+        if step in (1, 4, 5):  # reopened: it still knows the best one
             checkpoints = Checkpoints(tmp_path / "c", keep=2)
         checkpoints.save(step, state(step), {}, val_loss)
         if step in (3, 4, 6):
-            checkpoints.__exit__()
+            checkpoints.close()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.steps() == [2, 5, 6]
         assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
 
 
-def test_restored_is_saved(tmp_path):
+def test_a_restored_state_equals_the_saved_one(tmp_path):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         checkpoints.save(7, state(3), {"tokens": 11, "data": "é"})
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
@@ -58,16 +58,16 @@ def test_restores_on_another_mesh(tmp_path):
             assert restored.sharding == target.sharding
 
 
-def test_saving_does_not_wait_for_the_disk_and_copies_first(tmp_path):
+def test_a_save_copies_the_state_before_it_returns(tmp_path):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         array = jnp.arange(1000.0)
         checkpoints.save(1, {"x": array}, {})
-        jax.jit(lambda x: x + 1, donate_argnums=0)(array)  # the step donates the state right after a save
+        jax.jit(lambda x: x + 1, donate_argnums=0)(array)  # as the training step does right after a save
         target = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=SINGLE)}
         np.testing.assert_array_equal(checkpoints.restore(1, target)["x"], np.arange(1000.0))
 
 
-def test_half_written_checkpoints_are_not_seen_and_go_away(tmp_path):
+def test_incomplete_checkpoints_are_ignored_and_removed(tmp_path):
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         checkpoints.save(1, state(1), {})
     half = tmp_path / "c" / "2.orbax-checkpoint-tmp"
@@ -75,13 +75,13 @@ def test_half_written_checkpoints_are_not_seen_and_go_away(tmp_path):
     (half / "state").write_text("half")
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest() == 1
-        checkpoints.save(2, state(2), {})  # under the name that the half one has
+        checkpoints.save(2, state(2), {})  # the step of the incomplete one
     assert not half.exists()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.steps() == [1, 2]
 
 
-def test_a_damaged_checkpoint_says_so(tmp_path):
+def test_a_damaged_checkpoint_is_an_error(tmp_path):
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         checkpoints.save(1, state(1), {"tokens": 1})
     for item in ("info", "state"):

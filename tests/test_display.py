@@ -1,4 +1,4 @@
-"""What a person sees: lines, a bar, and numbers that can be read."""
+"""Progress as lines and as a bar, and readable numbers."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The launch scripts: what they run, against the documentation; what that does, against shells; what they refuse."""
+"""The launch scripts: their commands against the documentation, their effects on fake workers, and bad input."""
 
 import json
 import math
@@ -23,22 +23,22 @@ TPU_VM = ROOT / "launch" / "tpu_vm.sh"
 TPU = ["my-tpu", "--zone", "us-west4-a"]
 V5E = ["--type", "v5litepod-16", "--storage", "none"]
 
-# What runs on a worker instead of the training: as the file `fate` in its home says, or until SIGTERM.
+# A fake training on a worker: exits with the code in the file `fate` of its home, or runs until SIGTERM.
 TRAINING = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > ~/arguments
 [ ! -e ~/fate ] || exit "$(cat ~/fate)"
 trap 'exit 143' TERM
 for _ in {1..600}; do sleep 0.05; done
 """
-# The worker's Python, which makes a virtual environment, with the training above as its Python.
+# The worker's Python, which creates a virtual environment that has the training above as its Python.
 PYTHON = """#!/usr/bin/env bash
 echo "python3 $*" >> ~/installed
 if [ "$2 $3" = "uv venv" ]; then
   mkdir -p .venv/bin && cp "$(dirname "$0")/training" .venv/bin/python && touch .venv/bin/activate
 fi
 """
-# sudo, mount, gcsfuse and apt-get, which are only noted; and mountpoint, which looks there.
-NOTED = """#!/usr/bin/env bash
+# Fakes of sudo (for mount and apt-get) and gcsfuse, which record their calls; mountpoint below reads the record.
+RECORDED = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> ~/mounted
 """
 MOUNTPOINT = """#!/usr/bin/env bash
@@ -47,15 +47,15 @@ MOUNTPOINT = """#!/usr/bin/env bash
 
 
 class Cloud:
-    """A stand-in gcloud and two workers, in a directory."""
+    """A fake gcloud and two fake workers, in a directory."""
 
     def __init__(self, path):
         self.path = path
         (path / "bin").mkdir()
         (path / "gcloud-bin").mkdir()
-        (path / "gcloud-bin" / "gcloud").symlink_to(ROOT / "tests" / "distributed" / "stand_in_gcloud.py")
+        (path / "gcloud-bin" / "gcloud").symlink_to(ROOT / "tests" / "distributed" / "fake_gcloud.py")
         programs = {"training": TRAINING, "python3": PYTHON, "mountpoint": MOUNTPOINT}
-        for name, text in (programs | dict.fromkeys(("sudo", "gcsfuse"), NOTED)).items():
+        for name, text in (programs | dict.fromkeys(("sudo", "gcsfuse"), RECORDED)).items():
             (path / "bin" / name).write_text(text)
             (path / "bin" / name).chmod(0o755)
         self.workers = [path / "worker-0", path / "worker-1"]
@@ -67,7 +67,7 @@ class Cloud:
         (self.path / "states").write_text("\n".join(states))
 
     def __call__(self, *args, seconds=60):
-        """What `launch/tpu_vm.sh ARGS` did: the finished process."""
+        """Runs `launch/tpu_vm.sh ARGS` and returns the finished process."""
         path = f"{self.path / 'gcloud-bin'}:{os.environ['PATH']}"
         environment = os.environ | {"GCLOUD": str(self.path), "PATH": path, "POLL_SECONDS": "0.1"}
         (self.path / "calls.jsonl").write_text("")
@@ -76,7 +76,7 @@ class Cloud:
         )
 
     def calls(self):
-        """The command lines of gcloud since the last call, without what is run on the workers."""
+        """The command lines of gcloud since the last call, without the scripts for the workers."""
         calls = [json.loads(line) for line in (self.path / "calls.jsonl").read_text().splitlines()]
         hidden = ("--command=",)
         return [" ".join(arg for arg in call if not arg.startswith(hidden)) for call in calls]
@@ -144,7 +144,7 @@ def test_every_way_to_ask_for_a_tpu(cloud, flags, line):
     assert cloud.calls() == [f"compute tpus {line} --zone=us-west4-a --project=mine"]
 
 
-def test_a_preempted_tpu_is_replaced_and_what_cannot_be_seen_is_not(cloud):
+def test_a_preempted_tpu_is_replaced_but_an_invisible_one_is_not(cloud):
     cloud.be("PREEMPTED", "READY")
     assert cloud("resume", *TPU, *V5E, "--spot", "--", "--config", "x").returncode == 0
     calls = [call.split()[2:4] for call in cloud.calls()]
@@ -186,7 +186,7 @@ def test_setup_run_status_stop_and_logs_on_two_workers(cloud, tmp_path):
     args = ["--config", "gpt2-124m", "--data.train", "it's a/*.bin", "--out", "$HOME"]
     assert cloud("run", *TPU, "--", *args).returncode == 0
     assert cloud("status", *TPU).stdout.splitlines()[1:] == ["worker-0: running", "worker-1: running"]
-    assert cloud("run", *TPU, "--", "--config", "other").stdout.count("running already") == 2
+    assert cloud("run", *TPU, "--", "--config", "other").stdout.count("already running") == 2
     assert cloud("up", *TPU, *flags[:2], "--type", "v4-8", "--", "--config", "other").returncode == 0
     for worker in cloud.workers:
         assert (worker / "arguments").read_text().splitlines() == ["-m", "gpt2_jax.train", *args]
@@ -199,7 +199,7 @@ def test_setup_run_status_stop_and_logs_on_two_workers(cloud, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_training_on_a_worker_is_stopped_and_continued(cloud, tmp_path):
+def test_a_real_training_on_a_worker_is_stopped_and_resumed(cloud, tmp_path):
     (tmp_path / "bin" / "training").write_text(f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {sys.executable} "$@"\n')
     shutil.rmtree(cloud.workers.pop())
     (worker,) = cloud.workers
@@ -215,7 +215,7 @@ def test_a_real_training_on_a_worker_is_stopped_and_continued(cloud, tmp_path):
     result = cloud("watch", *TPU, *V5E, "--", *run[run.index("--config") :], seconds=300)
     assert result.returncode == 0, result.stderr
     log = (worker / "training" / "log").read_text()
-    assert re.search(r"continued after update \d+", log)
+    assert re.search(r"resumed after update \d+", log)
     assert [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row] == list(
         range(1, 301)
     )
@@ -225,7 +225,7 @@ def test_watch_resumes_until_the_training_has_ended(cloud):
     watch = ["watch", *TPU, *V5E, "--spot", "--", "--config", "x"]
     for worker in cloud.workers:
         (worker / "fate").write_text("0")
-    # Preempted once; READY is asked for in `up`, then by `watch`.
+    # Preempted once. `up` asks for the state until READY, then `watch` asks.
     cloud.be("ABSENT", "READY", "PREEMPTED", "PREEMPTED", "READY", "READY")
     result = cloud(*watch)
     assert result.returncode == 0, result.stderr
@@ -235,7 +235,7 @@ def test_watch_resumes_until_the_training_has_ended(cloud):
     (cloud.workers[1] / "fate").write_text("2")
     result = cloud(*watch)
     assert result.returncode == 2
-    assert "refuses" in result.stderr.splitlines()[-1]
+    assert "rejects" in result.stderr.splitlines()[-1]
 
     (cloud.workers[1] / "fate").write_text("134")
     result = cloud(*watch)
@@ -244,15 +244,15 @@ def test_watch_resumes_until_the_training_has_ended(cloud):
 
     cloud.be("READY", "ABSENT")
     result = cloud(*watch)
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, "error: somebody has deleted my-tpu")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, "error: somebody deleted my-tpu")
 
 
-def test_dry_run_prints_what_would_be_run_and_runs_nothing(cloud):
+def test_dry_run_prints_the_commands_and_runs_none(cloud):
     args = ["up", *TPU, "--type", "v4-8", "--storage", "gs://mine"]
     result = cloud(*args, "--dry-run", "--", "--config", "x")
     assert result.returncode == 0, result.stderr
     assert cloud.calls() == []
-    # What it printed is shell: run with the stand-in, it makes the calls that `up` makes, but for asking and copying.
+    # Run in a shell, the printed commands make the same calls as `up`, except for those that ask and copy.
     cloud.be("ABSENT", "READY")
     assert cloud(*args, "--", "--config", "x").returncode == 0
     recorded = [json.loads(line) for line in (cloud.path / "calls.jsonl").read_text().splitlines()]
@@ -266,10 +266,10 @@ def test_dry_run_prints_what_would_be_run_and_runs_nothing(cloud):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ([], "usage"),
-        (["fly"], "no command fly"),
+        (["fly"], "unknown command fly"),
         (["up"], "name"),
         (["up", "My_TPU"], "found 'My_TPU'"),
         (["up", "t"], "--zone"),
@@ -277,28 +277,28 @@ def test_dry_run_prints_what_would_be_run_and_runs_nothing(cloud):
         (["up", "t", "--zone", "z", "--type"], "--type needs a value"),
         (["create", "t", "--zone", "z", "--type", "v9-8"], "--version"),
         (["up", "t", "--zone", "z", "--type", "v4-8"], "--storage"),
-        (["setup", "t", "--zone", "z", "--storage", "here"], "found 'here'"),
-        (["setup", "t", "--zone", "z", "--storage", "gs://a;reboot"], "found 'gs://a;reboot'"),
+        (["setup", "t", "--zone", "z", "--storage", "here"], "--storage is 'here'"),
+        (["setup", "t", "--zone", "z", "--storage", "gs://a;reboot"], "--storage is 'gs://a;reboot'"),
         (["setup", "t", "--zone", "z", "--storage", "gs://flat"], "hierarchical namespace"),
-        (["setup", "t", "--zone", "z", "--storage", "none", "--init", "nowhere.sh"], "no file nowhere.sh"),
+        (["setup", "t", "--zone", "z", "--storage", "none", "--init", "nowhere.sh"], "nowhere.sh does not exist"),
         (["run", "t", "--zone", "z"], "-- --config"),
-        (["delete", "t", "--zone", "z", "--force", "yes"], "no flag --force"),
-        (["delete", "t", "--zone", "z", "--", "x"], "takes nothing"),
+        (["delete", "t", "--zone", "z", "--force", "yes"], "unknown flag --force"),
+        (["delete", "t", "--zone", "z", "--", "x"], "takes no arguments"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(cloud, args, says):
+def test_bad_input_is_one_line_and_exit_code_2(cloud, args, message):
     result = cloud(*args)
     assert result.returncode == 2
-    assert says in result.stderr
+    assert message in result.stderr
     if args:
         assert len(result.stderr.splitlines()) == 1
     assert not any("create" in call or "ssh" in call for call in cloud.calls())
 
 
 def lint(command, text=None):
-    """Runs a linter, which has to find nothing."""
+    """Checks that a linter finds nothing."""
     if not shutil.which(command[0]):
-        pytest.skip(f"no {command[0]} here; pip install -e '.[test]'")
+        pytest.skip(f"{command[0]} is not installed; pip install -e '.[test]'")
     result = subprocess.run(list(map(str, command)), input=text, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -329,10 +329,10 @@ def test_the_slurm_script_starts_a_process_per_gpu_or_as_many_as_sbatch_says():
 
 
 @pytest.mark.parametrize("name", ["jobset-gpu", "jobset-tpu"])
-def test_a_jobset_is_one_and_its_numbers_agree(name):
+def test_jobsets_are_valid_and_their_numbers_agree(name):
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install -e '.[test]'")
     jobset = yaml.safe_load((ROOT / "launch" / "kubernetes" / f"{name}.yaml").read_text())
-    # Types are checked on the way in; what is no field of a JobSet, a Job or a Pod does not come out again.
+    # Parsing checks types and drops unknown fields of a JobSet, a Job or a Pod.
     assert models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
 
     (train,) = jobset["spec"]["replicatedJobs"]
@@ -340,11 +340,11 @@ def test_a_jobset_is_one_and_its_numbers_agree(name):
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     assert job["parallelism"] == job["completions"]
-    assert pod["restartPolicy"] == "Never"  # or Kubernetes does not take a podFailurePolicy
+    assert pod["restartPolicy"] == "Never"  # required by a podFailurePolicy
     assert [volume["name"] for volume in pod["volumes"]] == [mount["name"] for mount in container["volumeMounts"]]
     rules = job["podFailurePolicy"]["rules"]
     assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {container["name"]}
-    # The message of https://github.com/kubernetes/kubernetes/blob/master/pkg/controller/job/pod_failure_policy.go
+    # The message is that of https://github.com/kubernetes/kubernetes/blob/master/pkg/controller/job/pod_failure_policy.go
     message = (
         "Container train for pod default/gpt2-train-0-1-abc failed with exit code {} matching FailJob rule at index 0"
     )
@@ -364,7 +364,7 @@ def test_a_jobset_is_one_and_its_numbers_agree(name):
         assert launch.coordinator == f"{jobset_name}-{train['name']}-0-0.{jobset_name}:8476"
 
 
-def test_the_image_installs_what_its_target_needs():
+def test_the_image_installs_the_requirements_of_its_target():
     dockerfile = ROOT / "launch" / "docker" / "Dockerfile"
     lint(["hadolint", dockerfile])
     (snippet,) = re.findall(r'python -c "(.*?)" >', dockerfile.read_text())
@@ -384,13 +384,13 @@ def sky():
 
 
 @pytest.mark.parametrize("part", ["setup", "run"])
-def test_shellcheck_finds_nothing_in_what_skypilot_runs(sky, part):
-    # $ARGS are several words; exporting what a command failed to say would be noticed by the training.
+def test_shellcheck_finds_nothing_in_skypilots_scripts(sky, part):
+    # $ARGS is several words. If a command in an export fails, the training reports the empty variable.
     lint(["shellcheck", "--shell=bash", "--exclude=SC2086,SC2155", "-"], sky[part])
 
 
 @pytest.mark.parametrize(("fate", "starts"), [("0", 1), ("2", 1), ("143", 1), ("134", 4)])
-def test_what_skypilot_runs_starts_again_after_crashes_only(sky, tmp_path, fate, starts):
+def test_skypilot_restarts_after_crashes_only(sky, tmp_path, fate, starts):
     python, nvidia = tmp_path / "gpt2_jax" / "bin" / "python", tmp_path / "bin" / "nvidia-smi"
     for path, text in ((python, f'env > ~/environment; echo "$*" >> ~/starts; exit {fate}'), (nvidia, "")):
         path.parent.mkdir(parents=True)
@@ -414,14 +414,14 @@ def test_what_skypilot_runs_starts_again_after_crashes_only(sky, tmp_path, fate,
 
 @pytest.mark.slow
 def test_skypilot_accepts_its_task(sky):
-    task = pytest.importorskip("sky", reason="no SkyPilot here; pip install skypilot").Task
+    task = pytest.importorskip("sky", reason="SkyPilot is not installed; pip install skypilot").Task
     task = task.from_yaml_config(sky | {"envs": sky["envs"] | {"BUCKET": "gs://mine"}})
     assert len(task.resources) == len(sky["resources"]["any_of"])
     assert all(resources.use_spot for resources in task.resources)
 
 
 class TpuApi(BaseHTTPRequestHandler):
-    """Cloud TPU's REST interface, as far as it takes to see what gcloud asks of it: no TPU is there, all is done."""
+    """A fake of Cloud TPU's REST interface that records requests: no TPU exists, and every operation succeeds."""
 
     requests: list
 
@@ -445,9 +445,9 @@ class TpuApi(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud here")
-def test_the_real_gcloud_makes_the_documented_requests_of_the_command_lines(tmp_path):
-    """It talks to a server of this test's, with a token that is none.
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_the_real_gcloud_sends_the_documented_requests(tmp_path):
+    """gcloud talks to a server of this test, with a fake token.
 
     Requests: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes and .queuedResources
     """
@@ -455,7 +455,7 @@ def test_the_real_gcloud_makes_the_documented_requests_of_the_command_lines(tmp_
     (tmp_path / "token").write_text("none")
 
     def asked(*args):
-        """The first request of a command line; what waits for operations follows."""
+        """The first request of a command line. Later ones wait for the operation."""
         api.requests.clear()
         environment = os.environ | {
             "CLOUDSDK_CONFIG": str(tmp_path),

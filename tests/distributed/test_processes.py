@@ -1,9 +1,10 @@
-"""Several processes: found in the environment, trained in, killed, stopped, and what ends them all.
+"""Runs of two processes: killed, stopped and resumed; refused; and ended together by an error.
 
-The processes are real ones, two with four simulated devices each, with gloo between them.
+The processes are real ones, with four simulated devices each and gloo between them.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -15,15 +16,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax._src import clusters
 from token_files import write_llmc
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import MeshConfig
-from gpt2_jax.config.flags import parse_flags, take_flags
 from gpt2_jax.config.toml import read_config
-from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
-from gpt2_jax.errors import UserError
 from gpt2_jax.files import exclusive
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
@@ -65,68 +62,76 @@ every = 1
 """
 
 
+TRAIN = ("-m", "gpt2_jax.train", "--config", "tiny.toml")
+# Replicas on two processes, parameters sharded over the devices of each, layers stacked.
+MESH = ["--mesh.data", 2, "--mesh.fsdp", 4, "--model.n_layer", 2, "--model.scan_layers", "true"]
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of a process with four devices, which compiles what another one has compiled only once."""
-    cache = tmp_path_factory.mktemp("compiled")
-    without = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
-    return without | {
+    """Environment of a training process. All of them share one compilation cache."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    return others | {
         "JAX_PLATFORMS": "cpu",
-        # Programs of this size are compiled longer than they run.
+        # Programs of this size take longer to compile than to run.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONUNBUFFERED": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
-@pytest.fixture
-def start(environment):
-    """Starts both processes of a run; what is left of them is killed in the end."""
+@pytest.fixture(scope="module")
+def spawn(environment):
+    """Starts one process; kills it after the last test if it still runs."""
     running = []
 
-    def start(
-        directory,
-        *args,
-        process_args=((), ()),
-        directories=None,
-        module=("-m", "gpt2_jax.train", "--config", "tiny.toml"),
-    ):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            coordinator = f"localhost:{free.getsockname()[1]}"
-        both = []
-        for process in (0, 1):
-            flags = ["--coordinator", coordinator, "--processes", "2", "--process", process]
-            flags += ["--coordinator-timeout", "60", "--heartbeat-timeout", "20"]
-            both.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, (*module, *args, *process_args[process], *flags))],
-                    cwd=(directories or [directory] * 2)[process],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=environment | {"JAX_NUM_CPU_DEVICES": "4"},
-                )
-            )
-        running.extend(both)
-        return both
+    def spawn(command, directory, n_devices):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"JAX_NUM_CPU_DEVICES": str(n_devices)},
+        )
+        running.append(process)
+        return process
 
-    yield start
+    yield spawn
     for process in running:
         process.kill()
         process.communicate()
 
 
-# What its threads print piece by piece, so that lines may run into one another.
+@pytest.fixture(scope="module")
+def start(spawn):
+    """Starts both processes of a run, with four devices each."""
+
+    def start(directory, *args, process_args=((), ()), directories=None, command=TRAIN):
+        common = [*command, *args, "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+        common += ["--coordinator-timeout", 100, "--heartbeat-timeout", 20]
+        directories = directories or (directory, directory)
+        return [spawn([*common, *process_args[i], "--process", i], directories[i], 4) for i in (0, 1)]
+
+    return start
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+# gloo's threads print piece by piece, so lines can run into one another.
 GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d ]+")
 
 
-def finish(both, seconds=120):
-    """Exit codes, outputs and errors of both, without what gloo prints."""
+def finish(processes, seconds=200):
+    """Exit codes, outputs without gloo's lines, and the error lines of all processes."""
     codes, outputs, errors = [], [], []
-    for process in both:
+    for process in processes:
         output, error = process.communicate(timeout=seconds)
         codes.append(process.returncode)
         outputs.append("\n".join(line for line in output.splitlines() if GLOO.sub("", line)))
@@ -134,11 +139,11 @@ def finish(both, seconds=120):
     return codes, outputs, errors
 
 
-def wait_for_update(out, step, both):
+def wait_for(condition, processes):
     deadline = time.monotonic() + 120
-    while step not in rows(out, "loss"):
+    while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in both)
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
 
 
@@ -155,80 +160,95 @@ def state_after(step, out):
         return checkpoints.restore(step, abstract_state(model, config.optimizer, mesh))
 
 
-def alone(environment, directory, *args):
-    """Output of a run as one process with eight devices."""
-    command = [sys.executable, "-m", "gpt2_jax.train", "--config", "tiny.toml", *map(str, args)]
-    eight = environment | {"JAX_NUM_CPU_DEVICES": "8"}
-    return subprocess.run(command, cwd=directory, env=eight, stdout=subprocess.PIPE, text=True, check=True).stdout
+def alone(spawn, directory, *args):
+    """Output of a run of one process with eight devices."""
+    codes, (output,), errors = finish([spawn([*TRAIN, *args], directory, 8)])
+    assert (codes, errors) == ([0], [[]])
+    return output
+
+
+@pytest.fixture(scope="module")
+def make_directory(tmp_path_factory):
+    """Creates directories with the config and the text of a tiny run."""
+
+    def make_directory():
+        path = tmp_path_factory.mktemp("directory")
+        (path / "tiny.toml").write_text(TINY)
+        (path / "text.txt").write_text("".join(f"{number} squared is {number * number}\n" for number in range(60)))
+        return path
+
+    return make_directory
 
 
 @pytest.fixture
-def directory(tmp_path):
-    return make_directory(tmp_path)
-
-
-def make_directory(path):
-    (path / "tiny.toml").write_text(TINY)
-    (path / "text.txt").write_text("".join(f"{number} squared is {number * number}\n" for number in range(60)))
-    return path
+def directory(make_directory):
+    return make_directory()
 
 
 # --- a run -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_two_processes_is_that_of_one_and_survives_what_it_meets(start, environment, directory):
-    """Replicas across processes and parameters split across them, layers stacked."""
-    parts, whole, one = (directory / name for name in ("parts", "whole", "one"))
-    mesh = ["--mesh.data", 2, "--mesh.fsdp", 4, "--model.n_layer", 2, "--model.scan_layers", "true"]
+def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, spawn, directory):
+    parts, whole = directory / "parts", directory / "whole"
 
-    # One is asked to stop, and both do; the notice takes up to a second, so there have to be updates enough.
-    both = start(directory, "--out", "parts", "--steps", 100_000, *mesh)
-    wait_for_update(parts, 1, both)
-    both[1].send_signal(signal.SIGTERM)
-    codes, outputs, errors = finish(both)
-    assert (codes, errors) == ([128 + signal.SIGTERM] * 2, [[], []])
-    assert "8 × cpu · mesh data 2 × fsdp 4" in outputs[0]
-    assert outputs[1] == ""
-    stopped = max(rows(parts, "loss"))
-    assert f"stopped after update {stopped} of 100000" in outputs[0]
-    assert (parts / "checkpoints" / str(stopped)).exists()
-
-    # Then one is killed, and the other says so in time.
-    steps = 4 * (stopped // 4 + 3)  # a checkpoint
-    both = start(directory, "--out", "parts", "--steps", steps, *mesh)
-    wait_for_update(parts, stopped + 1, both)
+    # Kill one process. The other one reports it, soon.
+    both = start(directory, "--out", "parts", "--steps", 100_000, *MESH)
+    wait_for(lambda: 6 in rows(parts, "loss") and (parts / "checkpoints" / "4").exists(), both)
     both[1].kill()
     began = time.monotonic()
     codes, _, errors = finish(both)
-    assert time.monotonic() - began < 60  # JAX waits 20 s for a heartbeat, and machines that test are slow
+    assert time.monotonic() - began < 60  # JAX waits 20 s for a heartbeat, and test machines are slow
     assert codes[0] not in (0, 2)
     assert codes[1] == -signal.SIGKILL
     assert len(errors[0]) == 1
     assert "start all processes again with the same command" in errors[0][0]
 
-    # What goes on to the end is, bit for bit, the run that met nothing.
-    for out, until in (("parts", steps), ("whole", steps + 2)):
-        both = start(directory, "--out", out, "--steps", until, *mesh, "--eval.sample_tokens", 3)
-        codes, outputs, errors = finish(both)
-        assert (codes, errors, outputs[1]) == ([0, 0], [[], []], "")
-        assert "3 tokens that the model writes" in outputs[0]
+    # Resume, and ask one process to stop. Both stop after the same update, up to a second later.
+    both = start(directory, "--out", "parts", "--steps", 100_000, *MESH)
+    killed_after = max(rows(parts, "loss"))
+    wait_for(lambda: killed_after + 2 in rows(parts, "loss"), both)
+    both[1].send_signal(signal.SIGTERM)
+    codes, outputs, errors = finish(both)
+    assert (codes, errors) == ([128 + signal.SIGTERM] * 2, [[], []])
+    assert "8 × cpu · mesh data 2 × fsdp 4" in outputs[0]
+    assert re.search(r"resumed after update \d", outputs[0])
+    assert outputs[1] == ""
+    stopped = max(rows(parts, "loss"))
+    assert f"stopped after update {stopped} of 100000" in outputs[0]
+
+    # Without an interruption. The last two updates are for the run that continues with one process.
+    steps = ["--steps", stopped + 2]
+    both = start(directory, "--out", "whole", *steps, *MESH, "--checkpoint.every", stopped, "--eval.sample_tokens", 3)
+    codes, outputs, errors = finish(both)
+    assert (codes, errors, outputs[1]) == ([0, 0], [[], []], "")
+    assert "3 tokens written by the model" in outputs[0]
     assert {path.name for path in whole.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     logged = [row["step"] for row in read_rows(parts / "metrics.jsonl") if "loss" in row]
-    assert logged == list(range(1, steps + 1))  # by one process only
+    assert logged == list(range(1, stopped + 1))  # by one process only
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         expected = rows(whole, key)
-        assert rows(parts, key) == {step: expected[step] for step in expected if step <= steps}, key
-    jax.tree.map(np.testing.assert_array_equal, state_after(steps, parts), state_after(steps, whole))
+        assert rows(parts, key) == {step: expected[step] for step in expected if step <= stopped}, key
+    jax.tree.map(np.testing.assert_array_equal, state_after(stopped, parts), state_after(stopped, whole))
 
-    # With one process every sequence is on the same device, with the same dropout mask. But gloo adds in another
-    # order, which costs some units of 2**-24 (6e-8) in each of the first updates, and later what training makes of it.
-    alone(environment, directory, "--out", "one", "--steps", 8, *mesh)
-    assert "continued" in alone(environment, directory, "--out", "parts", "--steps", steps + 2, *mesh)
-    for out, compared in ((one, range(1, 9)), (parts, range(steps + 1, steps + 3))):
-        for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
-            found, expected = ([rows(run, key)[step] for step in compared] for run in (out, whole))
-            np.testing.assert_allclose(found, expected, rtol=tolerance)
-    np.testing.assert_allclose(rows(one, "val_loss")[8], rows(whole, "val_loss")[8], rtol=1e-6)
+    # One process resumes the run of two. The tolerances are those of the next test.
+    assert "resumed after update" in alone(spawn, directory, "--out", "parts", *steps, *MESH)
+    for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        found, expected = ([rows(run, key)[stopped + i] for i in (1, 2)] for run in (parts, whole))
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(start, spawn, directory):
+    """With one process every sequence is on the same device, with the same dropout mask. But gloo adds in another
+    order: some units of 2**-24 (6e-8) in each of the first updates, which training later amplifies.
+    """
+    codes, _, errors = finish(start(directory, "--out", "two", "--steps", 8, *MESH))
+    assert (codes, errors) == ([0, 0], [[], []])
+    alone(spawn, directory, "--out", "one", "--steps", 8, *MESH)
+    for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("val_loss", 1e-6)):
+        found, expected = rows(directory / "one", key), rows(directory / "two", key)
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
 
 
 @pytest.mark.slow
@@ -237,7 +257,7 @@ def test_either_process_killed(start, directory, victim):
     codes, _, errors = finish(start(directory, "--out", "whole"))
     assert (codes, errors) == ([0, 0], [[], []])
     both = start(directory, "--out", "parts")
-    wait_for_update(directory / "parts", 6, both)
+    wait_for(lambda: 6 in rows(directory / "parts", "loss"), both)
     both[victim].kill()
     codes, _, errors = finish(both)
     assert codes[victim] == -signal.SIGKILL
@@ -250,18 +270,21 @@ def test_either_process_killed(start, directory, victim):
     jax.tree.map(np.testing.assert_array_equal, *(state_after(12, directory / out) for out in ("parts", "whole")))
 
 
-# --- where sequences go ----------------------------------------------------------------------------------
+# --- where sequences go, and errors ----------------------------------------------------------------------
 
 PLACING = """
 import os, sys
 import jax, numpy as np
-from jax.sharding import Mesh
-from gpt2_jax.distributed import cluster, processes
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from gpt2_jax.distributed import cluster
 from gpt2_jax.config.flags import parse_flags
+from gpt2_jax.distributed.session import distributed_session
+from gpt2_jax.errors import UserError
 from gpt2_jax.sharding import batch_sharding, local_rows, put_batch
 
 flags = parse_flags(cluster.ClusterFlags, sys.argv[1:], prog="", description="")
-with processes.distributed_session(cluster.detect_cluster(flags, os.environ), flags, {}):
+with distributed_session(cluster.detect_cluster(flags, os.environ), flags, {UserError: 2}):
     whole = np.arange(2 * 16 * 3).reshape(2, 16, 3)
     for order in ("01234567", "04152637", "70615243", "45012367"):
         for shape in ((8, 1), (4, 2), (2, 4), (1, 8)):
@@ -276,237 +299,106 @@ with processes.distributed_session(cluster.detect_cluster(flags, os.environ), fl
                 for shard in batch.addressable_shards:
                     np.testing.assert_array_equal(shard.data, data[shard.index])
     print("placed", sorted(local_rows(mesh, 16)))
+    if jax.process_index() == 1:
+        raise UserError("found late")
+    # Waits in a collective for process 1, which never takes part.
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))
+    total(put_batch(whole[0][rows], sharding)).block_until_ready()
 """
 
 
-def test_sequences_are_where_they_belong_on_every_mesh_and_order_of_devices(start, directory):
-    codes, outputs, _ = finish(start(directory, module=("-c", PLACING)))
-    assert codes == [0, 0]
+@pytest.fixture(scope="module")
+def failed(start, make_directory):
+    """Exit codes, outputs and error lines of pairs of processes that fail, by name.
+
+    All pairs start at the same time, because they mostly wait.
+    """
+    held, here, elsewhere = (make_directory() for _ in range(3))
+    (held / "run").mkdir()
+    unwritable = make_directory()
+    (unwritable / "run" / "metrics.jsonl").mkdir(parents=True)
+    with exclusive(held / "run", "training"):
+        running = {
+            "another directory": start(here, directories=(here, elsewhere)),
+            "held directory": start(held),
+            "another seed": start(here, process_args=((), ("--seed", 7))),
+            "crash": start(unwritable),
+            "unknown flag": start(here, "--stepz", 3),
+            "found late": start(here, command=("-c", PLACING)),
+        }
+        return {name: finish(processes) for name, processes in running.items()}
+
+
+def error_line(codes, outputs, errors):
+    """The only error line of all processes, which exit with code 2."""
+    assert codes == [2] * len(codes)
+    (line,) = itertools.chain(*errors)
+    return line
+
+
+def test_sequences_are_placed_right_on_every_mesh_and_order_of_devices(failed):
+    _, outputs, _ = failed["found late"]
     assert all("placed" in output for output in outputs)
 
 
-# --- what is refused, by all, and said once --------------------------------------------------------------
-
-
-def refused(both):
-    """Exit codes, the one line, and the process that says it."""
-    codes, _, errors = finish(both)
-    (line,) = errors[0] + errors[1]
-    return codes, line
-
-
-def test_what_process_0_finds_ends_both(start, directory):
-    (directory / "run").mkdir()
-    with exclusive(directory / "run", "training"):
-        codes, line = refused(start(directory))
-    assert codes == [2, 2]
+def test_an_error_of_process_0_ends_both(failed):
+    line = error_line(*failed["held directory"])
     assert line == "error: another process is training in run; wait for it, stop it, or give another --out"
-    (directory / "run" / "metrics.jsonl").mkdir()  # a mistake that nobody foresaw
-    both = start(directory)
-    codes, _, errors = finish(both)
+
+
+def test_an_error_of_process_1_ends_both(failed):
+    line = error_line(*failed["another seed"])
+    assert line.startswith("error: process 1 on")
+    assert "the config differs from process 0: seed = 7 here, seed = 1337 on process 0;" in line
+    line = error_line(*failed["another directory"])
+    assert "is not the directory that process 0 writes; give an --out on a file system that all hosts share" in line
+
+
+def test_an_error_ends_a_process_that_waits_in_a_collective(failed):
+    assert re.fullmatch("error: process 1 on .*: found late", error_line(*failed["found late"]))
+
+
+def test_an_error_of_both_is_printed_once(failed):
+    assert error_line(*failed["unknown flag"]) == "error: unknown flag --stepz; did you mean --steps?"
+
+
+def test_an_unforeseen_error_ends_both_with_code_1(failed):
+    codes, _, errors = failed["crash"]
     assert (codes, errors) == ([1, 1], [[], []])
 
 
-def test_what_process_1_finds_ends_both(start, directory, tmp_path_factory):
-    codes, line = refused(start(directory, process_args=((), ("--seed", 7))))
-    assert codes == [2, 2]
-    assert "error: process 1 on" in line
-    assert "the config is not that of process 0 (seed = 7 here, seed = 1337 there)" in line
-    elsewhere = make_directory(tmp_path_factory.mktemp("elsewhere"))
-    codes, line = refused(start(directory, directories=(directory, elsewhere)))
-    assert codes == [2, 2]
-    assert "is not the directory in which process 0 writes; give an --out on a file system that all hosts share" in line
+def test_processes_that_cannot_connect_exit_in_time(spawn, directory):
+    with socket.create_server(("localhost", 0)) as server:
+        in_use = f"localhost:{server.getsockname()[1]}"
+        flags = ["--coordinator-timeout", 3, "--processes", 2, "--coordinator"]
+        each = [(f"localhost:{free_port()}", 0), (f"localhost:{free_port()}", 1), (in_use, 0)]
+        began = time.monotonic()
+        processes = [spawn([*TRAIN, *flags, address, "--process", i], directory, 4) for address, i in each]
+        lines = [error_line(*finish([process])) for process in processes]
+        assert time.monotonic() - began < 30
+    for line in lines[:2]:
+        assert re.fullmatch(r"error: 2 processes did not connect to localhost:\d+ in 3 s; start the same .*", line)
+    assert re.fullmatch(r"error: process 0 cannot listen on port \d+: Address already in use; give .*", lines[2])
 
 
-def test_what_both_find_is_said_once(start, directory):
-    codes, line = refused(start(directory, "--stepz", 3))
-    assert codes == [2, 2]
-    assert line == "error: unknown flag --stepz; did you mean --steps?"
-
-
-def test_data_that_one_process_finds_damaged_late(start, directory, tmp_path_factory):
-    elsewhere = make_directory(tmp_path_factory.mktemp("elsewhere"))
+@pytest.mark.slow
+def test_data_that_one_process_finds_damaged_during_training(start, directory, make_directory):
+    elsewhere = make_directory()
     tokens = np.random.default_rng(0).integers(0, 257, 300_000).astype(np.uint16)
     for place in (directory, elsewhere):
         write_llmc(place / "tokens.bin", tokens)
-        tokens[1 << 16 : -5000] = 60_000  # what is not looked at before training
+        tokens[1 << 16 : -5000] = 60_000  # not read before training
     flags = ["--data.text", "", "--data.train", "tokens.bin", "--data.val", "tokens.bin"]
-    codes, line = refused(start(directory, *flags, "--out", directory / "run", directories=(directory, elsewhere)))
-    assert codes == [2, 2]
+    both = start(directory, *flags, "--out", directory / "run", directories=(directory, elsewhere))
+    line = error_line(*finish(both))
     assert "error: process 1 on" in line
     assert "tokens.bin has the token 60000, beyond" in line
 
 
 @pytest.mark.slow
 def test_divergence_ends_both(start, directory):
-    codes, line = refused(start(directory, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", 0))
+    both = start(directory, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", 0)
+    codes, _, errors = finish(both)
     assert codes == [1, 1]
+    (line,) = errors[0] + errors[1]
     assert "has loss nan" in line
-
-
-@pytest.mark.parametrize("process", [0, 1])
-def test_processes_that_do_not_come_together_say_so_in_time(environment, directory, process):
-    command = [sys.executable, "-m", "gpt2_jax.train", "--config", "quickstart", "--coordinator-timeout", "3"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        command += [
-            "--coordinator",
-            f"localhost:{free.getsockname()[1]}",
-            "--processes",
-            "2",
-            "--process",
-            str(process),
-        ]
-    began = time.monotonic()
-    done = subprocess.run(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 2
-    assert re.fullmatch(
-        r"error: 2 processes did not come together at localhost:\d+ in 3 s; start the same .*\n", done.stderr
-    )
-    assert time.monotonic() - began < 30
-
-
-def test_a_port_in_use_says_so(environment, directory):
-    with socket.create_server(("localhost", 0)) as server:
-        coordinator = f"localhost:{server.getsockname()[1]}"
-        command = [sys.executable, "-m", "gpt2_jax.train", "--config", "quickstart", "--coordinator", coordinator]
-        command += ["--processes", "2", "--process", "0"]
-        done = subprocess.run(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: process 0 cannot listen at port \d+: Address already in use; give .*\n", done.stderr)
-
-
-# --- the environment -------------------------------------------------------------------------------------
-
-SLURM = {
-    "SLURM_JOB_ID": "5000",
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[003-004]",
-}
-MPI = {
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-}
-JAX = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
-NOTHING: dict = {}
-
-
-def launch(environ, *args, metadata=NOTHING):
-    environ = {"TPU_SKIP_MDS_QUERY": "1"} | environ if not metadata else environ
-    flags = parse_flags(ClusterFlags, list(map(str, args)), prog="", description="")
-    found = detect_cluster(flags, environ, lambda key: metadata.get(key, ""))
-    if found is None:
-        return None
-    arguments = found.arguments
-    return found.coordinator, found.processes, arguments.get("process_id"), arguments.get("local_device_ids")
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, None),
-        (JAX, ("host:1", 4, 2, None)),
-        (JAX | {"JAX_NUM_PROCESSES": "1"}, None),
-        ({**JAX, "JAX_PROCESS_ID": "", "JOB_COMPLETION_INDEX": "1"}, ("host:1", 4, 1, None)),
-        (JAX | SLURM | MPI, ("host:1", 4, 2, None)),  # who says it says it
-        # 61440 + 5000 % 4096, as JAX has it; where several share a host, each has a GPU
-        (SLURM, ("gpu003:62344", 4, 3, [1])),
-        (SLURM | {"SLURM_STEP_NODELIST": "login1"}, ("login1:62344", 4, 3, [1])),
-        (SLURM | {"SLURM_STEP_NODELIST": "a-7,b[1-3]"}, ("a-7:62344", 4, 3, [1])),
-        (SLURM | {"SLURM_STEP_NODELIST": "r[12,15]n,b"}, ("r12n:62344", 4, 3, [1])),
-        (SLURM | {"SLURM_STEP_NUM_NODES": "4"}, ("gpu003:62344", 4, 3, None)),
-        (SLURM | {"SLURM_GPUS_PER_TASK": "1"}, ("gpu003:62344", 4, 3, None)),
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, ("gpu003:62344", 4, 3, None)),
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, ("gpu003:62344", 4, 3, [1])),
-        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, ("gpu003:62344", 4, 3, None)),
-        (SLURM | {"JAX_COORDINATOR_ADDRESS": "other:5"}, ("other:5", 4, 3, [1])),
-        (SLURM | {"JAX_COORDINATOR_PORT": "99"}, ("gpu003:99", 4, 3, [1])),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_JOB_ID": "5000", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),  # sbatch
-        (MPI, ("10.96.0.1:62624", 4, 2, [0])),  # 61440 + 1531576320 / 4096 % 4096
-        (MPI | SLURM, ("10.96.0.1:62624", 4, 2, [0])),  # mpirun within SLURM: srun starts only its helpers
-        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ("10.96.0.1:62624", 4, 2, None)),
-        (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a.svc,b.svc", "TPU_WORKER_ID": "1"}, ("a.svc", 2, None, None)),
-        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1,c:1"}, ("a:1", 3, None, None)),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, ("a", 2, None, None)),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
-    ],
-)
-def test_what_the_environment_says(environ, expected):
-    assert launch(environ) == expected
-    assert launch(environ, "--processes", 1) is None
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        ({"worker-network-endpoints": "t-0,t-1"}, ("t-0", 2, None, None)),
-        ({"worker-network-endpoints": "n:0:10.0.0.1,n:1:10.0.0.2"}, ("10.0.0.1", 2, None, None)),
-        ({"worker-network-endpoints": "t-0"}, None),
-        ({"worker-network-endpoints": "t-0", "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '4'\n"}, ("t-0", 4, None, None)),
-    ],
-)
-def test_what_the_metadata_of_a_tpu_vm_says(metadata, expected):
-    assert launch({}, metadata=metadata) == expected
-
-
-@pytest.mark.parametrize(
-    ("cluster", "environ"),
-    [
-        (clusters.SlurmCluster, SLURM),
-        (clusters.SlurmCluster, SLURM | {"SLURM_STEP_NODELIST": "n[07,09-12],m", "SLURM_JOB_ID": "123456789"}),
-        (clusters.OmpiCluster, MPI),
-        (clusters.OmpiCluster, MPI | {"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp6://[fe80::b9b:ac5d,2620::2]:43370"}),
-    ],
-)
-def test_jax_finds_the_same(cluster, environ, monkeypatch):
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert cluster.is_env_present()
-    address = cluster.get_coordinator_address(timeout_secs=None, override_coordinator_port=None)
-    found = launch(environ)
-    found = (found[0].translate({ord("["): "", ord("]"): ""}), *found[1:3])  # which IPv6 addresses need before a port
-    assert found == (address, cluster.get_process_count(), cluster.get_process_id())
-
-
-def test_flags_come_before_the_environment():
-    args = ["--coordinator", "here:7", "--processes", 3, "--process", 1]
-    assert launch({}, *args) == ("here:7", 3, 1, None)
-    assert launch(JAX | SLURM, *args) == ("here:7", 3, 1, None)
-    assert launch(JAX, "--process", 3) == ("host:1", 4, 3, None)
-
-
-@pytest.mark.parametrize(
-    ("environ", "args", "message"),
-    [
-        ({}, ["--coordinator", "a:1"], r"needs --processes N \(JAX_NUM_PROCESSES\) and --process I"),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, [], r"needs --processes N \(JAX_NUM_PROCESSES\) and --process I"),
-        ({}, ["--process", 0], r"needs --coordinator HOST:PORT .* and --processes N"),
-        (JAX, ["--process", 4], "--process 4 of --processes 4; they count from 0 to 3"),
-        (JAX | {"JAX_NUM_PROCESSES": "two"}, [], "JAX_NUM_PROCESSES = 'two'; expected a whole number"),
-        (JAX, ["--coordinator", "host"], "'host'; expected HOST:PORT"),
-        (JAX, ["--coordinator", "host:99999"], "'host:99999'; expected HOST:PORT"),
-        ({**MPI, "OMPI_MCA_orte_hnp_uri": ""}, [], "does not say where process 0 runs; give --coordinator"),
-        ({**SLURM, "SLURM_STEP_NODELIST": ""}, [], "SLURM does not name the hosts"),
-    ],
-)
-def test_what_is_said_by_halves(environ, args, message):
-    with pytest.raises(UserError, match=message):
-        launch(environ, *args)
-
-
-def test_the_flags_are_taken_out_of_the_command_line():
-    words, rest = take_flags(
-        ClusterFlags, ["--config", "x", "--processes=2", "--steps", "3", "--coordinator-timeout", "5"]
-    )
-    assert words == ["--processes=2", "--coordinator-timeout", "5"]
-    assert rest == ["--config", "x", "--steps", "3"]

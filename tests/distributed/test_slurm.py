@@ -1,6 +1,6 @@
-"""`launch/slurm.sbatch` in a SLURM cluster of two nodes, which is set up for these tests and taken down after them.
+"""`launch/slurm.sbatch` in a SLURM cluster of two nodes that runs for these tests only.
 
-It needs Debian's packages slurm-wlm and munge, and no rights.
+It needs Debian's packages slurm-wlm and munge, and no root.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from test_train import TINY, final_state, rows, wait_for_update
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("slurmctld"), reason="no SLURM here; apt-get install slurm-wlm munge"),
+    pytest.mark.skipif(not shutil.which("slurmctld"), reason="SLURM is not installed; apt-get install slurm-wlm munge"),
 ]
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 
-# Two daemons on this machine are two nodes; of their names the first in the alphabet has to resolve, as JAX's
-# coordinator is there. A job of the partition `high` has those of `low` requeued; these start again after the 5 s that
-# a credential lasts.
+# Two daemons on this machine are two nodes. The alphabetically first of their names has to resolve, because JAX's
+# coordinator runs there. A job in the partition `high` makes SLURM requeue those in `low`, which start again after 5 s,
+# when their credential has expired.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -124,7 +124,7 @@ def wait_until(condition, seconds=200):
 
 
 class Job:
-    """A training that is submitted with flags of sbatch's, in a directory."""
+    """A training, submitted with flags for sbatch from a directory."""
 
     def __init__(self, slurm, path, flags, args):
         self.slurm, self.log = slurm, path / "job.log"
@@ -142,44 +142,44 @@ class Job:
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The command line of a tiny run, without its --out; so long that SLURM's scheduler comes in between."""
+    """The command line of a tiny run without --out, long enough for SLURM's scheduler to interrupt it."""
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "text.txt").write_text("".join(f"{number} squared is {number**2}\n" for number in range(300)))
     return ["--config", tmp_path / "tiny.toml", "--data.text", tmp_path / "text.txt", "--steps", "500"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_job_that_is_preempted_and_requeued_is_bit_for_bit_the_job_that_was_not(slurm, tiny, tmp_path, nodes):
+def test_a_preempted_and_requeued_job_equals_the_uninterrupted_one_bit_for_bit(slurm, tiny, tmp_path, nodes):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--partition=low", f"--nodes={nodes}", "--ntasks-per-node=1"]
     Job(slurm, tmp_path, flags, [*tiny, "--out", whole]).wait("COMPLETED")
 
     job = Job(slurm, tmp_path, flags, [*tiny, "--out", parts])
     wait_for_update(parts, 20)
-    # SLURM's own preemption, by a job that wants every processor of both nodes.
+    # SLURM preempts it for a job that needs every processor of both nodes.
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
     wait_until(lambda: job.shown("Restarts") == "1")
     wait_until(lambda: job.shown("JobState") == "RUNNING")
     before = max(rows(parts, "loss"))
     wait_for_update(parts, before + 20)
-    # The signal that --signal sends ahead of the time limit: to the tasks alone, and SLURM does not requeue.
+    # The signal that --signal sends before the time limit. It goes to the tasks only, and SLURM does not requeue.
     slurm("scancel", "--signal=TERM", job.id)
     wait_until(lambda: job.shown("Restarts") == "2")
     log = job.wait("COMPLETED")
 
-    assert log.count("the same command continues it") == 2
-    assert log.count("queued again, to continue") == 1  # the first time by SLURM itself
+    assert log.count("the same command resumes it") == 2
+    assert log.count("requeued, to resume") == 1  # the first time SLURM itself requeued it
     for key in ("loss", "grad_norm", "val_loss"):
         assert rows(parts, key) == rows(whole, key), key
     assert len(rows(whole, "loss")) == 500
     jax.tree.map(np.testing.assert_array_equal, final_state(parts), final_state(whole))
 
 
-def test_what_would_fail_again_is_not_queued_again(slurm, tiny, tmp_path):
+def test_bad_input_and_cancelled_jobs_are_not_requeued(slurm, tiny, tmp_path):
     job = Job(slurm, tmp_path, [], [*tiny, "--out", tmp_path / "run", "--steps", "many"])
     log = job.wait("FAILED")
     assert (job.shown("Restarts"), job.shown("ExitCode")) == ("0", "2:0")
-    assert "not queued again" in log
+    assert "not requeued" in log
 
     job = Job(slurm, tmp_path, [], [*tiny, "--out", tmp_path / "run"])
     wait_for_update(tmp_path / "run", 5)
@@ -189,7 +189,7 @@ def test_what_would_fail_again_is_not_queued_again(slurm, tiny, tmp_path):
     assert (job.shown("Restarts"), job.shown("JobState")) == ("0", "CANCELLED")
 
 
-def test_a_job_that_crashes_is_queued_again_so_many_times(slurm, tiny, tmp_path):
+def test_a_crashing_job_is_requeued_up_to_max_restarts(slurm, tiny, tmp_path):
     run = tmp_path / "run"
     job = Job(slurm, tmp_path, ["--export=ALL,MAX_RESTARTS=1"], [*tiny, "--out", run, "--steps", "100000"])
     for restart in range(2):
@@ -204,7 +204,7 @@ def test_a_job_that_crashes_is_queued_again_so_many_times(slurm, tiny, tmp_path)
 
 
 def processes_of(run):
-    """The trainings into a run directory."""
+    """Process ids of the trainings that write a run directory."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A `gcloud` for tests: records its calls, plays back states, and is the workers of a TPU with directories for homes.
+"""A fake `gcloud` for tests: records its calls, replays states, and plays the workers of a TPU.
 
-It lives in the directory `$GCLOUD`: `calls.jsonl` gets every command line, `states` has a line for each answer to
-`describe` (the last one stays), `worker-N` are the homes, and `bin` comes first in the workers' PATH.
+It uses the directory `$GCLOUD`: `calls.jsonl` receives every command line, `states` has a line for each answer to
+`describe` (the last one repeats), `worker-N` are the homes of the workers, and `bin` comes first in their PATH.
 """
 
 import json
@@ -37,7 +37,7 @@ def describe(args: list[str]) -> int:
         return 0
     states = (ROOT / "states").read_text().split()
     (ROOT / "states").write_text("\n".join(states[1:] or states))
-    if states[0] == "ABSENT":  # as gcloud 528 says it
+    if states[0] == "ABSENT":  # the message of gcloud 528
         print("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource was not found.", file=sys.stderr)
         return 1
     if states[0] == "FORBIDDEN":
