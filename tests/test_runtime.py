@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from conftest import FAST_COMPILE
 
 from gpt2_jax import runtime
 from gpt2_jax.errors import UserError
@@ -137,10 +138,7 @@ def twelve_updates(tmp_path_factory):
     """Programs compiled and transfers made by 12 updates with evaluations, checkpoints and sampling."""
     path = tmp_path_factory.mktemp("twelve")
     (path / "text.txt").write_text("to be or not to be, " * 500)
-    environment = os.environ | {
-        "JAX_LOG_COMPILES": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    }
+    environment = os.environ | {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": FAST_COMPILE}
     command = [sys.executable, "-c", TRAINING, *shlex.split(TWELVE), "--data.text", "text.txt", "--out", "run"]
     done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, check=True)
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr)

@@ -16,6 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import FAST_COMPILE
 from token_files import write_llmc
 
 from gpt2_jax.checkpoint import Checkpoints
@@ -68,24 +69,10 @@ MESH = ["--mesh.data", 2, "--mesh.fsdp", 4, "--model.n_layer", 2, "--model.scan_
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Environment of a training process. All of them share one compilation cache."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
-    return others | {
-        "JAX_PLATFORMS": "cpu",
-        # Programs of this size take longer to compile than to run.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PYTHONUNBUFFERED": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-@pytest.fixture(scope="module")
-def spawn(environment):
+def spawn():
     """Starts one process; kills it after the last test if it still runs."""
     running = []
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILE, "PYTHONUNBUFFERED": "1"}
 
     def spawn(command, directory, n_devices):
         process = subprocess.Popen(
