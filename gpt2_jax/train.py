@@ -39,6 +39,7 @@ from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import validation_loss
 from gpt2_jax.run.initial import open_initial
+from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.reporting import Reporter, is_due
 from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
 from gpt2_jax.step import Metrics, make_eval_step, make_train_step
@@ -119,6 +120,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
             stop_signals() as stop_requested,
             reporter.display,
             closing(read_ahead(source, start, config.steps)) as batches,
+            traced(train_step, out / "profile", start, config.log.profile_steps) as update,
         ):
             if hardware.platform == "cpu" and start < config.steps:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
@@ -128,7 +130,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 while step < config.steps and not (signal_number := stop_requested(step)):
                     batch = next(batches)
                     with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
-                        state, metrics = train_step(state, put_batch(batch, sharding))
+                        state, metrics = update(state, put_batch(batch, sharding))
                     reporter.update(pending)  # fetched only now, when the device already has its next work
                     step, val_loss = step + 1, None
                     pending = step, metrics

@@ -159,6 +159,8 @@ class LogConfig:
 
     every: int = 10
     """Updates between training rows."""
+    profile_steps: int = 0
+    """Updates to trace with jax.profiler, from update 10 on, into OUT/profile; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +274,7 @@ _RANGES: dict[str, _Range] = {
     "eval.tokens": _NOT_NEGATIVE,
     "eval.sample_tokens": _NOT_NEGATIVE,
     "log.every": _AT_LEAST_1,
+    "log.profile_steps": _NOT_NEGATIVE,
 }
 
 
