@@ -1,13 +1,13 @@
-"""Attention and the loss alone, forward and backward: what training has beside tokamax's, where that can be imported.
+"""Attention, the loss and a large matmul alone: our attention and loss beside tokamax's, forward and backward.
 
     python bench/kernels.py [--batch 16 --time 1024 --dtype bfloat16]
 
-tokamax (openxla/tokamax) is no package of this project: it wants typeguard 2, and tyro, which reads our command lines,
-wants 4. So it goes to a place of its own: `pip install --target DIR tokamax`, then PYTHONPATH=DIR.
+tokamax (openxla/tokamax) cannot be installed beside this project: it needs typeguard 2, and our tyro needs typeguard 4.
+Install it with `pip install --target DIR tokamax` and set PYTHONPATH=DIR; otherwise it is left out.
 
-Shapes are of 124M. The candidates take turns; one of tokamax's that the device cannot run has its reason instead of
-figures. Errors are of the output and of all gradients, against JAX's attention and Optax's cross-entropy in float32,
-each relative to its norm; the largest counts.
+Shapes are those of 124M. The candidates take turns. A tokamax kernel that the device cannot run has its reason instead
+of figures. Errors are those of the output and of all gradients against JAX's attention and Optax's cross-entropy in
+float32, each relative to its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import numpy as np
 import optax
 from record import arguments, slug, write
 
-from gpt2_jax.attention import PREFERENCE, causal_attention, unsupported_reason
+from gpt2_jax.attention import BACKENDS, causal_attention
+from gpt2_jax.attention.backend import Problem
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.hardware import hardware_of
+from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import padded_vocab_size
 
@@ -37,10 +38,9 @@ try:
 except ImportError:
     tokamax = None
 else:
-    flags.FLAGS(sys.argv[:1])  # or it would read our flags as its own
+    flags.FLAGS(sys.argv[:1])  # or it would parse our flags
 
-PACKAGES = ("jax", "jaxlib", "optax")
-CHUNKS = (0, 1024, 4096)  # of our loss: tokens whose logits exist together
+CHUNKS = (0, 1024, 4096)  # of our loss: tokens whose logits exist at the same time
 SHAPE = GPT2Config()
 
 Function = Callable[..., jax.Array]
@@ -57,20 +57,26 @@ def with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
     return run
 
 
+def timed(action: Callable[[], Any]) -> float:
+    """Milliseconds until its result is on the device."""
+    start = time.perf_counter()
+    jax.block_until_ready(action())
+    return 1000 * (time.perf_counter() - start)
+
+
 def compare(
     candidates: Mapping[str, Function], exact: Function, inputs: list[jax.Array], cotangent: jax.Array, repeat: int
 ) -> dict[str, Any]:
     """Milliseconds and largest relative error of each candidate."""
     with jax.default_matmul_precision("highest"):
-        wide = [x.astype(jnp.float32) for x in inputs]
-        right = [np.asarray(x) for x in with_gradients(exact)(cotangent, *wide)]
-    runs: dict[str, Callable[..., tuple[jax.Array, ...]]] = {}
+        right = [np.asarray(x) for x in with_gradients(exact)(cotangent, *(x.astype(jnp.float32) for x in inputs))]
+    runs: dict[str, Callable[[], Any]] = {}
     figures: dict[str, Any] = {}
     for name, function in candidates.items():
-        run = with_gradients(function)
+        run = functools.partial(with_gradients(function), cotangent, *inputs)
         try:
-            values = [np.asarray(x, np.float32) for x in jax.block_until_ready(run(cotangent, *inputs))]
-        except Exception as error:  # whatever one of tokamax's kernels has against a device or a shape
+            values = [np.asarray(x, np.float32) for x in run()]
+        except Exception as error:  # a tokamax kernel that does not support the device or the shape
             if not name.startswith("tokamax"):
                 raise
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -79,88 +85,96 @@ def compare(
         runs[name], figures[name] = run, {"error_of_values": max(errors), "ms": []}
     for _ in range(repeat):
         for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(cotangent, *inputs))
-            figures[name]["ms"].append(1000 * (time.perf_counter() - start))
+            figures[name]["ms"].append(timed(run))
     for name in runs:
         figures[name]["median_ms"] = statistics.median(figures[name]["ms"])
     return figures
 
 
 def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
-    """Of all our backends that run here, and tokamax's."""
+    """All our backends that run here, and those of tokamax."""
     head_dim = SHAPE.n_embd // SHAPE.n_head
     keys = jax.random.split(jax.random.key(0), 4)
     *inputs, cotangent = (jax.random.normal(key, (batch, length, SHAPE.n_head, head_dim), dtype) for key in keys)
-    hardware = hardware_of(jax.local_devices()[0])
-
-    def ours(backend: Any) -> Function:
-        return lambda q, k, v: causal_attention(q, k, v, backend=backend)
-
-    candidates = {
-        backend: ours(backend)
-        for backend in PREFERENCE
-        if not unsupported_reason(backend, hardware=hardware, dtype=dtype, time=length, head_dim=head_dim, dropout=0.0)
+    problem = Problem(current_hardware(), dtype, length, head_dim, 0.0)
+    candidates: dict[str, Function] = {
+        name: functools.partial(causal_attention, backend=name)
+        for name, backend in BACKENDS.items()
+        if not backend.unsupported_reason(problem)
     }
     if tokamax:
-        kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(hardware.platform, ())
+        kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())
         for name in ("xla", "xla_chunked", *kernels):
-            candidates[f"tokamax {name}"] = lambda q, k, v, name=name: tokamax.dot_product_attention(
-                q, k, v, is_causal=True, implementation=name
+            candidates[f"tokamax {name}"] = functools.partial(
+                tokamax.dot_product_attention, is_causal=True, implementation=name
             )
     exact = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     return compare(candidates, exact, inputs, cotangent, repeat)
 
 
 def loss(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
-    """Of ours by chunks, and tokamax's, which gets the embedding transposed, in `dtype` and without padding."""
+    """Ours by chunks, and tokamax's, which gets the embedding transposed, in `dtype` and without padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (batch, length, SHAPE.n_embd), dtype)
     embedding = 0.02 * jax.random.normal(keys[1], (padded_vocab_size(SHAPE), SHAPE.n_embd))
     targets = jax.random.randint(keys[2], (batch, length), 0, SHAPE.vocab_size)
-    vocabulary = SHAPE.vocab_size
 
-    def ours(chunk: int) -> Function:
-        return lambda hidden, embedding: cross_entropy(hidden, embedding, targets, vocabulary, chunk)
+    def ours(hidden: jax.Array, embedding: jax.Array, chunk: int) -> jax.Array:
+        return cross_entropy(hidden, embedding, targets, SHAPE.vocab_size, chunk)
 
     def theirs(hidden: jax.Array, embedding: jax.Array, implementation: str) -> jax.Array:
-        flat, weights = hidden.reshape(-1, SHAPE.n_embd), embedding[:vocabulary].T.astype(hidden.dtype)
-        total: jax.Array = tokamax.linear_softmax_cross_entropy_loss(
+        flat, weights = hidden.reshape(-1, SHAPE.n_embd), embedding[: SHAPE.vocab_size].T.astype(hidden.dtype)
+        return tokamax.linear_softmax_cross_entropy_loss(
             flat, targets.reshape(-1), weights, implementation=implementation
         )
-        return total
-
-    candidates: dict[str, Function] = {f"chunks of {chunk or 'all'}": ours(chunk) for chunk in CHUNKS}
-    if tokamax:
-        platform = hardware_of(jax.local_devices()[0]).platform
-        for name in ("xla", "mosaic_tpu") if platform == "tpu" else ("xla",):
-            candidates[f"tokamax {name}"] = lambda hidden, embedding, name=name: theirs(hidden, embedding, name)
 
     def exact(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-        logits = hidden @ embedding[:vocabulary].T
+        logits = hidden @ embedding[: SHAPE.vocab_size].T
         return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets))
 
+    candidates: dict[str, Function] = {f"chunks of {n or 'all'}": functools.partial(ours, chunk=n) for n in CHUNKS}
+    if tokamax:
+        for name in ("xla", "mosaic_tpu") if current_hardware().platform == "tpu" else ("xla",):
+            candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
     return compare(candidates, exact, [hidden, embedding], jnp.ones(()), repeat)
 
 
+def matmul(size: int, dtype: Any, repeat: int) -> dict[str, Any]:
+    """Ten matmuls of two square matrices in a row."""
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
+    product = jax.jit(jnp.matmul)
+    milliseconds = [timed(lambda: [product(a, b) for _ in range(10)]) / 10 for _ in range(repeat + 1)][1:]
+    median = statistics.median(milliseconds)
+    rate = 2 * size**3 / (median / 1000)
+    return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": rate}}
+
+
 def main() -> None:
-    """Measures, and writes the table and the file."""
-    parts = {"attention": attention, "loss": loss}
+    """Measures, prints the table and writes the file."""
     parser = arguments(__doc__)
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--parts", nargs="+", choices=["attention", "loss", "matmul"], help="by default all")
     parser.add_argument("--batch", type=int, default=16, help="sequences")
     parser.add_argument("--time", type=int, default=SHAPE.block_size, help="tokens of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--size", type=int, help="of the matmul; by default 8192, on CPUs 1024")
     parser.add_argument("--repeat", type=int, default=20)
     args = parser.parse_args()
-    figures = {name: parts[name](args.batch, args.time, jnp.dtype(args.dtype), args.repeat) for name in args.parts}
-    for name, candidates in figures.items():
-        for candidate, figure in candidates.items():
-            said = figure.get("error") or f"{figure['median_ms']:9.2f} ms   error {figure['error_of_values']:.1e}"
-            print(f"{name:10}{candidate:22}{said}")
-    packages = (*PACKAGES, *(["tokamax"] if tokamax else []))
+    size = args.size or (1024 if current_hardware().platform == "cpu" else 8192)
+    dtype = jnp.dtype(args.dtype)
+    parts = {
+        "attention": lambda: attention(args.batch, args.time, dtype, args.repeat),
+        "loss": lambda: loss(args.batch, args.time, dtype, args.repeat),
+        "matmul": lambda: matmul(size, dtype, args.repeat),
+    }
+    figures = {name: parts[name]() for name in args.parts or parts}
+    for part, candidates in figures.items():
+        for name, case in candidates.items():
+            result = case.get("error") or f"{case['median_ms']:9.2f} ms"
+            error = f"   error {case['error_of_values']:.1e}" if "error_of_values" in case else ""
+            rate = f"   {case['flops_per_second'] / 1e12:.3g} TFLOP/s" if "flops_per_second" in case else ""
+            print(f"{part:10}{name:22}{result}{error}{rate}")
     shape = {"batch": args.batch, "time": args.time, "dtype": args.dtype}
-    print(write(f"kernels-{slug(jax.devices()[0].device_kind)}", packages, {**shape, **figures}, results=args.results))
+    print(write(f"kernels-{slug(jax.devices()[0].device_kind)}", {**shape, **figures}, results=args.results))
 
 
 if __name__ == "__main__":

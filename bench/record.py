@@ -1,4 +1,4 @@
-"""What every benchmark writes down beside its figures: machine, versions, commit, flags."""
+"""The record beside every benchmark's figures: machine, versions, commit, command and flags."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -15,92 +16,90 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gpt2_jax.files import replace_text
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def cpu_model() -> str:
-    """The CPU's name as Linux has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken", "gigatoken", "torch",
+            "transformers", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
+VARIABLES = ("XLA_", "JAX_", "CUDA_", "NCCL_", "NVIDIA_", "TF32_", "OMP_", "LIBTPU_")  # prefixes
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
-    """The parser of a benchmark with this docstring, with the flag that all have: where the file goes."""
-    # No abbreviations: flags of training pass through some of the benchmarks.
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="directory of the file written")
+    """The parser of a benchmark with this docstring, with the flag --results that all have."""
+    # Without abbreviations: some benchmarks pass unknown flags on to training.
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=kind, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="directory of the written file")
     return parser
 
 
 def slug(text: str) -> str:
-    """The name of a device as a part of a file's name: "NVIDIA H200" is nvidia-h200."""
+    """The name of a device in file names: "NVIDIA H200" becomes nvidia-h200."""
     return text.lower().replace(" ", "-")
 
 
 def python_path() -> str:
-    """PYTHONPATH of processes that are to import this checkout, installed or not."""
+    """PYTHONPATH for processes that import this checkout, installed or not."""
     return os.pathsep.join(filter(None, [str(RESULTS.parents[1]), os.environ.get("PYTHONPATH")]))
+
+
+def output(*command: str) -> str:
+    """What a command prints; "" if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def gpu() -> str | None:
     """Name and driver of the NVIDIA GPU, None without one."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or None
 
 
-def circumstances(packages: Sequence[str], device: str | None = None) -> dict[str, Any]:
+def installed() -> dict[str, str]:
+    """Versions of the packages that can matter to a figure."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def circumstances(device: str | None = None) -> dict[str, Any]:
     """Where and with what the figures were measured.
 
     Args:
-        packages: whose versions matter.
-        device: its name, if other processes measured: JAX would take memory on it only to ask. By default JAX's first.
+        device: name of the device if other processes measured on it: asking JAX would reserve its memory. By default
+            JAX's first device.
     """
+    import jax  # late: the processes of torch do without it
 
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], capture_output=True, text=True, check=False, cwd=RESULTS.parent
-        ).stdout.strip()
-
+    cpu = re.search(r"^model name\s*: (.*)$", output("cat", "/proc/cpuinfo"), re.MULTILINE)
+    # Only code counts: the figures of an earlier benchmark may still be uncommitted.
+    changes = output("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!bench/results")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "HEAD"),
-        # Of what is run; the figures of the measurement before may still be uncommitted.
-        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!bench/results")),
+        "commit": output("git", "rev-parse", "HEAD"),
+        "uncommitted": bool(changes),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": device or jax.devices()[0].device_kind,
         "gpu": gpu(),
-        "cpu": cpu_model(),
+        "cpu": cpu.group(1) if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS") if name in os.environ},
+        "versions": installed(),
+        "flags": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
 
-def write(
-    name: str,
-    packages: Sequence[str],
-    figures: Mapping[str, Any],
-    *,
-    results: Path = RESULTS,
-    device: str | None = None,
-) -> Path:
+def write(name: str, figures: Mapping[str, Any], *, results: Path = RESULTS, device: str | None = None) -> Path:
     """Writes `results/NAME.json`: the circumstances, then the figures. The file appears whole or not at all."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
-    replace_text(path, json.dumps({**circumstances(packages, device), **figures}, indent=2) + "\n")
+    replace_text(path, json.dumps({**circumstances(device), **figures}, indent=2) + "\n")
     return path
 
 

@@ -1,10 +1,9 @@
-"""From the start of `python -m gpt2_jax.train` to its first update, with an empty compilation cache and a filled one.
+"""From the start of `python -m gpt2_jax.train` to its first update, with an empty compilation cache and a full one.
 
     python bench/startup.py
 
-The command runs as a user types it, with another run directory each time, until metrics.jsonl has its first row: the
-first update is done and its loss on the host. Then it is killed. Empty and filled alternate; files of Python and the
-machine are warm in both. Flags that are not this program's are those of training.
+The command runs as a user types it, each time with a new run directory, until metrics.jsonl has its first row. Then it
+is killed. Empty and full caches take turns, and the machine's file cache is warm. Other flags are those of training.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from record import arguments, median_ratio, python_path, slug, write
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LIMIT = 600.0  # seconds until the first row
 
 
@@ -28,14 +26,17 @@ def first_update(flags: list[str], cache: Path, directory: Path) -> float:
     out = Path(tempfile.mkdtemp(dir=directory))
     command = [sys.executable, "-m", "gpt2_jax.train", *flags, "--log.every", "1", "--out", str(out),
                "--compilation_cache", str(cache)]  # fmt: skip
+    # Variables that would override the flag are left out.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
     rows = out / "metrics.jsonl"
     start = time.perf_counter()
     with open(out / "output", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
+        environment["PYTHONPATH"] = python_path()
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         while not (rows.exists() and rows.stat().st_size):
             if process.poll() is not None or time.perf_counter() - start > LIMIT:
-                raise SystemExit(f"{' '.join(command)} made no row:\n{(out / 'output').read_text()[-2000:]}")
+                raise SystemExit(f"{' '.join(command)} wrote no row:\n{(out / 'output').read_text()[-2000:]}")
             time.sleep(0.002)
         return time.perf_counter() - start
     finally:
@@ -43,14 +44,8 @@ def first_update(flags: list[str], cache: Path, directory: Path) -> float:
         process.wait()
 
 
-def environment() -> dict[str, str]:
-    """This process's, with its path for Python and without what would decide about the cache instead of the flag."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
-    return {**kept, "PYTHONPATH": python_path()}
-
-
 def main() -> None:
-    """Measures, and writes the table and the file."""
+    """Measures, prints the figures and writes the file."""
     parser = arguments(__doc__)
     parser.add_argument("--config", default="quickstart", help="preset or TOML file")
     parser.add_argument("--repeat", type=int, default=7, help="pairs")
@@ -75,10 +70,9 @@ def main() -> None:
         "seconds": runs,
     }
     print(f"filled/empty {figures['ratio']:.3f}")
-    import jax  # late: on a GPU it would hold memory that the command needs
+    import jax  # late: on a GPU it would reserve memory that the command needs
 
-    name = f"startup-{slug(jax.devices()[0].device_kind)}"
-    print(write(name, PACKAGES, figures, results=args.results))
+    print(write(f"startup-{slug(jax.devices()[0].device_kind)}", figures, results=args.results))
 
 
 if __name__ == "__main__":

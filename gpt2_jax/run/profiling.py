@@ -19,7 +19,8 @@ FIRST = 10  # the first traced update of a process: compilation and warm-up are 
 def traced(update: Update, directory: Path, start: int, count: int) -> Iterator[Update]:
     """Yields `update` so that its calls number 10 to 9 + `count` are traced. A count of 0 yields `update` itself.
 
-    Only process 0 traces: the others run the same program. The trace ends when the device has finished the last of them, or at the end of the `with` block.
+    The trace ends when the device has finished the last of them, or at the end of the `with` block. Only process 0
+    traces: the others run the same program.
 
     Args:
         directory: of the traces; each gets a subdirectory named after its time.
