@@ -16,13 +16,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import torch
-from record import arguments, slug, write
+from record import arguments, slug, timed, write
 from trainers import Ours, training_config
 
 from gpt2_jax.checkpoint import Checkpoints
@@ -31,13 +31,6 @@ from gpt2_jax.step import abstract_state
 
 SMALL = ["--config", "gpt2-124m", "--batch_size", "2", "--micro_batch_size", "2"]
 AFTER = 3  # updates that count as disturbed after the checkpoint is complete
-
-
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def save(ours: Ours, checkpoints: Checkpoints) -> dict[str, Any]:

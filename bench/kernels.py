@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from record import arguments, slug, write
+from record import arguments, slug, timed, write
 
 from gpt2_jax.attention import BACKENDS, causal_attention
 from gpt2_jax.attention.backend import Problem
@@ -57,13 +56,6 @@ def with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
     return run
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Milliseconds until its result is on the device."""
-    start = time.perf_counter()
-    jax.block_until_ready(action())
-    return 1000 * (time.perf_counter() - start)
-
-
 def compare(
     candidates: Mapping[str, Function], exact: Function, inputs: list[jax.Array], cotangent: jax.Array, repeat: int
 ) -> dict[str, Any]:
@@ -85,7 +77,7 @@ def compare(
         runs[name], figures[name] = run, {"error_of_values": max(errors), "ms": []}
     for _ in range(repeat):
         for name, run in runs.items():
-            figures[name]["ms"].append(timed(run))
+            figures[name]["ms"].append(1000 * timed(lambda run=run: jax.block_until_ready(run())))
     for name in runs:
         figures[name]["median_ms"] = statistics.median(figures[name]["ms"])
     return figures
@@ -143,7 +135,8 @@ def matmul(size: int, dtype: Any, repeat: int) -> dict[str, Any]:
     """Ten matmuls of two square matrices in a row."""
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
-    milliseconds = [timed(lambda: [product(a, b) for _ in range(10)]) / 10 for _ in range(repeat + 1)][1:]
+    runs = [timed(lambda: jax.block_until_ready([product(a, b) for _ in range(10)])) for _ in range(repeat + 1)]
+    milliseconds = [100 * seconds for seconds in runs[1:]]
     median = statistics.median(milliseconds)
     rate = 2 * size**3 / (median / 1000)
     return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": rate}}

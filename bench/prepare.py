@@ -9,6 +9,7 @@ disk in the temporary directory.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from record import arguments, python_path, write
+from record import arguments, python_path, timed, write
 
 from gpt2_jax.data.corpus import stdlib_files
 from gpt2_jax.data.sources import Files
@@ -127,20 +128,12 @@ def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: in
     size = sum(len(document.encode()) for part in sample for document in part)
 
     def loop(part: Sequence[str]) -> float:
-        start = time.perf_counter()
-        for document in part:
-            encoding.encode_ordinary(document)
-        return time.perf_counter() - start
-
-    def work(block: Any) -> float:
-        start = time.perf_counter()
-        worker(block)
-        return time.perf_counter() - start
+        return timed(lambda: collections.deque(map(encoding.encode_ordinary, part), maxlen=0))
 
     def loop_speed() -> float:
         return size / sum(map(loop, sample)) / 1e6
 
-    pairs = [(loop(part), work(block)) for part, block in zip(sample, blocks, strict=True)]
+    pairs = [(loop(part), timed(lambda block=block: worker(block))) for part, block in zip(sample, blocks, strict=True)]
     looped, worked = map(sum, zip(*pairs, strict=True))
     # gigatoken gets eight times the text, or it would be done before it is at full speed.
     more = write_lines(directory / "more.jsonl", documents, 8 * megabytes * 1_000_000)
@@ -165,11 +158,9 @@ def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: in
             runs[name].append({**run, "encode_ordinary_mb_per_second": (before + after) / 2})
             before = after
         with concurrent.futures.ThreadPoolExecutor(2) as pool:  # `encode_ordinary` releases Python's lock
-            start = time.perf_counter()
-            list(pool.map(lambda part: sum(map(loop, part)), [sample, sample]))
-            both = 2 * size / (time.perf_counter() - start) / 1e6
+            both = timed(lambda pool=pool: list(pool.map(lambda _: loop_speed(), range(2))))
         after = loop_speed()
-        together.append({"two": both, "one": (before + after) / 2})
+        together.append({"two": 2 * size / both / 1e6, "one": (before + after) / 2})
         before = after
     # Medians of the speeds, each relative to the loop around it.
     relative = {

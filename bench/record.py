@@ -12,7 +12,8 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,6 @@ def gpu() -> str | None:
     return output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or None
 
 
-def installed() -> dict[str, str]:
-    """Versions of the packages that can matter to a figure."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def circumstances(device: str | None = None) -> dict[str, Any]:
     """Where and with what the figures were measured.
 
@@ -90,7 +80,7 @@ def circumstances(device: str | None = None) -> dict[str, Any]:
         "cpu": cpu.group(1) if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": installed(),
+        "versions": {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES},
         "flags": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
@@ -101,6 +91,13 @@ def write(name: str, figures: Mapping[str, Any], *, results: Path = RESULTS, dev
     path = results / f"{name}.json"
     replace_text(path, json.dumps({**circumstances(device), **figures}, indent=2) + "\n")
     return path
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

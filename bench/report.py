@@ -30,20 +30,14 @@ class Measured(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        read: takes the value from the file; None if the file lacks it.
-        unit: appended to the value and to the bound; "%" stands for a share.
-        at_least, at_most: the bound, if there is one.
-    """
+    """A row of the table. `read` takes its value from the file, and returns None if the file lacks it."""
 
     work: str
     against: str
     script: str
     file: str
     read: Callable[[Figures], Measured | None]
-    unit: str = ""
+    unit: str = ""  # "%" stands for a share
     at_least: float | None = None
     at_most: float | None = None
 
@@ -54,13 +48,12 @@ class Goal(NamedTuple):
     def cells(self, figures: Figures | None) -> str:
         """The last three cells: goal, measured, reached."""
         low, high = self.at_least, self.at_most
-        bound = "–" if low is high is None else f"≥ {self.format(low)}" if high is None else f"≤ {self.format(high)}"
+        bound = f"≥ {self.format(low)}" if low is not None else f"≤ {self.format(high)}" if high is not None else "–"
         measured = self.read(figures) if figures else None
         if not measured:
             return f"{bound} | not measured | "
         met = (low is None or measured.value >= low) and (high is None or measured.value <= high)
-        reached = "–" if low is high is None else "yes" if met else "**no**"
-        return f"{bound} | {self.format(measured.value)} | {reached}"
+        return f"{bound} | {self.format(measured.value)} | {'–' if bound == '–' else 'yes' if met else '**no**'}"
 
 
 def duration(seconds: float) -> str:
@@ -107,27 +100,25 @@ def generation(figures: Figures) -> Measured | None:
 
 def start_up(figures: Figures) -> Measured:
     """Full cache over empty cache."""
-    median = figures["median_s"]
-    return Measured(figures["ratio"], f"{median['filled']:.2f} s and {median['empty']:.2f} s")
+    return Measured(figures["ratio"], "{filled:.2f} s and {empty:.2f} s".format(**figures["median_s"]))
 
 
 def saving(figures: Figures) -> Measured:
     """The updates that one save costs."""
+    update, restored = duration(figures["update_s"]), duration(figures["restore_s"])
     return Measured(
         figures["stall"],
-        f"the call {figures['blocked']:.2f}, the updates after it {figures['slower']:.2f}; an update takes "
-        f"{duration(figures['update_s'])}; {figures['bytes'] / 1e9:.2f} GB, restored in "
-        f"{duration(figures['restore_s'])}",
+        f"the call {figures['blocked']:.2f}, the updates after it {figures['slower']:.2f}; an update takes {update}; "
+        f"{figures['bytes'] / 1e9:.2f} GB, restored in {restored}",
     )
 
 
 def pipeline(figures: Figures) -> Measured:
     """Our tokens per second over nanoGPT's."""
-    rates = {name: statistics.median(runs) / 1e6 for name, runs in figures["pipeline"]["tokens_per_second"].items()}
-    details = (
-        f"{rates['ours']:.0f} M and {rates['nanogpt']:.0f} M tokens/s; the batch of update 100,000 is restored in "
-    )
-    return Measured(figures["pipeline"]["ratio"], details + duration(statistics.median(figures["restore"]["seconds"])))
+    ours, theirs = (statistics.median(figures["pipeline"]["tokens_per_second"][name]) for name in ("ours", "nanogpt"))
+    restored = duration(statistics.median(figures["restore"]["seconds"]))
+    rates = f"{ours / 1e6:.0f} M and {theirs / 1e6:.0f} M tokens/s"
+    return Measured(ours / theirs, f"{rates}; the batch of update 100,000 is restored in {restored}")
 
 
 def first_batch(figures: Figures) -> Measured:
@@ -142,20 +133,16 @@ def preparing(engine: str, ratio: str) -> Callable[[Figures], Measured]:
     """One of the ratios of bench/prepare.py, and the speeds of an engine."""
 
     def read(figures: Figures) -> Measured:
-        text = figures["text"]
-        one, two = (
-            statistics.median(run["mb_per_second"] for run in text["runs"][f"{engine}, {workers}"])
-            for workers in ("1 worker", "2 workers")
-        )
+        runs = [figures["text"]["runs"][f"{engine}, {workers}"] for workers in ("1 worker", "2 workers")]
+        one, two = (statistics.median(run["mb_per_second"] for run in case) for case in runs)
         peak = max(figures[name]["peak_mb"] for name in ("2 GB in one text", "2 GB of lines"))
         memory = f"; at most {peak:.0f} MB of memory for a text of 2 GB" if engine == "gigatoken" else ""
-        return Measured(text[ratio], f"{one:.0f} MB/s, with two workers {two:.0f} MB/s{memory}")
+        return Measured(figures["text"][ratio], f"{one:.0f} MB/s, with two workers {two:.0f} MB/s{memory}")
 
     return read
 
 
 NANOGPT, HF = ("nanogpt", "nanogpt compiled"), ("transformers", "transformers compiled")
-GENERATE = "transformers' generate"
 GOALS = (
     Goal("character model (4 × 128), CPU: time of an update", "nanoGPT, the faster of eager and compiled",
          "peers", "peers-char-cpu", update_ratio(*NANOGPT), at_most=0.8),
@@ -169,9 +156,9 @@ GOALS = (
          "train_step", "train_step-gpt2-124m-nvidia-h200", best_mfu, "%", at_least=0.5),
     Goal("1558M, one H200: MFU", "989 TFLOP/s",
          "train_step", "train_step-gpt2-1558m-nvidia-h200", best_mfu, "%", at_least=0.55),
-    Goal("generation, 124M, 1 and 8 prompts, CPU: tokens/s", GENERATE,
+    Goal("generation, 124M, 1 and 8 prompts, CPU: tokens/s", "transformers' generate",
          "decode", "decode-cpu", generation, "×", at_least=2.0),
-    Goal("generation, 124M, 1 and 8 prompts, one H200: tokens/s", GENERATE,
+    Goal("generation, 124M, 1 and 8 prompts, one H200: tokens/s", "transformers' generate",
          "decode", "decode-nvidia-h200", generation, "×", at_least=4.0),
     Goal("quickstart, CPU: start to first update, compiled programs on disk", "none on disk",
          "startup", "startup-cpu", start_up, at_most=0.4),

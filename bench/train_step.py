@@ -24,30 +24,24 @@ from gpt2_jax.config.toml import all_keys, read_config
 from gpt2_jax.errors import UserError
 
 
-def full_key(key: str) -> str:
-    """A key of the training config with its section: "attention" becomes "model.attention".
-
-    Raises:
-        UserError: no key or several keys match.
-    """
-    found = [name for name in all_keys() if name == key] or [name for name in all_keys() if name.endswith("." + key)]
-    if len(found) != 1:
-        raise UserError(f"--sweep {key}: found {found or 'no such key'}; expected one key of a training config")
-    return found[0]
-
-
 def parse_sweeps(words: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each full key.
+    """The values of each key, with its section: "attention=xla" becomes {"model.attention": ["xla"]}.
 
     Raises:
-        UserError: a word is not KEY=VALUE,VALUE.
+        UserError: a word is not KEY=VALUE,VALUE, or no key or several keys match.
     """
     sweeps = {}
     for word in words:
         key, equals, values = word.partition("=")
-        if not equals:
-            raise UserError(f"--sweep {word}: expected KEY=VALUE,VALUE")
-        sweeps[full_key(key)] = values.split(",")
+        found = [name for name in all_keys() if name == key] or [
+            name for name in all_keys() if name.endswith("." + key)
+        ]
+        if not equals or len(found) != 1:
+            names = found or "no such key"
+            raise UserError(
+                f"--sweep {word}: found {names}; expected KEY=VALUE,VALUE with one key of a training config"
+            )
+        sweeps[found[0]] = values.split(",")
     return sweeps
 
 

@@ -140,7 +140,9 @@ def test_sweeps_change_one_key_or_all(bench):
         "micro_batch_size": ["8", "4"],
     }
     with pytest.raises(UserError, match=r"eval\.every"):
-        train_step.full_key("every")
+        train_step.parse_sweeps(["every=1"])
+    with pytest.raises(UserError, match="expected KEY=VALUE,VALUE"):
+        train_step.parse_sweeps(["attention"])
     sweeps = {"a": ["1", "2"], "b": ["3"]}
     assert list(train_step.variants(sweeps, False)) == [{}, {"a": "1"}, {"a": "2"}, {"b": "3"}]
     assert list(train_step.variants(sweeps, True)) == [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]
