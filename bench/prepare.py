@@ -53,26 +53,16 @@ def read_texts(files: Sequence[str]) -> list[str]:
     return [text for path in paths if (text := path.read_text(encoding="utf-8", errors="replace"))]
 
 
-def write_lines(path: Path, documents: Sequence[str], size: int) -> Path:
-    """Writes JSON lines of about `size` bytes: the documents repeatedly, their lines in other orders."""
+def write_text(path: Path, documents: Sequence[str], size: int) -> Path:
+    """Writes about `size` bytes, JSON lines or one text: the documents repeatedly, their lines in other orders."""
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < size:
             for document in documents:
                 lines = document.splitlines(keepends=True)
                 rng.shuffle(lines)
-                file.write(json.dumps({"text": "".join(lines)}) + "\n")
-    return path
-
-
-def write_text(path: Path, documents: Sequence[str], size: int) -> Path:
-    """Writes one text of about `size` bytes."""
-    rng = random.Random(1)
-    lines = [line for document in documents for line in document.splitlines(keepends=True)]
-    with open(path, "w", encoding="utf-8") as file:
-        while file.tell() < size:
-            rng.shuffle(lines)
-            file.writelines(lines)
+                text = "".join(lines)
+                file.write(json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text)
     return path
 
 
@@ -113,7 +103,7 @@ def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: in
     Args:
         plain: the Python of an environment without gigatoken.
     """
-    lines = write_lines(directory / "text.jsonl", documents, megabytes * 1_000_000)
+    lines = write_text(directory / "text.jsonl", documents, megabytes * 1_000_000)
     encoding = tiktoken.get_encoding("gpt2")
     # By its name gpt2_jax chooses gigatoken. Another name keeps tiktoken.
     renamed = tiktoken.Encoding(
@@ -136,8 +126,8 @@ def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: in
     pairs = [(loop(part), timed(lambda block=block: worker(block))) for part, block in zip(sample, blocks, strict=True)]
     looped, worked = map(sum, zip(*pairs, strict=True))
     # gigatoken gets eight times the text, or it would be done before it is at full speed.
-    more = write_lines(directory / "more.jsonl", documents, 8 * megabytes * 1_000_000)
-    tiny = write_lines(directory / "tiny.jsonl", ["a document\n"], 1)
+    more = write_text(directory / "more.jsonl", documents, 8 * megabytes * 1_000_000)
+    tiny = write_text(directory / "tiny.jsonl", ["a document\n"], 1)
     cases = {
         f"{engine}, {workers} worker{'s' * (workers > 1)}": (source, python, workers)
         for engine, source, python in (("tiktoken", lines, plain), ("gigatoken", more, sys.executable))
@@ -196,8 +186,8 @@ def main() -> None:
         plain = environment_without("gigatoken", directory / "plain")
         text = tokenizing(directory, documents, plain, args.repeat, args.megabytes)
         big = {}
-        for name, make in (("2 GB in one text", write_text), ("2 GB of lines", write_lines)):
-            path = make(directory / ("big.txt" if make is write_text else "big.jsonl"), documents, args.big)
+        for name, file in (("2 GB in one text", "big.txt"), ("2 GB of lines", "big.jsonl")):
+            path = write_text(directory / file, documents, args.big)
             big[name] = prepare(path, sys.executable, 2)
             path.unlink()
     for name, runs in text["runs"].items():

@@ -7,9 +7,10 @@ import pytest
 
 
 def pytest_configure(config):
-    """Gives JAX the GPU beside the CPU, if these tests run alone: all others run on simulated CPU devices."""
+    """Gives JAX the GPU and XLA its default flags if these tests run alone. All others run on simulated CPU devices."""
     if config.getoption("markexpr") == "gpu":
         jax.config.update("jax_platforms", "cuda,cpu")
+        os.environ["XLA_FLAGS"] = ""
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the commands that tests start need memory too
 
 
