@@ -2,7 +2,7 @@
 # Measures one NVIDIA GPU, piece by piece.
 set -euo pipefail
 
-pieces=(right headline profile variants sizes kernels decode more)
+pieces=(right headline profile variants sizes memory kernels decode more)
 case ${1:---help} in
   -h | --help)
     cat << END
@@ -15,7 +15,7 @@ the same command resumes. One that fails is reported, the others run, and the ex
 
 Environment: PYTHON (python3) with this project, JAX for CUDA, torch and transformers; NANOGPT, a checkout of nanoGPT;
 LLMC, one of llm.c with a built train_gpt2cu; TOKAMAX, a directory with tokamax (see bench/kernels.py); MICRO_BATCH
-(32), sequences at a time beside the peers.
+(32), sequences at a time beside the peers; TOPOLOGY (h100), the chip's name for gpt2_jax.plan.
 END
     exit 0
     ;;
@@ -74,6 +74,12 @@ for piece in "${pieces[@]}"; do
         --sweep remat=dots,none micro_batch_size=16,8,4
       step train_step-gpt2-774m --config gpt2-774m --batch_size 32 --grid --sweep remat=none,dots micro_batch_size=16,8
       step train_step-gpt2-355m --config gpt2-355m --batch_size 64 --grid --sweep remat=none micro_batch_size=32,16
+      ;;
+    memory) # what the compiler predicts, to compare with the peak memory in the headline and in sizes
+      for size in 124m:16 355m:16 774m:8 1558m:4; do
+        run "plan-${size%:*}" -m gpt2_jax.plan --config "gpt2-${size%:*}" --topology "${TOPOLOGY:-h100}:1" --json \
+          --batch_size 32 --micro_batch_size "${size#*:}"
+      done
       ;;
     kernels) # attention and the loss beside tokamax, and the fastest matmul
       PYTHONPATH=$PYTHONPATH${TOKAMAX:+:$TOKAMAX} bench kernels kernels --batch 32
