@@ -71,16 +71,14 @@ def nanogpt(path: Path, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tenso
     return rows(0), rows(1)
 
 
-def write_random(directory: Path) -> tuple[list[Path], Path]:
+def write_random(paths: Sequence[Path], raw: Path) -> None:
     """Writes random tokens twice, as token files and as one nanoGPT file."""
     rng = np.random.default_rng(0)
-    paths = [directory / f"{number}.bin" for number in range(4)]
-    with open(directory / "all.raw", "wb") as raw:
+    with open(raw, "wb") as file:
         for path in paths:
             tokens = rng.integers(0, 50257, SHARD_TOKENS, dtype=np.uint16).tobytes()
             path.write_bytes(header_bytes(SHARD_TOKENS) + tokens)
-            raw.write(tokens)
-    return paths, directory / "all.raw"
+            file.write(tokens)
 
 
 def pipeline(paths: Sequence[Path], raw: Path, repeat: int, batches: int) -> dict[str, Any]:
@@ -141,11 +139,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200, help="of 512 × 1,024 tokens, in each repetition")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        sparse, random = Path(temporary) / "sparse", Path(temporary) / "random"
-        sparse.mkdir()
-        random.mkdir()
-        start = start_up(sparse, args.repeat)
-        paths, raw = write_random(random)
+        directory = Path(temporary)
+        start = start_up(directory, args.repeat)
+        paths, raw = [directory / f"random-{number}" for number in range(4)], directory / "random.raw"
+        write_random(paths, raw)
         figures = {
             "start": start,
             "pipeline": pipeline(paths, raw, args.repeat, args.batches),
