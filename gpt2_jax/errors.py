@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input: says what was found, what was expected and what to type. Commands exit with code 2."""
@@ -9,3 +12,20 @@ class UserError(Exception):
 
 class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 1."""
+
+
+def import_optional(name: str, purpose: str) -> Any:
+    """Imports a module of an optional dependency.
+
+    Args:
+        name: of the module, in a package of the same name.
+        purpose: what needs it, for the error: "reading a.parquet".
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"{purpose} needs {package}, which is not installed; type pip install {package}") from error

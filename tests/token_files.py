@@ -1,5 +1,5 @@
-"""Token files written and read from their descriptions, without the package: llm.c's `dev/data/data_common.py` and
-`llmc/dataloader.h`, nanoGPT's `data/*/prepare.py`, build-nanogpt's `fineweb.py`."""
+"""Writes and reads token files without the package, from the code that defines the formats: llm.c's
+`dev/data/data_common.py` and `llmc/dataloader.h`, nanoGPT's `data/*/prepare.py`, and build-nanogpt's `fineweb.py`."""
 
 import struct
 from pathlib import Path
@@ -10,13 +10,13 @@ MAGIC = {"llmc": (20240520, 1), "llama": (20240801, 7)}
 
 
 def write_llmc(path: Path, tokens, kind: str = "llmc") -> None:
-    """256 int32 of header, then uint16 (uint32 for Llama 3)."""
+    """A header of 256 int32, then uint16 (uint32 for Llama 3)."""
     header = struct.pack("<3i", *MAGIC[kind], len(tokens)) + bytes(1012)
     path.write_bytes(header + struct.pack(f"<{len(tokens)}{'H' if kind == 'llmc' else 'I'}", *map(int, tokens)))
 
 
 def write_nanogpt(path: Path, tokens) -> None:
-    """Nothing but uint16."""
+    """Only uint16."""
     path.write_bytes(struct.pack(f"<{len(tokens)}H", *map(int, tokens)))
 
 
@@ -26,7 +26,7 @@ def write_npy(path: Path, tokens) -> None:
 
 
 def read_llmc(path: Path) -> list[int]:
-    """As llm.c reads it: magic, version, and a size that fits the count exactly."""
+    """Checks the magic, the version, and that the size fits the count exactly, like llm.c."""
     content = path.read_bytes()
     header = struct.unpack("<256i", content[:1024])
     assert header[:2] == MAGIC["llmc"], path

@@ -1,4 +1,4 @@
-"""The data of a run: which windows to train and to validate on, and with which tokenizer."""
+"""Opens the data of a run: training and validation windows, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gpt2_jax.config import DataConfig, GPT2Config, SourceConfig, TrainConfig
 from gpt2_jax.data.corpus import read_corpus, tokenize
+from gpt2_jax.data.manifest import read_manifest
 from gpt2_jax.data.pipeline import ShuffledWindows, TokenWindows
-from gpt2_jax.data.prepared import read_manifest
 from gpt2_jax.data.shards import TokenArray, Tokens, find_token_files, open_token_files
 from gpt2_jax.data.tokenizer import (
     CharTokenizer,
@@ -22,18 +22,20 @@ from gpt2_jax.data.tokenizer import (
 )
 from gpt2_jax.errors import UserError
 
-EDGE = 4096  # Tokens at either end of a token file that its fingerprint covers.
+EDGE_TOKENS = 4096  # The fingerprint covers this many tokens at both ends of a token file.
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains and validates on.
+    """The data of a run.
 
     Attributes:
+        train: the endless sequence of training windows.
         train_tokens: in all training sources.
-        tokenizer: None where nothing is to be decoded.
-        val_text: the held-out bytes that `val` predicts; None for token files, whose text is not at hand.
-        fingerprint: of all tokens (of token files: sizes and edges); a run does not continue on other data.
+        val: the validation windows.
+        tokenizer: None if the run decodes no tokens.
+        val_text: the held-out bytes that `val` predicts; None for token files.
+        fingerprint: of all tokens, for token files of their sizes and ends. A run is only resumed with the same data.
     """
 
     train: ShuffledWindows
@@ -45,10 +47,13 @@ class Data:
 
 
 def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
-    """Opens what `config.data` names; also returns the config with what only the data could tell filled in.
+    """Opens the data that `config.data` names.
+
+    Returns:
+        The data, and the config with the vocabulary size and the characters of the data filled in.
 
     Raises:
-        UserError: data that is missing, damaged, too short, or not of this vocabulary.
+        UserError: the data is missing, damaged or too short, or has tokens of another vocabulary.
     """
     return _open_text(config) if config.data.text else _open_files(config)
 
@@ -78,7 +83,7 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
         manifest = read_manifest(path.parent)
         if manifest and manifest.settings["tokenizer"] != data.tokenizer:
             raise UserError(
-                f"{path.parent} was made with the tokenizer {manifest.settings['tokenizer']!r}, and data.tokenizer is "
+                f"{path.parent} was made with the tokenizer {manifest.settings['tokenizer']!r}, but data.tokenizer is "
                 f"{data.tokenizer!r}; type --data.tokenizer {manifest.settings['tokenizer']}, and do not mix the two"
             )
     meta = files[0][0].parent / "meta.pkl"
@@ -88,12 +93,13 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     config = dataclasses.replace(config, data=data, model=model)
     train = [_windows(config, open_token_files(paths), paths, data.document_starts) for paths in files]
     val = _windows(config, open_token_files(val_files), val_files)
-    # Tokens need no tokenizer to train on: it is asked for, and perhaps downloaded, only to write a sample.
+    # Only samples need the tokenizer, and loading it may download it.
     tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
     crc = 0
     for stream in (stream for windows in (*train, val) for stream in windows.streams):
-        # Sizes and edges: read at once, however large it all is.
-        crc = zlib.crc32(b"%d" % len(stream) + stream[:EDGE].tobytes() + stream[-EDGE:].tobytes(), crc)
+        # Only the size and the ends: fast for files of any size.
+        ends = stream[:EDGE_TOKENS].tobytes() + stream[-EDGE_TOKENS:].tobytes()
+        crc = zlib.crc32(b"%d" % len(stream) + ends, crc)
     n_tokens = sum(windows.n_tokens for windows in train)
     shares = "".join(
         f", {source.weight} × {windows.n_tokens}" for source, windows in zip(data.sources, train, strict=False)
@@ -106,8 +112,9 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
 def _windows(
     config: TrainConfig, streams: Sequence[Tokens], names: Sequence[str | Path], document_starts: bool = False
 ) -> TokenWindows:
-    start = end_of_text_token(config.data.tokenizer) if document_starts else None
-    return TokenWindows(streams, list(map(str, names)), config.model.block_size, config.model.vocab_size, start)
+    document_start = end_of_text_token(config.data.tokenizer) if document_starts else None
+    model = config.model
+    return TokenWindows(streams, list(map(str, names)), model.block_size, model.vocab_size, document_start)
 
 
 def _with_vocab(model: GPT2Config, n_vocab: int, data: DataConfig) -> GPT2Config:
@@ -116,6 +123,6 @@ def _with_vocab(model: GPT2Config, n_vocab: int, data: DataConfig) -> GPT2Config
     if model.vocab_size < n_vocab:
         raise UserError(
             f"model.vocab_size = {model.vocab_size} is below the {n_vocab} tokens of data.tokenizer = "
-            f"{data.tokenizer!r}; type --model.vocab_size 0 to take the tokenizer's"
+            f"{data.tokenizer!r}; type --model.vocab_size 0 to use the tokenizer's"
         )
     return model

@@ -1,4 +1,4 @@
-"""What a directory of token files holds: `python -m gpt2_jax.data DIR`."""
+"""Shows and checks a directory of token files: `python -m gpt2_jax.data DIR`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.data.prepared import Manifest, read_manifest, verify
+from gpt2_jax.data.manifest import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
 from gpt2_jax.display import Display, count
@@ -26,19 +26,19 @@ class Flags:
     """Flags of the command."""
 
     directory: tyro.conf.Positional[str]
-    """Directory of token files, in any of the formats that training reads."""
+    """Directory of token files, in any format that training reads."""
     tokenizer: TokenizerName | None = None
-    """Of the tokens; by default what manifest.json or meta.pkl says, or gpt2."""
+    """Tokenizer of the files; by default from manifest.json or meta.pkl, else gpt2."""
     windows: int = 3
-    """Pieces of text to show."""
+    """Text samples to show."""
     window_tokens: int = 48
-    """Tokens in each."""
+    """Tokens per sample."""
     seed: int = 0
-    """Chooses the pieces."""
+    """Seed that chooses the samples."""
 
 
 def main(args: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     flags = parse_flags(Flags, args, prog=PROG, description="Show and check what a directory of token files holds.")
     directory = Path(flags.directory).expanduser()
     try:
@@ -47,18 +47,19 @@ def main(args: Sequence[str]) -> int:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from error
     manifest = read_manifest(directory)
     if not paths:
-        raise UserError(f"{directory} has no token files (.bin, .npy); python -m gpt2_jax.prepare makes some")
+        raise UserError(f"{directory} has no token files (.bin, .npy); make some with python -m gpt2_jax.prepare")
     if flags.windows < 0 or flags.window_tokens < 1 or flags.seed < 0:
-        raise UserError("--windows and --seed have to be 0 or more, and --window-tokens at least 1")
+        raise UserError("--windows and --seed must be 0 or more, and --window-tokens at least 1")
     files = open_token_files(paths)
     meta = directory / "meta.pkl"
     guess: TokenizerName = "chars" if meta.exists() else "gpt2"
     name: TokenizerName = flags.tokenizer or (manifest.settings["tokenizer"] if manifest else guess)
     if name == "chars" and not meta.exists():
-        raise UserError(f"{directory} has no meta.pkl with its characters; take --tokenizer gpt2 or bytes")
+        raise UserError(f"{directory} has no meta.pkl with the characters; type --tokenizer gpt2 or --tokenizer bytes")
     characters = read_characters(meta).characters if name == "chars" else ""
     with Display(0, len(files), "reading") as display:
-        _show(display, directory, manifest, files, name, vocab_size(name, characters))
+        _print_files(display, files, name, vocab_size(name, characters))
+        _check_manifest(display, directory, manifest, files)
     if flags.windows and any(map(len, files)):
         tokenizer = get_tokenizer(name, characters)
         rng = np.random.default_rng(flags.seed)
@@ -72,26 +73,28 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _show(
-    display: Display, directory: Path, manifest: Manifest | None, files: list[TokenFile], name: TokenizerName, size: int
-) -> None:
-    """One line per file, then the sums, then whether they are what the manifest says."""
+def _print_files(display: Display, files: list[TokenFile], name: TokenizerName, n_vocab: int) -> None:
+    """Prints a line per file and the total. Reads all tokens, and raises an error for one beyond the vocabulary."""
     end = end_of_text_token(name)
     for done, file in enumerate(files, 1):
         documents, largest = 0, 0
-        for tokens in file.pieces():
+        for tokens in file.chunks():
             documents += int(np.count_nonzero(tokens == end)) if end is not None else 0
             largest = max(largest, int(tokens.max()))
-        if largest >= size:
+        if largest >= n_vocab:
             raise UserError(
-                f"{file.path} has the token {largest}, beyond the {size:,} of the tokenizer {name!r}; give "
+                f"{file.path} has the token {largest}, beyond the {n_vocab:,} of the tokenizer {name!r}; give "
                 "another --tokenizer, or prepare it again"
             )
-        counted = "" if end is None else f", {count(documents, 'document')}"
-        display.say(f"{file.path.name:24}{len(file):>15,} tokens{counted}, largest {largest}")
+        n_documents = "" if end is None else f", {count(documents, 'document')}"
+        display.say(f"{file.path.name:24}{len(file):>15,} tokens{n_documents}, largest {largest}")
         display.show(done, f"{done}/{len(files)} files", ["read"])
     total = sum(map(len, files))
     display.say(f"{'in all':24}{total:>15,} tokens in {count(len(files), 'file')}, tokenizer {name}")
+
+
+def _check_manifest(display: Display, directory: Path, manifest: Manifest | None, files: list[TokenFile]) -> None:
+    """Compares the files and their checksums with the manifest, and prints the result."""
     if manifest is None:
         display.say("no manifest.json: nothing to compare with")
         return

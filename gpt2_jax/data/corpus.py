@@ -1,6 +1,6 @@
-"""Text to train on: the user's files, or the standard library of the running Python.
+"""Reads text to train on, and splits it: the user's files, or the standard library of the running Python.
 
-The standard library is there wherever this package runs: about 10 MB of real text that needs no download.
+The standard library is about 10 MB of real text that needs no download.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 from gpt2_jax.errors import UserError
 
 STDLIB = "stdlib"
-# Tests, third-party packages, and what programs wrote: code pages, help texts, character tables, build settings.
-STDLIB_WITHOUT_FOLDERS = re.compile(r"tests?|idle_test|(site|dist)-packages|lib2to3|encodings|pydoc_data|__pycache__")
-STDLIB_WITHOUT = re.compile(r"html/entities\.py|_sysconfigdata.*")
+# Tests, third-party packages, and generated files: code pages, help texts, character tables, build settings.
+STDLIB_EXCLUDED_FOLDERS = re.compile(r"tests?|idle_test|(site|dist)-packages|lib2to3|encodings|pydoc_data|__pycache__")
+STDLIB_EXCLUDED_FILES = re.compile(r"html/entities\.py|_sysconfigdata.*")
 
-WHERE_TO_GET = {
+DOWNLOADS = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text: its name, which decides whether it is held out, and its bytes."""
+    """A text as bytes, and its name, which decides whether it is held out."""
 
     name: str
     content: bytes
@@ -41,7 +41,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and held-out ones."""
+    """Training documents and held-out documents."""
 
     train: tuple[Document, ...]
     val: tuple[Document, ...]
@@ -49,7 +49,14 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """The two streams of tokens (uint16), their tokenizer, and the held-out bytes that `val` predicts."""
+    """The tokens of a corpus.
+
+    Attributes:
+        train: uint16 [tokens].
+        val: uint16 [tokens].
+        val_text: the held-out bytes that `val` predicts.
+        tokenizer: that made the tokens.
+    """
 
     train: np.ndarray
     val: np.ndarray
@@ -58,40 +65,46 @@ class TokenizedCorpus:
 
 
 def read_corpus(config: DataConfig) -> Corpus:
-    """The documents of `data.text`, split.
+    """Reads the documents of `data.text` and splits them.
 
-    Of several files those with the smallest hashes of their names (below their common folder) are held out,
-    `val_fraction` of them: a file stays on its side when others come and go. Of one file the end is held out.
+    A single file is split near its end. Several files are split by a hash of their names, relative to their common
+    folder, so a file stays in its split when others are added or removed.
 
     Raises:
-        UserError: no file matches, or a file is empty or cannot be read.
+        UserError: no file matches, all files are empty, or a file cannot be read.
     """
     if config.text == STDLIB:
-        return split_by_name(_read(stdlib_files()), config.val_fraction)
-    pattern = os.path.expanduser(config.text)
-    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-    paths = sorted(path for path in found if os.path.isfile(path))
+        return split_by_name(_read_documents(stdlib_files()), config.val_fraction)
+    paths = match_files(config.text)
     if not paths:
-        source = WHERE_TO_GET.get(Path(pattern).name)
-        advice = f"curl -o {Path(pattern).name} {source}" if source else "--data.text FILE_OR_GLOB"
+        name = Path(config.text).name
+        advice = f"curl -o {name} {DOWNLOADS[name]}" if name in DOWNLOADS else "--data.text FILE_OR_GLOB"
         raise UserError(f"data.text = {config.text!r} matches no file; type {advice}")
-    documents = _read(by_name(paths))
+    documents = _read_documents(name_files(paths))
     if not documents:
         raise UserError(f"data.text = {config.text!r} is empty; give files with text in them")
     if len(documents) > 1:
         return split_by_name(documents, config.val_fraction)
-    return _split_end(documents[0], config)
+    return _split_single(documents[0], config)
 
 
-def by_name(paths: Iterable[str]) -> dict[str, Path]:
-    """Files by their names below their common folder, in order."""
+def match_files(pattern: str) -> list[str]:
+    """Finds the files that match a glob. A path of an existing file matches only itself, whatever is in its name."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+
+
+def name_files(paths: Iterable[str]) -> dict[str, Path]:
+    """Maps names relative to the common folder to the files, sorted."""
     ordered = sorted({os.path.abspath(path) for path in paths})
     root = os.path.dirname(ordered[0]) if len(ordered) == 1 else os.path.commonpath(ordered)
     return {os.path.relpath(path, root): Path(path) for path in ordered}
 
 
-def _read(paths: dict[str, Path]) -> list[Document]:
-    """The documents of {name: path} that have content."""
+def _read_documents(paths: dict[str, Path]) -> list[Document]:
+    """Reads the files of {name: path} that are not empty."""
     try:
         documents = [Document(name, path.read_bytes()) for name, path in paths.items()]
     except OSError as error:
@@ -100,18 +113,18 @@ def _read(paths: dict[str, Path]) -> list[Document]:
 
 
 def held_out_names(names: Sequence[str], val_fraction: float) -> set[str]:
-    """Those whose hashes fall into the first `val_fraction` of all hashes; at least one is on either side."""
+    """Selects the names whose `hash_fraction` is below `val_fraction`, but at least one and not all."""
 
-    def share(name: str) -> float:
-        return hashed_share(name.encode("utf-8", "surrogateescape"))
+    def fraction(name: str) -> float:
+        return hash_fraction(name.encode("utf-8", "surrogateescape"))
 
-    ordered = sorted(names, key=lambda name: (share(name), name))
-    n_val = sum(share(name) < val_fraction for name in ordered)
+    ordered = sorted(names, key=lambda name: (fraction(name), name))
+    n_val = sum(fraction(name) < val_fraction for name in ordered)
     return set(ordered[: min(max(n_val, 1), len(ordered) - 1)])
 
 
-def hashed_share(data: bytes) -> float:
-    """A number in [0, 1) that looks random and depends on the bytes alone."""
+def hash_fraction(data: bytes) -> float:
+    """Hashes bytes to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
@@ -124,8 +137,8 @@ def split_by_name(documents: Sequence[Document], val_fraction: float) -> Corpus:
     )
 
 
-def _split_end(document: Document, config: DataConfig) -> Corpus:
-    """As nanoGPT splits: the first characters (or bytes) train, the last `val_fraction` of them validates."""
+def _split_single(document: Document, config: DataConfig) -> Corpus:
+    """Holds out the last `val_fraction` of the characters (for the bytes tokenizer: of the bytes), like nanoGPT."""
     if config.tokenizer == "bytes":
         whole: bytes | str = document.content
     else:
@@ -142,30 +155,30 @@ def _split_end(document: Document, config: DataConfig) -> Corpus:
 
 
 def stdlib_files() -> dict[str, Path]:
-    """The sources of the standard library by their names below its folder, in order.
+    """Maps names relative to the standard library's folder to its source files, sorted.
 
     Raises:
-        UserError: this Python has none.
+        UserError: this Python has no library sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
-        # Not even looked into: site-packages may be huge.
-        folders[:] = [name for name in folders if not STDLIB_WITHOUT_FOLDERS.fullmatch(name)]
+        # Prunes the walk: site-packages may be huge.
+        folders[:] = [name for name in folders if not STDLIB_EXCLUDED_FOLDERS.fullmatch(name)]
         paths = [Path(folder, name) for name in names if name.endswith(".py")]
         files |= {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
     ordered = sorted(files, key=lambda name: name.split("/"))
-    files = {name: files[name] for name in ordered if not STDLIB_WITHOUT.fullmatch(name)}
+    files = {name: files[name] for name in ordered if not STDLIB_EXCLUDED_FILES.fullmatch(name)}
     if not files:
         raise UserError(f"this Python has no library sources in {root}; type --data.text FILE_OR_GLOB")
     return files
 
 
 def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
-    """The two token streams of a corpus, end-of-text before each document where the tokenizer has one.
+    """Tokenizes a corpus. An end-of-text token precedes each document if the tokenizer has one.
 
     Raises:
-        UserError: a document is not what the tokenizer takes.
+        UserError: a document is not UTF-8, or has a character that is not in `data.characters`.
     """
     characters = config.characters
     if config.tokenizer == "chars" and not characters:
@@ -174,8 +187,8 @@ def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
             used.update(document.content.decode("utf-8", "replace"))
         if len(used) > 1 << 16:
             raise UserError(
-                f"the text has {len(used):,} different characters, more than 16 bits can number; type "
-                "--data.tokenizer bytes"
+                f"the text has {len(used):,} different characters, and token files have room for "
+                "65,536; type --data.tokenizer bytes"
             )
         characters = "".join(sorted(used))
     tokenizer = get_tokenizer(config.tokenizer, characters)
@@ -185,6 +198,6 @@ def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
         return np.concatenate(parts)
 
     val_text = b"".join(document.content for document in corpus.val)
-    if end_of_text(tokenizer) is None:  # then nothing stands before the first character to predict it from
+    if end_of_text(tokenizer) is None:  # nothing precedes the first character, so it is not predicted
         val_text = val_text.decode("utf-8", "replace")[1:].encode()
     return TokenizedCorpus(stream(corpus.train), stream(corpus.val), val_text, tokenizer)

@@ -1,4 +1,4 @@
-"""From text to tokens, fast: gigatoken where it is installed and gives the ids of tiktoken, tiktoken elsewhere."""
+"""Encodes text fast: with gigatoken where it is installed and gives the same tokens as tiktoken, else with tiktoken."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import tiktoken
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
 from gpt2_jax.errors import UserError
 
-SPACE_AFTER = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
+BEFORE_SPACE = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
-    """The fastest way from UTF-8 to the tokens of `encode_ordinary`, uint16.
+    """Returns the fastest function from UTF-8 to the tokens of `encode_ordinary`, uint16 [tokens].
 
-    With the byte encoding it takes any bytes. Others raise `ValueError` for what is not UTF-8, and tiktoken for a
+    The byte encoding takes any bytes. Others raise `ValueError` if the bytes are not UTF-8, and tiktoken also for a
     million spaces in a row.
     """
     if not isinstance(tokenizer, tiktoken.Encoding):
         return lambda text: np.array(tokenizer.encode_ordinary(text.decode("utf-8")), dtype=np.uint16)
-    if tokenizer.name == "bytes":  # its own loop, at the speed of a copy
+    if tokenizer.name == "bytes":  # as fast as a copy
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     if uses_gigatoken(tokenizer.name):
         return _gigatoken(tokenizer)
@@ -35,15 +35,20 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
 
 
 def uses_gigatoken(tokenizer: str) -> bool:
-    """Whether gigatoken makes the tokens of a tokenizer of this name: it is GPT-2's, and gigatoken is installed."""
+    """Whether gigatoken encodes for the tokenizer of this name: it must be GPT-2's, and gigatoken installed."""
     return tokenizer == "gpt2" and importlib.util.find_spec("gigatoken") is not None
 
 
 def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -> np.ndarray:
-    """Tokens of one document, uint16, end-of-text before them where the tokenizer has it.
+    """Encodes one document, uint16 [tokens], with end-of-text before it if the tokenizer has one.
+
+    Args:
+        tokenizer: to encode with.
+        document: UTF-8, or any bytes for the byte encoding.
+        name: of the document, for errors.
 
     Raises:
-        UserError: the document is not UTF-8, and the tokenizer is not bytes.
+        UserError: the document is not UTF-8, and the tokenizer needs UTF-8.
     """
     start = end_of_text(tokenizer)
     try:
@@ -55,18 +60,18 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
     return np.concatenate([np.array([] if start is None else [start], dtype=np.uint16), tokens])
 
 
-def boundary(data: bytes) -> int:
-    """The last place at which UTF-8 text may be cut without changing GPT-2's tokens, 0 if there is none.
+def last_safe_cut(data: bytes) -> int:
+    """Finds the last offset where UTF-8 text can be cut without changing its GPT-2 tokens; 0 if there is none.
 
-    No piece of GPT-2's splitting pattern reaches from a character that is no white space to white space behind it, and
-    its one look ahead is about white space alone. So text may be cut between the two.
+    Such a cut is after a character that is not white space and before a white-space character. No match of GPT-2's
+    splitting pattern contains such a pair, and the pattern's only lookahead is inside white space.
     """
     size = 1 << 10
-    while True:  # the last kilobyte, then more
+    while True:  # searches the last kilobyte, then more
         start = max(len(data) - size, 0)
-        for match in reversed(list(SPACE_AFTER.finditer(data, start))):
+        for match in reversed(list(BEFORE_SPACE.finditer(data, start))):
             first = match.start()
-            while first > 0 and data[first] & 0xC0 == 0x80:  # within a character
+            while first > 0 and data[first] & 0xC0 == 0x80:  # inside a character
                 first -= 1
             if not data[first : match.end()].decode("utf-8", "replace").isspace():
                 return match.end()
@@ -80,10 +85,10 @@ def _tiktoken(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 class _Gigatoken:
-    """gigatoken's tokenizer of the same byte pairs, without special tokens: it would find those in any text."""
+    """gigatoken's tokenizer with GPT-2's byte pairs. It gets no special tokens, because it would find them in text."""
 
-    PIECE_BYTES = 1 << 16  # Of longer texts it is slower, and keeps a hundred megabytes.
-    FRESH_BYTES = 1 << 29  # It remembers what it has seen: a fresh one after so much text bounds its memory.
+    CHUNK_BYTES = 1 << 16  # With longer texts gigatoken is slower and holds a hundred megabytes.
+    RENEW_BYTES = 1 << 29  # gigatoken caches every word; a new tokenizer after this much text bounds its memory.
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -100,20 +105,21 @@ class _Gigatoken:
             self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {}), 0
 
     def __call__(self, text: bytes) -> np.ndarray:
-        if self._bytes > self.FRESH_BYTES:
+        if self._bytes > self.RENEW_BYTES:
             self._renew()
         self._bytes += len(text)
         parts, start = [], 0
         while start < len(text):
-            piece = text[start : start + self.PIECE_BYTES]
-            end = boundary(piece) if start + len(piece) < len(text) else len(piece)
-            piece = piece[:end] if end else text[start:]
-            parts.append(self._encode(piece.decode("utf-8")))
-            start += len(piece)
+            chunk = text[start : start + self.CHUNK_BYTES]
+            end = last_safe_cut(chunk) if start + len(chunk) < len(text) else len(chunk)
+            chunk = chunk[:end] if end else text[start:]
+            parts.append(self._encode(chunk.decode("utf-8")))
+            start += len(chunk)
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
     def _encode(self, text: str) -> np.ndarray:
-        # The two know letters of different versions of Unicode, newer than Python's.
+        # gigatoken and tiktoken know different versions of Unicode, both newer than Python's. They can disagree only
+        # about code points that Python's Unicode does not assign.
         if not text.isascii() and _unassigned()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any():
             return _tiktoken(self._encoding, text)
         return self._tokenizer.encode(text).astype(np.uint16)
@@ -124,5 +130,5 @@ _gigatoken = functools.cache(_Gigatoken)
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Of each code point, whether it is no character of this Python's Unicode: bool [0x110000]."""
+    """Whether each code point is unassigned in Python's version of Unicode, bool [0x110000]."""
     return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])

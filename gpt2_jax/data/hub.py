@@ -1,7 +1,7 @@
-"""Datasets that `prepare` knows by name: text streamed from the Hugging Face hub, Shakespeare, and FineWeb's tokens.
+"""Datasets with a name in `prepare`: text streamed from the Hugging Face hub, Shakespeare, and tokenized FineWeb.
 
-Text comes through the `datasets` library as streamed Parquet, which needs no disk for the text and runs no code of
-the dataset. The revision is looked up once and kept, so that an interrupted run goes on with the same documents.
+The `datasets` library streams text as Parquet, so it needs no disk space and runs no code of the dataset. The revision
+is looked up once and saved, so that a resumed run reads the same documents.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.data.corpus import WHERE_TO_GET
-from gpt2_jax.data.prepared import Manifest, Shard, Side, read_manifest, sha256
+from gpt2_jax.data.corpus import DOWNLOADS
+from gpt2_jax.data.manifest import Manifest, Shard, Split, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
-from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source, import_extra
-from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE
-from gpt2_jax.errors import UserError
+from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source
+from gpt2_jax.data.tokenizer import end_of_text_token
+from gpt2_jax.errors import UserError, import_optional
 from gpt2_jax.files import replace_text
 
 OFFLINE = (
-    "without network, prepare on another machine and copy the directory, or download the Parquet files there and give "
-    "them instead of the name"
+    "without network, prepare on another machine and copy the directory, or download the Parquet files there and "
+    "prepare those files"
 )
 
 
@@ -36,26 +36,26 @@ class Dataset:
     """A dataset of text on the hub.
 
     Attributes:
-        repository: its name there.
-        subset: of its configurations, None for the only one.
-        about: what it is, for the help.
-        splits: its splits and where their documents belong; None lets a hash of each decide.
-        val_fraction: share of those documents that is held out.
+        repository: its name on the hub.
+        subset: its configuration; None if it has only one.
+        description: for --help.
+        splits: the names of its splits, each with ours for its documents; None to choose by a hash of each document.
+        val_fraction: the share of the documents that is held out, where a hash decides.
     """
 
     repository: str
     subset: str | None
-    about: str
-    splits: tuple[tuple[str, Side | None], ...] = (("train", None),)
+    description: str
+    splits: tuple[tuple[str, Split | None], ...] = (("train", None),)
     val_fraction: float = 0.01
 
 
-# Nearly all GPT-2 reproductions train on a sample of 10 B tokens, of which llm.c holds 100 M out; as many here.
+# Most GPT-2 reproductions train on a sample of 10 B tokens. llm.c holds out 100 M of them, and so do these fractions.
 DATASETS = {
     "fineweb-edu-10b": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "10 B tokens of educational web pages"),
-    "fineweb-edu-100b": Dataset("HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B of them", val_fraction=0.001),
+    "fineweb-edu-100b": Dataset("HuggingFaceFW/fineweb-edu", "sample-100BT", "100 B such tokens", val_fraction=0.001),
     "fineweb-10b": Dataset("HuggingFaceFW/fineweb", "sample-10BT", "10 B tokens of web pages"),
-    "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B of them", val_fraction=0.001),
+    "fineweb-100b": Dataset("HuggingFaceFW/fineweb", "sample-100BT", "100 B such tokens", val_fraction=0.001),
     # nanoGPT holds out 0.05%.
     "openwebtext": Dataset("Skylion007/openwebtext", None, "9 B tokens, like GPT-2's own", val_fraction=0.0005),
     "tinystories": Dataset(
@@ -72,55 +72,54 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 TOKENIZED = "kjj0/fineweb10B-gpt2"
 
 
-class Hub(Source):
-    """The documents of a dataset, streamed.
+class HubSource(Source):
+    """The documents of a dataset, streamed from the hub.
 
     Args:
-        name: in `DATASETS`.
-        field: column of the text.
-        val_fraction: None for the dataset's own.
-        revision: of an interrupted run; None looks the newest up.
+        name: a key of `DATASETS`.
+        field: the column with the text.
+        val_fraction: None for the default of the dataset.
+        revision: of the run to resume; None for the newest.
 
     Raises:
-        UserError: the hub is not to be reached, or `datasets` is not installed.
+        UserError: the hub cannot be reached, or `datasets` is not installed.
     """
 
     def __init__(self, name: str, field: str, val_fraction: float | None, revision: str | None) -> None:
         self._dataset, self._field, self._name = DATASETS[name], field, name
-        self._load = import_extra("datasets", f"reading {name}").load_dataset
+        self._load = import_optional("datasets", f"reading {name}").load_dataset
         self.val_fraction = self._dataset.val_fraction if val_fraction is None else val_fraction
         repository = self._dataset.repository
-        self._revision = revision or _online(repository, lambda: _info(repository).sha)
+        self._revision = revision or _from_hub(repository, lambda: _info(repository).sha)
         self.identity = {"dataset": repository, "subset": self._dataset.subset, "revision": self._revision}
         self.identity["field"] = field
-        self._streams = [_online(repository, functools.partial(self._open, split)) for split, _ in self._dataset.splits]
-        counts = [
-            self._rows(stream, split) for stream, (split, _) in zip(self._streams, self._dataset.splits, strict=True)
-        ]
-        self.total = sum(counts) if all(counts) else 0
+        hub_splits = [hub_split for hub_split, _ in self._dataset.splits]
+        self._streams = [_from_hub(repository, functools.partial(self._open, hub_split)) for hub_split in hub_splits]
+        sizes = list(map(self._n_documents, self._streams, hub_splits))
+        self.total = sum(sizes) if all(sizes) else 0
 
-    def _open(self, split: str) -> Any:
+    def _open(self, hub_split: str) -> Any:
         dataset = self._dataset
-        return self._load(dataset.repository, dataset.subset, split=split, streaming=True, revision=self._revision)
+        return self._load(dataset.repository, dataset.subset, split=hub_split, streaming=True, revision=self._revision)
 
     @staticmethod
-    def _rows(stream: Any, split: str) -> int:
-        """Documents of a split, 0 if its description does not say."""
-        info = (stream.info.splits or {}).get(split)
+    def _n_documents(stream: Any, hub_split: str) -> int:
+        """The number of documents in a split, 0 if the dataset does not tell."""
+        info = (stream.info.splits or {}).get(hub_split)
         return info.num_examples or 0 if info else 0
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
-        """As `Source.blocks`; a cursor is the split, the state of its stream, documents in it, documents in all."""
-        first, state, row, read = cursor or (0, None, 0, 0)
+        """See `Source.blocks`. A cursor is [index of the split, state of its stream, documents read in it, in all]."""
+        first, state, row, total_read = cursor or (0, None, 0, 0)
         for number in range(first, len(self._streams)):
-            split, side = self._dataset.splits[number]
+            hub_split, split = self._dataset.splits[number]
             try:
                 stream = self._streams[number].select_columns([self._field])
             except ValueError as error:
                 raise UserError(f"{self._name}: {error}; type --field with one of its columns") from error
             if state is not None:
                 stream.load_state_dict(state)
-            where, documents = f"{self._name}, {split}", iter(stream)
+            origin, documents = f"{self._name}, {hub_split}", iter(stream)
             texts: list[Any] = []
             size, ended = 0, False
             while not ended:
@@ -130,14 +129,13 @@ class Hub(Source):
                     size += len(text) if isinstance(text, str) else 0
                 except StopIteration:
                     ended = True
-                except Exception as error:  # of the network or the hub: `datasets` promises no type
-                    raise _unreachable(self._dataset.repository, error) from error
+                except Exception as error:  # of the network or the hub: `datasets` does not document its type
+                    raise _hub_error(self._dataset.repository, error) from error
                 if texts and (ended or size >= BLOCK_BYTES):
-                    position = row + len(texts)
-                    read += len(texts)
-                    cursor = [number, stream.state_dict(), position, read]
-                    yield Block("texts", texts, where, row + 1, side, cursor, read)
-                    row, texts, size = position, [], 0
+                    first_row, row, total_read = row + 1, row + len(texts), total_read + len(texts)
+                    cursor = [number, stream.state_dict(), row, total_read]
+                    yield Block("texts", texts, origin, first_row, split, cursor, total_read)
+                    texts, size = [], 0
             state, row = None, 0
 
 
@@ -147,57 +145,66 @@ def _info(repository: str) -> Any:
     return HfApi().dataset_info(repository, files_metadata=True)
 
 
-def _online(repository: str, call: Callable[[], Any]) -> Any:
+def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
+    """Calls a function that needs the hub, and turns its errors into `UserError`s."""
     try:
         return call()
-    except Exception as error:  # whatever the HTTP stack raises: the libraries promise no type
-        raise _unreachable(repository, error) from error
+    except Exception as error:  # of the HTTP stack: the libraries do not document its type
+        raise _hub_error(repository, error) from error
 
 
-def _unreachable(repository: str, error: Exception) -> UserError:
+def _hub_error(repository: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(f"{repository} cannot be read from the hub ({type(error).__name__}: {reason}); {OFFLINE}")
 
 
 def download_shakespeare(directory: Path) -> Path:
-    """The file of all small Shakespeare experiments, in `directory`.
+    """Downloads the file that all small Shakespeare experiments use into `directory`, unless it is there.
 
     Raises:
-        UserError: it cannot be downloaded, or is not what it was.
+        UserError: the file cannot be downloaded, or has another content.
     """
     path = directory / SHAKESPEARE
-    source = WHERE_TO_GET[SHAKESPEARE]
+    source = DOWNLOADS[SHAKESPEARE]
     if path.exists():
-        content, where = path.read_bytes(), str(path)
+        content, origin = path.read_bytes(), str(path)
     else:
         try:
             with urllib.request.urlopen(source, timeout=60) as response:
-                content, where = response.read(), source
+                content, origin = response.read(), source
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{source} cannot be downloaded ({reason}); without network, copy it to {path}") from error
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f"{where} is not the known file, but {len(content):,} other bytes; copy that to {path}")
+    if (found := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{origin} is not the expected file: its SHA-256 is {found[:12]}…, expected {SHAKESPEARE_SHA256[:12]}…; "
+            f"copy the right file to {path}"
+        )
     if not path.exists():
         replace_text(path, content.decode("utf-8"))
     return path
 
 
 def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) -> Manifest:
-    """FineWeb's token files in llm.c's format, as they are: validation, and training up to `limit` tokens (0: all).
+    """Downloads FineWeb's token files, which have llm.c's format: the validation file and training files.
 
-    Files that are there already are not downloaded again; every one is compared with the hub's checksum.
+    Existing files are not downloaded again. Every file is compared with its checksum on the hub.
+
+    Args:
+        directory: for the files.
+        limit: stop after the training file that reaches this many tokens; 0 for all.
+        say: called with the name of each file.
 
     Raises:
-        UserError: the hub is not to be reached, or a file is damaged.
+        UserError: the hub cannot be reached, a file is damaged, or the directory has other token files.
     """
     from huggingface_hub import hf_hub_download
 
     before = read_manifest(directory)
     foreign = [path.name for path in directory.glob("*.bin") if not path.name.startswith("fineweb_")]
     if foreign or (before and before.settings["source"].get("dataset") != TOKENIZED):
-        raise UserError(f"{directory} holds {foreign[0] if foreign else 'other tokens'} already; give another --out")
-    info = _online(TOKENIZED, lambda: _info(TOKENIZED))
+        raise UserError(f"{directory} already has {foreign[0] if foreign else 'other tokens'}; give another --out")
+    info = _from_hub(TOKENIZED, lambda: _info(TOKENIZED))
     files = {file.rfilename: file for file in info.siblings if file.rfilename.endswith(".bin")}
     names = sorted(files, key=lambda name: ("_val_" not in name, name))
     shards: list[Shard] = []
@@ -209,16 +216,16 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
         say(name)
         expected = files[name].lfs.sha256
         if not path.exists():
-            where = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}
-            _online(TOKENIZED, functools.partial(hf_hub_download, TOKENIZED, name, **where))
+            options = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}
+            _from_hub(TOKENIZED, functools.partial(hf_hub_download, TOKENIZED, name, **options))
         found = sha256(path)
         if found != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the hub's; remove it, and type the same command")
-        stream = open_tokens(path)
-        documents = sum(int(np.count_nonzero(piece == GPT2_VOCAB_SIZE - 1)) for piece in stream.pieces())
-        shards.append(Shard(name, len(stream), documents, found))
-        tokens += 0 if "_val_" in name else len(stream)
+        file = open_tokens(path)
+        documents = sum(int(np.count_nonzero(chunk == end_of_text_token("gpt2"))) for chunk in file.chunks())
+        shards.append(Shard(name, len(file), documents, found))
+        tokens += 0 if "_val_" in name else len(file)
     if not shards:
-        raise UserError(f"{TOKENIZED} has no token files any more; prepare fineweb-10b instead")
+        raise UserError(f"{TOKENIZED} no longer has token files; prepare fineweb-10b instead")
     settings = {"source": {"dataset": TOKENIZED, "revision": info.sha}, "tokenizer": "gpt2"}
     return Manifest(settings, 0, 0, tuple(sorted(shards, key=lambda shard: shard.file)))

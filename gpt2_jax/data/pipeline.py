@@ -1,8 +1,7 @@
-"""From tokens to batches: batch k is a pure function of (seed, k), read ahead by one Grain thread.
+"""Batches of training and validation windows. Batch k is a pure function of (seed, k).
 
-A stream of tokens is cut into windows of block_size + 1 tokens with stride block_size (the last token of one is the
-first of the next: it is a target there and an input here). Each epoch visits every window once, in an order of its
-own.
+A stream of tokens is cut into windows of block_size + 1 tokens with stride block_size: the last token of a window is a
+target there and the first input of the next window. Each epoch visits every window once, in a different order.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from gpt2_jax.data.order import BatchSchedule, Mixture, permute
 from gpt2_jax.data.shards import Tokens
 from gpt2_jax.errors import UserError
 
-if TYPE_CHECKING:  # Grain imports JAX: a second that preparing and inspecting data do not need
+if TYPE_CHECKING:  # Grain imports JAX, which takes a second that the data commands do not need
     import grain
 
-PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before anything starts: 128 KB of each file.
+PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before training starts: 128 KB of each file.
 
 
 class TokenWindows:
-    """Windows of block_size + 1 tokens over one or more streams; none crosses from one stream to the next.
+    """Windows of block_size + 1 tokens over one or more streams. No window crosses from one stream to the next.
 
     Args:
         streams: the tokens.
         names: of the streams, for errors.
         block_size: predicted tokens per window.
-        vocab_size: tokens must be below it.
-        document_start: the token that stands before each document. A window in whose stride a document starts is
-            moved forward to the first that does, unless it would cross the end of its stream then. So some tokens
-            are skipped and others come twice in an epoch. None moves nothing.
+        vocab_size: all tokens must be below it.
+        document_start: the token that precedes each document. If given, a window moves forward to the first document
+            start in its stride, unless it would then cross the end of its stream. So in an epoch some tokens are
+            skipped and others are seen twice.
 
     Raises:
-        UserError: no stream is as long as a window, or one starts with a token beyond the vocabulary.
+        UserError: every stream is shorter than a window, or a stream starts with a token beyond the vocabulary.
     """
 
     def __init__(
@@ -57,17 +56,20 @@ class TokenWindows:
                 f"{block_size + 1:,}; give more text, or type --model.block_size {max(longest // 4, 1)}"
             )
         for stream, name in zip(streams, names, strict=True):
-            self._check(stream[:PEEK_TOKENS], name)
+            self._check_vocabulary(stream[:PEEK_TOKENS], name)
         if len(dtypes := {stream.dtype for stream in streams}) > 1:
-            raise UserError(f"{names[0]} and others hold {' and '.join(map(str, dtypes))}; give files of one kind")
+            raise UserError(
+                f"{names[0]} and others hold {' and '.join(map(str, dtypes))}; give files with tokens of one type"
+            )
         (self._dtype,) = dtypes
         self.n_tokens = sum(map(len, streams))
-        self._first = np.cumsum([0, *(max(len(stream) - 1, 0) // block_size for stream in streams)])
+        # The index of the first window of each stream, then the number of windows.
+        self._first_window = np.cumsum([0, *(max(len(stream) - 1, 0) // block_size for stream in streams)])
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first_window[-1])
 
-    def _check(self, tokens: np.ndarray, name: str) -> None:
+    def _check_vocabulary(self, tokens: np.ndarray, name: str) -> None:
         if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
             raise UserError(
                 f"{name} has the token {largest}, beyond model.vocab_size = {self.vocab_size}; it was made with "
@@ -75,37 +77,37 @@ class TokenWindows:
             )
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        """Windows number `index`, int [n] -> int32 [n, block_size + 1].
+        """Reads the windows with these indices, int [n] -> int32 [n, block_size + 1].
 
         Raises:
-            UserError: one holds a token beyond the vocabulary, or cannot be read.
+            UserError: a window holds a token beyond the vocabulary, or cannot be read.
         """
-        stream_of = np.searchsorted(self._first, index, side="right") - 1
-        starts = (index - self._first[stream_of]) * self.block_size
+        stream_of = np.searchsorted(self._first_window, index, side="right") - 1
+        starts = (index - self._first_window[stream_of]) * self.block_size
         groups = [(stream, np.flatnonzero(stream_of == stream)) for stream in np.unique(stream_of)]
         if self.document_start is not None:
             for stream, rows in groups:
-                starts[rows] = self._moved(self.streams[stream], starts[rows])
+                starts[rows] = self._move_to_documents(self.streams[stream], starts[rows])
         windows = np.empty((len(index), self.block_size + 1), self._dtype)
         for stream, rows in groups:
             self.streams[stream].read(starts[rows], windows, rows)
         if windows.max(initial=0) >= self.vocab_size:
             for stream, rows in groups:
-                self._check(windows[rows], self.names[stream])
+                self._check_vocabulary(windows[rows], self.names[stream])
         return windows.astype(np.int32)
 
-    def _moved(self, stream: Tokens, starts: np.ndarray) -> np.ndarray:
-        """Each start, or the first document start of the stride behind it."""
+    def _move_to_documents(self, stream: Tokens, starts: np.ndarray) -> np.ndarray:
+        """Moves each start to the first document start in its stride, if there is one and the window still fits."""
         strides = np.empty((len(starts), self.block_size), self._dtype)
         stream.read(starts, strides, np.arange(len(starts)))
         moved = starts + (strides == self.document_start).argmax(axis=1)
         return np.where(moved + self.block_size < len(stream), moved, starts)
 
-    def all_targets(self, limit: int = 0) -> Iterator[tuple[int, int]]:
-        """Places of windows, (stream, start), in order: every token but the first of each stream is a target once.
+    def positions(self, limit: int = 0) -> Iterator[tuple[int, int]]:
+        """Yields (stream, start) of windows that have every token but the first of each stream as a target once.
 
         Args:
-            limit: stops after that many targets (rounded up to a window); 0 means all.
+            limit: stop after this many targets, rounded up to a window; 0 for all.
         """
         seen = 0
         for number, stream in enumerate(self.streams):
@@ -115,93 +117,95 @@ class TokenWindows:
                 seen += min(self.block_size, len(stream) - 1 - start)
                 yield number, start
 
-    def at(self, stream: int, start: int) -> np.ndarray:
-        """The window at a place of `all_targets`, int32 [block_size + 1], filled up with `IGNORE`.
+    def padded_window(self, stream: int, start: int) -> np.ndarray:
+        """Reads the window at one of `positions`, int32 [block_size + 1], padded with `IGNORE` at the end of a stream.
 
         Raises:
             UserError: it holds a token beyond the vocabulary, or cannot be read.
         """
         window = np.full(self.block_size + 1, IGNORE, dtype=np.int32)
-        piece = self.streams[stream][start : start + self.block_size + 1]
-        self._check(piece, self.names[stream])
-        window[: len(piece)] = piece
+        tokens = self.streams[stream][start : start + self.block_size + 1]
+        self._check_vocabulary(tokens, self.names[stream])
+        window[: len(tokens)] = tokens
         return window
 
 
 class ShuffledWindows:
-    """The endless sequence of training windows: number n is a pure function of (seed, n).
+    """The endless sequence of training windows. Window n is a pure function of (seed, n).
 
     Args:
-        sources: each is visited epoch after epoch, each epoch in another order.
+        sources: each is visited epoch after epoch, each epoch in a different order.
         weights: of the sources.
-        seed: keys the orders.
+        seed: selects the orders.
     """
 
     def __init__(self, sources: Sequence[TokenWindows], weights: Sequence[float], seed: int) -> None:
         self.sources, self.seed, self._mixture = sources, seed, Mixture(weights)
 
-    def __getitem__(self, number: np.ndarray) -> np.ndarray:
-        """Sequences number `number`, int [n] -> int32 [n, block_size + 1]."""
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """Reads the windows at these positions of the sequence, int [n] -> int32 [n, block_size + 1]."""
         if len(self.sources) == 1:
-            return self._windows(0, number)
-        source_of, own = self._mixture.deal(number)
-        out = np.empty((len(number), self.sources[0].block_size + 1), dtype=np.int32)
+            return self._read(0, index)
+        source_of, own_index = self._mixture.assign(index)
+        windows = np.empty((len(index), self.sources[0].block_size + 1), dtype=np.int32)
         for source in np.unique(source_of):
             rows = source_of == source
-            out[rows] = self._windows(int(source), own[rows])
-        return out
+            windows[rows] = self._read(int(source), own_index[rows])
+        return windows
 
-    def _windows(self, source: int, number: np.ndarray) -> np.ndarray:
-        """A source's own sequences number `number`."""
+    def _read(self, source: int, index: np.ndarray) -> np.ndarray:
+        """Reads windows of one source; `index` counts the windows of this source over all epochs."""
         windows = self.sources[source]
-        epochs, position = np.divmod(number, len(windows))
-        index = np.empty_like(position)
+        epochs, positions = np.divmod(index, len(windows))
+        shuffled = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            index[now] = permute(position[now], len(windows), self.seed + (source << 32), int(epoch))
-        return windows[index]
+            rows = epochs == epoch
+            shuffled[rows] = permute(positions[rows], len(windows), self.seed + (source << 32), int(epoch))
+        return windows[shuffled]
 
 
-Rows = Callable[[int], np.ndarray]  # Of so many sequences, the numbers of those that this process holds, in order.
+LocalRows = Callable[[int], np.ndarray]
+"""Maps a batch size to the indices of the sequences that this process loads, int [n], ascending."""
 
 
 class BatchSource:
-    """Record k is this process's part of global batch k.
+    """The batches of a run: item k is this process's part of global batch k.
 
-    Sequence s of micro-batch m is number m · (sequences per micro-batch) + s of its batch, whatever the number of
-    processes and devices; only its own sequences are read.
+    Sequence s of micro-batch m is sequence m · (sequences per micro-batch) + s of its batch, for any number of
+    processes and devices. A process reads only its own sequences.
 
     Args:
-        sequences: of training windows.
+        sequences: the training windows.
         schedule: sequences per update.
-        micro_batches: of each batch size, into how many micro-batches it is cut.
-        rows: of a micro-batch, what this process holds.
+        num_micro_batches: the number of micro-batches for each batch size.
+        local_rows: selects this process's sequences of a micro-batch; by default all.
     """
 
     def __init__(
         self,
         sequences: ShuffledWindows,
         schedule: BatchSchedule,
-        micro_batches: dict[int, int],
-        rows: Rows = np.arange,
+        num_micro_batches: dict[int, int],
+        local_rows: LocalRows = np.arange,
     ) -> None:
-        self.sequences, self.schedule, self.micro_batches, self.rows = sequences, schedule, micro_batches, rows
+        self.sequences, self.schedule = sequences, schedule
+        self.num_micro_batches, self.local_rows = num_micro_batches, local_rows
 
     def __len__(self) -> int:
-        return 1 << 62  # epochs never end
+        return 1 << 62  # there is no last epoch
 
     def __getitem__(self, update: int) -> np.ndarray:
-        """int32 [micro_batches, rows of this process, block_size + 1]."""
+        """int32 [micro_batches, sequences of this process, block_size + 1]."""
         first, size = self.schedule.at(int(update))
-        count = self.micro_batches[size]
-        starts = np.arange(first, first + size, size // count)
-        numbers = starts[:, None] + self.rows(size // count)
-        windows = self.sequences[numbers.flatten()]
-        return windows.reshape(*numbers.shape, windows.shape[-1])
+        micro_batch = size // self.num_micro_batches[size]
+        starts = np.arange(first, first + size, micro_batch)
+        index = starts[:, None] + self.local_rows(micro_batch)
+        windows = self.sequences[index.flatten()]
+        return windows.reshape(*index.shape, windows.shape[-1])
 
 
 def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
-    """The batches of updates `start` … `stop` − 1, two of them prefetched by one thread. Close it after use."""
+    """Iterates over the batches of updates `start` … `stop` − 1. A Grain thread prefetches two. Close it after use."""
     import grain
 
     records = grain.MapDataset.source(source)[start:stop]
@@ -209,15 +213,20 @@ def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetItera
 
 
 def eval_batches(
-    windows: TokenWindows, batch_size: int, limit: int = 0, rows: Rows = np.arange
+    windows: TokenWindows, batch_size: int, limit: int = 0, local_rows: LocalRows = np.arange
 ) -> Iterator[np.ndarray]:
-    """Batches that cover the windows in order, int32 [rows of this process, block_size + 1] of `batch_size` each.
+    """Yields batches that cover the windows in order, int32 [sequences of this process, block_size + 1].
 
-    The last batch is filled up with windows of `IGNORE`, so that all have one shape. Only the windows of this
-    process are read.
+    A process reads only its own windows. The last batch is padded with windows of `IGNORE` to the shape of the others.
+
+    Args:
+        windows: to evaluate.
+        batch_size: global sequences per batch.
+        limit: stop after this many targets, rounded up to a window; 0 for all.
+        local_rows: selects this process's sequences of a batch; by default all.
     """
-    own = rows(batch_size)
-    nothing = np.full(windows.block_size + 1, IGNORE, dtype=np.int32)
-    places = windows.all_targets(limit)
-    while batch := list(itertools.islice(places, batch_size)):
-        yield np.stack([windows.at(*batch[row]) if row < len(batch) else nothing for row in own])
+    rows = local_rows(batch_size)
+    padding = np.full(windows.block_size + 1, IGNORE, dtype=np.int32)
+    positions = windows.positions(limit)
+    while batch := list(itertools.islice(positions, batch_size)):
+        yield np.stack([windows.padded_window(*batch[row]) if row < len(batch) else padding for row in rows])

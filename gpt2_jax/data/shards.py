@@ -1,13 +1,13 @@
-"""Files of tokens, little-endian: those of others as they are, ours in llm.c's format.
+"""Token files: reads every format below; `prepare` writes llm.c's. All integers are little-endian.
 
     llm.c, modded-nanogpt  .bin  256 int32: magic 20240520, version 1, number of tokens, zeros; then uint16
     llm.c for Llama 3      .bin  the same with magic 20240801, version 7; then uint32
     nanoGPT                .bin  uint16
     build-nanogpt          .npy  NumPy's format, uint16
 
-Windows lie scattered over files that may be larger than memory. They are read, not mapped: a page fault for each
-costs more than a read, mapped pages count as the process's memory, and a disk that fails raises an error instead of
-killing the process.
+Files may be larger than memory, and training reads small windows all over them. They are read, not memory-mapped: a
+page fault per window costs more than a read, mapped pages count as memory of the process, and a failing disk would
+kill the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LLAMA_MAGIC = 20240801
 LLAMA_VERSION = 7
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
-PIECE_TOKENS = 1 << 22
-TEXT_BYTES = 1 << 16  # Of a file without header, to see whether it is text.
+CHUNK_TOKENS = 1 << 22
+PEEK_BYTES = 1 << 16  # Read to see which format a file has, or whether it is text.
 
 
 class Tokens(abc.ABC):
-    """A sequence of tokens, to be read at any place."""
+    """A sequence of tokens with random access."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -44,16 +44,22 @@ class Tokens(abc.ABC):
 
     @abc.abstractmethod
     def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
-        """Fills some rows of a C-contiguous array of `dtype`: row `rows[i]` with the tokens from `starts[i]` on."""
+        """Copies tokens into rows of an array.
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """All tokens in order, a few million at a time."""
-        for start in range(0, len(self), PIECE_TOKENS):
-            yield self[start : start + PIECE_TOKENS]
+        Args:
+            starts: int [n], the first token of each row.
+            out: `dtype` [any, tokens], C-contiguous; row `rows[i]` receives the tokens from `starts[i]` on.
+            rows: int [n].
+        """
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """The tokens of a slice without step, unsigned [tokens]."""
-        start, stop, _ = part.indices(len(self))
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yields all tokens in order, a few million at a time."""
+        for start in range(0, len(self), CHUNK_TOKENS):
+            yield self[start : start + CHUNK_TOKENS]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """Reads a slice without step, unsigned [tokens]."""
+        start, stop, _ = index.indices(len(self))
         out = np.empty((1, max(stop - start, 0)), self.dtype)
         if out.size:
             self.read(np.array([start]), out, np.array([0]))
@@ -61,7 +67,7 @@ class Tokens(abc.ABC):
 
 
 class TokenArray(Tokens):
-    """Tokens in memory: unsigned [tokens]."""
+    """Tokens in memory, unsigned [tokens]."""
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens, self.dtype = tokens, tokens.dtype
@@ -70,19 +76,21 @@ class TokenArray(Tokens):
         return len(self._tokens)
 
     def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
-        """As `Tokens.read`."""
+        """See `Tokens.read`."""
         out[rows] = np.lib.stride_tricks.sliding_window_view(self._tokens, out.shape[1])[starts]
 
 
 class TokenFile(Tokens):
-    """Tokens in a file, which stays open and of which nothing stays in memory.
+    """Tokens in a file. It stays open, and nothing of it stays in memory.
 
     Args:
+        path: the file.
+        n_tokens: their number.
         offset: bytes before the first token.
         dtype: of the tokens.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, n_tokens: int, offset: int, dtype: np.dtype) -> None:
@@ -98,36 +106,36 @@ class TokenFile(Tokens):
         return self._n_tokens
 
     def read(self, starts: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
-        """As `Tokens.read`.
+        """See `Tokens.read`.
 
         Raises:
             UserError: the disk fails, or the file has become shorter.
         """
         memory, size = memoryview(out.data).cast("B"), out.shape[1] * self.dtype.itemsize
-        places = self._offset + starts * self.dtype.itemsize
-        for place, begin in zip(places.tolist(), (rows * size).tolist(), strict=True):
+        offsets = self._offset + starts * self.dtype.itemsize
+        for offset, begin in zip(offsets.tolist(), (rows * size).tolist(), strict=True):
             done = 0
             while done < size:
                 try:
-                    read = os.preadv(self._file, [memory[begin + done : begin + size]], place + done)
+                    read = os.preadv(self._file, [memory[begin + done : begin + size]], offset + done)
                 except OSError as error:
                     raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
                 if not read:
-                    raise UserError(f"{self.path} has become shorter than it was; copy or prepare it again")
+                    raise UserError(f"{self.path} has become shorter; copy or prepare it again")
                 done += read
 
 
 def open_tokens(path: str | Path) -> TokenFile:
-    """A token file in any of the formats above.
+    """Opens a token file in any of the formats above.
 
     Raises:
-        UserError: it cannot be read, is none, or header and size disagree.
+        UserError: the file cannot be read, is not a token file, or its header and size disagree.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(TEXT_BYTES)
+            head = file.read(PEEK_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix == ".npy":
@@ -142,7 +150,7 @@ def open_tokens(path: str | Path) -> TokenFile:
         n_tokens = int(header[2])
         if size != (right := HEADER_BYTES + dtype.itemsize * n_tokens):
             raise UserError(
-                f"{path} is cut off or damaged: its header says {n_tokens:,} tokens, which take {right:,} bytes, and "
+                f"{path} is cut off or damaged: its header says {n_tokens:,} tokens, which take {right:,} bytes, but "
                 f"it has {size:,}; copy or prepare it again"
             )
         return TokenFile(path, n_tokens, HEADER_BYTES, dtype)
@@ -150,19 +158,19 @@ def open_tokens(path: str | Path) -> TokenFile:
         kind = f"a file of {size:,} bytes without llm.c's header" if not _is_text(head) else "text" if size else "empty"
         raise UserError(
             f"{path} is not a token file: it is {kind}; expected the .bin of llm.c or nanoGPT or the .npy of "
-            "build-nanogpt (of text they are made by python -m gpt2_jax.prepare)"
+            "build-nanogpt (python -m gpt2_jax.prepare makes token files from text)"
         )
     return TokenFile(path, size // 2, 0, np.dtype("<u2"))
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether a file that starts so holds text: tokens below 256 have a zero byte, text has none."""
+    """Whether a file that starts with `head` is text: tokens below 256 have a zero byte, and text has none."""
     if b"\0" in head:
         return False
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return len(head) - error.start < 4 and error.reason == "unexpected end of data"  # cut within a character
+        return len(head) - error.start < 4 and error.reason == "unexpected end of data"  # cut inside a character
     return True
 
 
@@ -170,7 +178,7 @@ def _open_npy(path: Path) -> TokenFile:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a NumPy file of tokens, or cut off ({error}); copy it again") from error
+        raise UserError(f"{path} is not a NumPy file of tokens, or is cut off ({error}); copy it again") from error
     if not isinstance(mapped, np.memmap) or mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         found = f"{mapped.dtype} {list(mapped.shape)}" if isinstance(mapped, np.ndarray) else "several arrays"
         raise UserError(f"{path} holds {found}; expected uint16 [tokens]")
@@ -178,14 +186,18 @@ def _open_npy(path: Path) -> TokenFile:
 
 
 def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, int]:
-    """The header that all files of llm.c start with: int32 [256], and the size of the file in bytes.
+    """Reads the header that all files of llm.c start with.
 
     Args:
-        magic: what it has to start with.
-        kind: what the file should be, for errors.
+        path: the file.
+        magic: the expected first integer.
+        kind: the expected kind of file, for errors: "a token file".
+
+    Returns:
+        The header, int32 [256], and the size of the file in bytes.
 
     Raises:
-        UserError: it cannot be read, or starts with something else.
+        UserError: the file cannot be read, or does not start with `magic`.
     """
     try:
         size = os.path.getsize(path)
@@ -199,17 +211,21 @@ def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, in
 
 
 def header_bytes(n_tokens: int) -> bytes:
-    """The header of one of our token files."""
+    """Makes the header of a token file in llm.c's format."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, n_tokens
     return header.tobytes()
 
 
 def find_token_files(pattern: str, key: str) -> list[Path]:
-    """The files of a glob, in order of their names; `key` is the config key for the error.
+    """Finds the files that match a glob, sorted by name.
+
+    Args:
+        pattern: the glob.
+        key: the config key that it comes from, for errors.
 
     Raises:
-        UserError: no file matches.
+        UserError: no file matches, or a directory does.
     """
     pattern = os.path.expanduser(pattern)
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
@@ -223,19 +239,19 @@ def find_token_files(pattern: str, key: str) -> list[Path]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files, if it is too low for `count` token files and may be raised."""
+    """Raises this process's limit of open files as far as it may be, if it is too low for `count` token files."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512  # the rest of the process
+    wanted = count + 512  # for everything else in the process
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def open_token_files(paths: Sequence[Path]) -> list[TokenFile]:
-    """`open_tokens` of each."""
+    """Opens token files, and first raises the limit of open files if there are many."""
     allow_open_files(len(paths))
     return [open_tokens(path) for path in paths]

@@ -1,8 +1,8 @@
-"""Where `prepare` gets documents: the user's files and the standard library; `hub.py` has the datasets.
+"""Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
-A source is read once, in order, as blocks of about a megabyte, so that neither a large file nor a large corpus has to
-fit into memory (only a line of JSON, and text without white space, are held whole). Each block knows the cursor behind
-it, from which a later process reads on.
+A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
+into memory (only one line of JSON, or text without white space, is held whole). Each block has the cursor of the
+position after it, from which a later process resumes.
 """
 
 from __future__ import annotations
@@ -10,81 +10,75 @@ from __future__ import annotations
 import abc
 import codecs
 import dataclasses
-import glob
-import gzip
 import hashlib
-import importlib
-import io
 import os
-import sys
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from gpt2_jax.config import TokenizerName
-from gpt2_jax.data.corpus import STDLIB, WHERE_TO_GET, by_name, held_out_names, stdlib_files
-from gpt2_jax.data.encode import boundary
-from gpt2_jax.data.prepared import Side
-from gpt2_jax.errors import UserError
+from gpt2_jax.data.compressed import ERRORS, SUFFIXES, open_decompressed, skip_to
+from gpt2_jax.data.corpus import DOWNLOADS, STDLIB, held_out_names, match_files, name_files, stdlib_files
+from gpt2_jax.data.encode import last_safe_cut
+from gpt2_jax.data.manifest import Split
+from gpt2_jax.errors import UserError, import_optional
 
 BLOCK_BYTES = 1 << 20
-LINES = (".jsonl", ".ndjson", ".json")
-COMPRESSED = (".gz", ".zst")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Bytes of a file, for workers to read: handed through a pipe they would take longer."""
+    """Bytes of a file, which workers read themselves: sending them through a pipe would take longer."""
 
     path: Path
     start: int
     size: int
 
     def read(self) -> bytes:
-        """The bytes.
+        """Reads the bytes.
 
         Raises:
-            UserError: they are not there any more.
+            UserError: the file is gone or has become shorter.
         """
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
                 data = file.read(self.size)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}); bring it back") from error
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); restore it") from error
         if len(data) < self.size:
-            raise UserError(f"{self.path} became shorter while it was read; bring it back as it was")
+            raise UserError(f"{self.path} became shorter while it was read; restore it")
         return data
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What one worker tokenizes at a time.
+    """The unit of work of a tokenizing worker.
 
     Attributes:
-        kind: "text" is one document, or a part of one; "lines" are JSON objects, one in each; "texts" are documents.
-        content: bytes of text or lines, or where they are; a list of documents.
-        where: the file or dataset, for errors.
-        first: number of the first line or document, for errors.
-        side: where the documents belong; None lets a hash of each decide.
-        cursor: from which the source goes on behind this block; JSON types.
-        read: how much of `Source.total` is read with it.
-        starts: of text, whether a document starts with it.
-        skipped: documents that were left out just before it.
+        kind: "text" is one document or a part of one; "lines" has a JSON object per line; "texts" is a list of
+            documents.
+        content: bytes of text or lines, or their place in a file; for "texts" a list.
+        origin: the file or dataset, for errors.
+        first: the number of the first line or document, for errors.
+        split: of the documents; None to choose by a hash of each.
+        cursor: where the source resumes after this block, in JSON types.
+        progress: how much of `Source.total` has been read after this block.
+        starts_document: whether a text starts a document, not continues one.
+        skipped: the number of documents that were left out before it.
     """
 
     kind: Literal["text", "lines", "texts"]
     content: bytes | Span | list[Any]
-    where: str
+    origin: str
     first: int
-    side: Side | None
+    split: Split | None
     cursor: Any
-    read: int
-    starts: bool = False
+    progress: int
+    starts_document: bool = False
     skipped: int = 0
 
 
@@ -92,9 +86,9 @@ class Source(abc.ABC):
     """Documents in a fixed order.
 
     Attributes:
-        identity: what it is, in JSON types; another identity is another source.
-        total: how much there is to read, in any unit; 0 where nobody knows.
-        val_fraction: share of the documents that is held out.
+        identity: identifies the documents and their order, in JSON types.
+        total: the amount to read, in any unit; 0 if unknown.
+        val_fraction: the share of the documents that is held out.
     """
 
     identity: dict[str, Any]
@@ -103,29 +97,29 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def blocks(self, cursor: Any) -> Iterator[Block]:
-        """The blocks behind a cursor, None for all.
+        """Yields the blocks after a cursor; None starts at the beginning.
 
         Raises:
             UserError: something cannot be read.
         """
 
 
-class Files(Source):
-    """Text (a file is a document) and JSON lines, also as .gz and .zst, and Parquet (a row is a document).
+class FileSource(Source):
+    """Text files (a file is a document), JSON lines and Parquet (a row is a document); the first two also compressed.
 
-    Of several text files those are held out whose hashed names are smallest; of a text that is the only file its end;
-    of lines and rows those whose hashed text is below `val_fraction`.
+    Several text files are split by a hash of their names, and a text that is the only file near its end. Lines and rows
+    are split by a hash of each text.
 
     Args:
-        patterns: files and globs, or "stdlib" alone.
+        patterns: files and globs, or only "stdlib".
         field: of the JSON objects, and column of the Parquet tables.
-        val_fraction: None for 0.1 (of the standard library 0.05, as the preset quickstart has it).
-        tokenizer: text has to be UTF-8 for all but "bytes".
-        skip: whether text that is not UTF-8 is left out, instead of being an error.
-        without: a directory whose files do not count: the one that is written.
+        val_fraction: by default 0.1, and for the standard library 0.05, as in the preset quickstart.
+        tokenizer: "bytes" takes any bytes, the others need UTF-8.
+        skip_errors: leaves out text that is not UTF-8, instead of raising an error.
+        exclude: a directory whose files do not match globs: the output directory.
 
     Raises:
-        UserError: no file matches, or all are empty.
+        UserError: no file matches, or all files are empty.
     """
 
     def __init__(
@@ -134,13 +128,13 @@ class Files(Source):
         field: str,
         val_fraction: float | None,
         tokenizer: TokenizerName,
-        skip: bool,
-        without: Path | None = None,
+        skip_errors: bool,
+        exclude: Path | None = None,
     ) -> None:
-        self._field, self._tokenizer, self._skip = field, tokenizer, skip
+        self._field, self._tokenizer, self._skip_errors = field, tokenizer, skip_errors
         stdlib = list(patterns) == [STDLIB]
         self.val_fraction = (0.05 if stdlib else 0.1) if val_fraction is None else val_fraction
-        found = stdlib_files() if stdlib else _found(patterns, without and Path(os.path.abspath(without)))
+        found = stdlib_files() if stdlib else _find_files(patterns, exclude)
         self._files = {name: (path, path.stat().st_size) for name, path in found.items() if path.stat().st_size}
         if not self._files:
             raise UserError(f"{' '.join(patterns)}: every file is empty; give files with text in them")
@@ -156,223 +150,157 @@ class Files(Source):
         if any(_kind(path) != "text" for path, _ in self._files.values()):
             self.identity["field"] = field
         texts = [name for name, (path, _) in self._files.items() if _kind(path) == "text"]
-        self._single = len(self._files) == len(texts) == 1
+        self._single_text = len(self._files) == len(texts) == 1
         several = len(texts) > 1 and self.val_fraction > 0
         self._held_out = held_out_names(texts, self.val_fraction) if several else set()
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
-        """As `Source.blocks`; a cursor is [file, bytes or rows in it, lines in it]."""
-        first, place, line = cursor or (0, 0, 0)
+        """See `Source.blocks`. A cursor is [index of the file, bytes or rows read in it, lines read in it]."""
+        first, offset, line = cursor or (0, 0, 0)
         before = 0
         for number, (name, (path, size)) in enumerate(self._files.items()):
             if number >= first:
                 kind = _kind(path)
                 if kind == "parquet":
-                    found = self._parquet(path, number, place)
+                    blocks = self._parquet_blocks(path, number, offset)
                 elif kind == "lines":
-                    found = self._lines(path, number, place, line)
+                    blocks = self._line_blocks(path, number, offset, line)
                 else:
-                    found = self._text(path, name, number, place)
+                    blocks = self._text_blocks(path, name, number, offset)
                 try:
-                    for block in found:
-                        yield dataclasses.replace(block, read=before + block.read)
-                except _unreadable() as error:
+                    for block in blocks:
+                        yield dataclasses.replace(block, progress=before + block.progress)
+                except ERRORS as error:
                     reason = getattr(error, "strerror", None) or error
                     raise UserError(f"{path} cannot be read ({reason}); copy it again") from error
-                place = line = 0
+                offset = line = 0
             before += size
 
-    def _text(self, path: Path, name: str, number: int, place: int) -> Iterator[Block]:
-        if self._tokenizer != "bytes" and (wrong := _not_utf8(path)) is not None:
-            if not self._skip:
+    def _text_blocks(self, path: Path, name: str, number: int, offset: int) -> Iterator[Block]:
+        if self._tokenizer != "bytes" and (invalid := _first_invalid_utf8(path)) is not None:
+            if not self._skip_errors:
                 raise UserError(
-                    f"{path} is not UTF-8 text (byte {wrong}); convert it, leave it out, or type --on-error skip or "
+                    f"{path} is not UTF-8 text (byte {invalid}); convert it, leave it out, or type --on-error skip or "
                     "--tokenizer bytes"
                 )
             yield Block("text", b"", str(path), 0, "train", [number + 1, 0, 0], path.stat().st_size, skipped=1)
             return
-        parts: list[tuple[Side, int, int | None]] = [("val" if name in self._held_out else "train", 0, None)]
-        if self._single and self.val_fraction > 0:
-            cut = _cut(path, self.val_fraction, self._tokenizer)
-            parts = [("train", 0, cut), ("val", cut, None)]
-        with _opened(path) as (file, disk):
-            _skip_to(file, place)
-            for side, start, stop in parts:
+        parts: list[tuple[Split, int, int | None]] = [("val" if name in self._held_out else "train", 0, None)]
+        if self._single_text and self.val_fraction > 0:
+            val_start = _validation_start(path, self.val_fraction, self._tokenizer)
+            parts = [("train", 0, val_start), ("val", val_start, None)]
+        with open_decompressed(path) as (file, disk):
+            skip_to(file, offset)
+            for split, start, stop in parts:
                 rest = b""
-                while stop is None or place < stop:
-                    room = max(BLOCK_BYTES, len(rest))  # twice as much each time that there is no boundary
-                    data = rest + file.read(room if stop is None else min(room, stop - place - len(rest)))
+                while stop is None or offset < stop:
+                    size = max(BLOCK_BYTES, len(rest))  # doubles what is held each time that it cannot be cut
+                    data = rest + file.read(size if stop is None else min(size, stop - offset - len(rest)))
                     at_end = len(data) == len(rest)
-                    end = len(data) if at_end or self._tokenizer == "bytes" else boundary(data)
+                    end = len(data) if at_end or self._tokenizer == "bytes" else last_safe_cut(data)
                     rest, data = data[end:], data[:end]
                     if data:
-                        cursor = [number, place + end, 0]
-                        content = Span(path, place, len(data)) if file is disk else data
-                        yield Block("text", content, str(path), 0, side, cursor, disk.tell(), starts=place == start)
-                        place += end
+                        content = Span(path, offset, len(data)) if file is disk else data
+                        starts, offset = offset == start, offset + end
+                        yield Block("text", content, str(path), 0, split, [number, offset, 0], disk.tell(), starts)
                     if at_end:
                         break
 
-    def _lines(self, path: Path, number: int, place: int, line: int) -> Iterator[Block]:
-        with _opened(path) as (file, disk):
-            _skip_to(file, place)
+    def _line_blocks(self, path: Path, number: int, offset: int, line: int) -> Iterator[Block]:
+        with open_decompressed(path) as (file, disk):
+            skip_to(file, offset)
             while data := file.read(BLOCK_BYTES):
                 if not data.endswith(b"\n"):
                     data += file.readline()
-                content = Span(path, place, len(data)) if file is disk else data
-                place += len(data)
+                content = Span(path, offset, len(data)) if file is disk else data
+                offset += len(data)
                 first, line = line + 1, line + data.count(b"\n")
-                yield Block("lines", content, str(path), first, None, [number, place, line], disk.tell())
+                yield Block("lines", content, str(path), first, None, [number, offset, line], disk.tell())
 
-    def _parquet(self, path: Path, number: int, place: int) -> Iterator[Block]:
-        pyarrow, parquet = (import_extra(name, f"reading {path}") for name in ("pyarrow", "pyarrow.parquet"))
-        with parquet.ParquetFile(path) as table:
-            if self._field not in table.schema_arrow.names:
-                known = ", ".join(table.schema_arrow.names)
-                raise UserError(f"{path} has no column {self._field!r}; type --field with one of {known}")
-            size, n_rows, row = path.stat().st_size, table.metadata.num_rows, 0
-            for group in range(table.num_row_groups):
-                end = row + table.metadata.row_group(group).num_rows
-                if end <= place:
-                    row = end
-                    continue
-                for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=[self._field]):
-                    column = batch.column(0)
-                    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                        column = column.cast(pyarrow.large_binary())  # it need not be UTF-8: the workers see to it
-                    texts = column.to_pylist()[max(place - row, 0) :]
-                    row += len(batch)
-                    if texts:
-                        first = row - len(texts) + 1
-                        yield Block("texts", texts, str(path), first, None, [number, row, 0], size * row // n_rows)
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    """What the readers raise for files that are damaged, or cannot be read."""
-    errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
-    for module, name in (("pyarrow", "ArrowException"), ("zstandard", "ZstdError")):
-        if module in sys.modules:
-            errors.append(getattr(sys.modules[module], name))
-    return tuple(errors)
+    def _parquet_blocks(self, path: Path, number: int, offset: int) -> Iterator[Block]:
+        pyarrow, parquet = (import_optional(name, f"reading {path}") for name in ("pyarrow", "pyarrow.parquet"))
+        try:
+            with parquet.ParquetFile(path) as table:
+                if self._field not in table.schema_arrow.names:
+                    columns = ", ".join(table.schema_arrow.names)
+                    raise UserError(f"{path} has no column {self._field!r}; type --field with one of {columns}")
+                size, n_rows, row = path.stat().st_size, table.metadata.num_rows, 0
+                for group in range(table.num_row_groups):
+                    end = row + table.metadata.row_group(group).num_rows
+                    if end <= offset:
+                        row = end
+                        continue
+                    for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=[self._field]):
+                        column = batch.column(0)
+                        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                            column = column.cast(pyarrow.large_binary())  # may not be UTF-8, which the workers check
+                        texts = column.to_pylist()[max(offset - row, 0) :]
+                        row += len(batch)
+                        if texts:
+                            first = row - len(texts) + 1
+                            yield Block("texts", texts, str(path), first, None, [number, row, 0], size * row // n_rows)
+        except pyarrow.ArrowException as error:
+            raise OSError(str(error)) from error
 
 
-def _found(patterns: Sequence[str], without: Path | None) -> dict[str, Path]:
-    """The files of patterns, but those in `without`, by their names below their common folder, in order."""
+def _find_files(patterns: Sequence[str], exclude: Path | None) -> dict[str, Path]:
+    """Finds the files of patterns, and names them relative to their common folder."""
     paths: set[str] = set()
     for pattern in patterns:
+        files = [os.path.abspath(path) for path in match_files(pattern)]
         expanded = os.path.expanduser(pattern)
-        if os.path.isfile(expanded):
-            files = [expanded]
-        else:
-            found = (Path(os.path.abspath(path)) for path in glob.glob(expanded, recursive=True))
-            files = [str(path) for path in found if path.is_file() and without not in path.parents]
+        if exclude and not os.path.isfile(expanded):
+            excluded = Path(os.path.abspath(exclude))
+            files = [path for path in files if excluded not in Path(path).parents]
         if not files:
-            source = WHERE_TO_GET.get(Path(pattern).name)
             if os.path.isdir(expanded):
                 advice = f"type '{pattern.rstrip('/')}/**/*.txt'"
+            elif source := DOWNLOADS.get(Path(pattern).name):
+                advice = f"type curl -o {pattern} {source}"
             else:
-                advice = f"type curl -o {pattern} {source}" if source else "--help lists the sources that have names"
+                advice = "--help lists the sources with a name"
             raise UserError(f"{pattern!r} matches no file; {advice}")
         paths.update(files)
-    return by_name(paths)
+    return name_files(paths)
 
 
 def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in SUFFIXES]
     if suffixes and suffixes[-1] == ".parquet":
         return "parquet"
-    return "lines" if suffixes and suffixes[-1] in LINES else "text"
+    return "lines" if suffixes and suffixes[-1] in JSON_LINES else "text"
 
 
-class _Zstandard(io.RawIOBase):
-    """The bytes of the frames in a .zst file; zstandard's own reader takes a file that is cut off for a whole one."""
-
-    def __init__(self, disk: IO[bytes], path: Path) -> None:
-        decompressor = import_extra("zstandard", f"reading {path}").ZstdDecompressor(max_window_size=1 << 31)
-        self._disk, self._new, self._frame, self._ready, self._rest = disk, decompressor.decompressobj, None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._rest or self._disk.read(1 << 16)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            frame = self._frame or self._new()
-            self._ready = frame.decompress(data)
-            self._frame, self._rest = (None, frame.unused_data) if frame.eof else (frame, b"")
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The bytes of a file, decompressed, and the file on the disk."""
-    with open(path, "rb") as disk:
-        if path.suffix.lower() == ".gz":
-            with gzip.GzipFile(fileobj=disk) as file:
-                yield cast(IO[bytes], file), disk
-        elif path.suffix.lower() == ".zst":
-            yield io.BufferedReader(_Zstandard(disk, path), BLOCK_BYTES), disk
-        else:
-            yield disk, disk
-
-
-def _skip_to(file: IO[bytes], place: int) -> None:
-    if isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO):
-        file.seek(place)
-        return
-    while place and (data := file.read(min(place, BLOCK_BYTES))):
-        place -= len(data)
-
-
-def _not_utf8(path: Path) -> int | None:
-    """The first byte of a file that is not UTF-8, None if all is."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-    with _opened(path) as (file, _):
+def _first_invalid_utf8(path: Path) -> int | None:
+    """The offset of the first byte of a file that is not UTF-8, None if the whole file is."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with open_decompressed(path) as (file, _):
         while True:
             data = file.read(BLOCK_BYTES)
-            waiting = len(decoder.getstate()[0])
+            n_pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                return place - waiting + error.start
-            place += len(data)
+                return offset - n_pending + error.start
+            offset += len(data)
             if not data:
                 return None
 
 
-def _cut(path: Path, val_fraction: float, tokenizer: TokenizerName) -> int:
-    """The byte at which the held-out end of a single text starts; text is cut by characters, as nanoGPT cuts it."""
+def _validation_start(path: Path, val_fraction: float, tokenizer: TokenizerName) -> int:
+    """The offset where the held-out end of a single text starts. Text is split by characters, as in nanoGPT."""
 
-    def starts() -> Iterator[np.ndarray]:
-        """Of each block, where characters start."""
-        with _opened(path) as (file, _):
+    def character_starts() -> Iterator[np.ndarray]:
+        """Whether each byte starts a character (for the bytes tokenizer: every byte does), bool [bytes] per block."""
+        with open_decompressed(path) as (file, _):
             while data := file.read(BLOCK_BYTES):
-                numbers = np.frombuffer(data, np.uint8)
-                whole = np.ones(len(data), bool) if tokenizer == "bytes" else numbers & 0xC0 != 0x80
-                yield whole
+                values = np.frombuffer(data, np.uint8)
+                yield np.ones(len(data), bool) if tokenizer == "bytes" else values & 0xC0 != 0x80
 
-    left, place = int(sum(map(np.count_nonzero, starts())) * (1 - val_fraction)), 0
-    for whole in starts():
-        if (here := int(np.count_nonzero(whole))) > left:
-            return place + int(np.flatnonzero(whole)[left])
-        left, place = left - here, place + len(whole)
-    return place
-
-
-def import_extra(name: str, purpose: str) -> Any:
-    """A module of the extra `data`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise UserError(f"{purpose} needs {package}, which is not installed; type pip install {package}") from error
+    n_characters = sum(int(np.count_nonzero(starts)) for starts in character_starts())
+    left, offset = int(n_characters * (1 - val_fraction)), 0
+    for starts in character_starts():
+        if (count := int(np.count_nonzero(starts))) > left:
+            return offset + int(np.flatnonzero(starts)[left])
+        left, offset = left - count, offset + len(starts)
+    return offset

@@ -1,6 +1,6 @@
 """Tokenizers: GPT-2's byte pairs, raw bytes, or the characters of one text.
 
-The first two are `tiktoken.Encoding`s. A literal `<|endoftext|>` in a text is always text: only the data
+The first two are `tiktoken.Encoding`s. A literal `<|endoftext|>` in a text is encoded as ordinary text. Only the data
 pipeline writes the end-of-text token.
 """
 
@@ -22,24 +22,24 @@ GPT2_VOCAB_SIZE = 50257
 
 
 class Tokenizer(Protocol):
-    """What data preparation and sampling ask of a tokenizer; `tiktoken.Encoding` has it."""
+    """The methods that data preparation and sampling call; `tiktoken.Encoding` has them."""
 
     @property
     def n_vocab(self) -> int:
-        """Number of tokens."""
+        """The number of tokens in the vocabulary."""
         ...
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Tokens of a text, special tokens taken as text."""
+        """Encodes a text; special tokens in it are encoded as text."""
         ...
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        """The bytes that tokens stand for; they need not be whole UTF-8 characters."""
+        """Decodes tokens to bytes, which may end inside a UTF-8 character."""
         ...
 
 
 class CharTokenizer:
-    """One token per character of an alphabet, as nanoGPT's `shakespeare_char`; it has no end-of-text token."""
+    """One token per character of an alphabet, like nanoGPT's `shakespeare_char`. It has no end-of-text token."""
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -47,11 +47,11 @@ class CharTokenizer:
 
     @property
     def n_vocab(self) -> int:
-        """Number of characters."""
+        """The number of characters in the alphabet."""
         return len(self.characters)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Tokens of a text.
+        """Encodes a text.
 
         Raises:
             UserError: a character is not in the alphabet.
@@ -61,37 +61,37 @@ class CharTokenizer:
         except KeyError as error:
             raise UserError(
                 f"the text has the character {error.args[0]!r}, which is not among the {self.n_vocab} of the "
-                "tokenizer; leave it out, or train with it in data.characters"
+                "tokenizer; remove it, or train with it in data.characters"
             ) from None
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        """The characters in UTF-8."""
+        """Decodes tokens to UTF-8."""
         return "".join(self.characters[token] for token in tokens).encode()
 
 
-class _Plain(pickle.Unpickler):
-    """Takes numbers, strings and containers, for which pickle imports nothing."""
+class _SafeUnpickler(pickle.Unpickler):
+    """Reads only numbers, strings and built-in containers. Any other type would run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_characters(meta: Path) -> CharTokenizer:
-    """The alphabet of a nanoGPT `meta.pkl`.
+    """Reads the alphabet in a nanoGPT `meta.pkl`.
 
     Raises:
-        UserError: it is no such file, or would run code to be read.
+        UserError: the file has another content, or would run code when it is unpickled.
     """
     try:
         with open(meta, "rb") as file:
-            characters: dict[int, str] = _Plain(file).load()["itos"]
+            characters: dict[int, str] = _SafeUnpickler(file).load()["itos"]
         return CharTokenizer("".join(characters[token] for token in range(len(characters))))
     except (pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{meta} is not nanoGPT's table of characters ({error}); prepare it again") from error
 
 
 def byte_encoding() -> tiktoken.Encoding:
-    """256 bytes, then end-of-text as token 256."""
+    """Makes the encoding of raw bytes: tokens 0–255 are the bytes, token 256 is end-of-text."""
     return tiktoken.Encoding(
         "bytes",
         pat_str=r"[\s\S]",
@@ -101,33 +101,33 @@ def byte_encoding() -> tiktoken.Encoding:
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """tiktoken's "gpt2": 50,257 tokens. tiktoken downloads the vocabulary at its first use and keeps it.
+    """Loads tiktoken's "gpt2", 50,257 tokens. tiktoken downloads the vocabulary at first use and caches it.
 
     Raises:
-        UserError: the vocabulary is neither in tiktoken's cache nor to be downloaded.
+        UserError: the vocabulary is not in tiktoken's cache and cannot be downloaded.
     """
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the HTTP stack raises: tiktoken promises no type
+    except Exception as error:  # of the HTTP stack: tiktoken does not document its type
         raise UserError(
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); on a machine without network set "
-            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another one (token files need it only to write a "
-            "sample: --eval.sample_tokens 0)"
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); without network, set "
+            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another machine (training on token files needs it "
+            "only for samples: --eval.sample_tokens 0)"
         ) from error
 
 
 def get_tokenizer(name: TokenizerName, characters: str = "") -> Tokenizer:
-    """The tokenizer of a config's `data.tokenizer` and `data.characters`."""
+    """Makes the tokenizer that a config's `data.tokenizer` and `data.characters` select."""
     if name == "chars":
         return CharTokenizer(characters)
     return byte_encoding() if name == "bytes" else gpt2_encoding()
 
 
 def vocab_size(name: TokenizerName, characters: str = "") -> int:
-    """The size of a tokenizer's vocabulary, without loading it.
+    """The vocabulary size of a tokenizer, without loading it.
 
     Raises:
-        UserError: the alphabet of "chars" is not given.
+        UserError: the name is "chars", and the alphabet is missing.
     """
     if name == "chars" and not characters:
         raise UserError("data.tokenizer = 'chars' with token files needs their alphabet in data.characters")
@@ -135,12 +135,12 @@ def vocab_size(name: TokenizerName, characters: str = "") -> int:
 
 
 def end_of_text_token(name: TokenizerName) -> int | None:
-    """`end_of_text` of a tokenizer, without loading it."""
+    """The end-of-text token of a tokenizer, without loading it; None if it has none."""
     return {"gpt2": GPT2_VOCAB_SIZE - 1, "bytes": 256, "chars": None}[name]
 
 
 def tokenizer_name(tokenizer: Tokenizer) -> TokenizerName | None:
-    """What `data.tokenizer` calls it; None for one that `get_tokenizer` does not make."""
+    """The name of a tokenizer in `data.tokenizer`; None if `get_tokenizer` does not make it."""
     if isinstance(tokenizer, CharTokenizer):
         return "chars"
     names: dict[str, TokenizerName] = {"gpt2": "gpt2", "bytes": "bytes"}
@@ -148,21 +148,26 @@ def tokenizer_name(tokenizer: Tokenizer) -> TokenizerName | None:
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
-    """The token that stands before each document, None if the tokenizer has none."""
+    """The token that precedes each document, None if the tokenizer has none."""
     if isinstance(tokenizer, tiktoken.Encoding) and END_OF_TEXT in tokenizer.special_tokens_set:
         return tokenizer.eot_token
     return None
 
 
 class TextStream:
-    """Text from tokens as they come, held back while a UTF-8 character is not whole."""
+    """Decodes a stream of tokens to text. Bytes of an unfinished UTF-8 character wait for the rest.
+
+    Args:
+        tokenizer: of the tokens.
+        stop: the token that ends the text; None if there is none.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: int | None) -> None:
         self._tokenizer, self._stop, self._ended = tokenizer, stop, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, tokens: np.ndarray) -> str:
-        """The text that int32 [some] adds, nothing from `stop` on."""
+        """Decodes the next tokens, int32 [n], up to the first `stop` token; everything after it is ignored."""
         ends = np.flatnonzero(tokens == self._stop)
         if ends.size or self._ended:
             tokens = tokens[: 0 if self._ended else ends[0]]
@@ -170,5 +175,5 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.decode_bytes(tokens.tolist()))
 
     def end(self) -> str:
-        """What is left: a replacement character for an unfinished one."""
+        """Ends the stream: a replacement character if a character is unfinished, else nothing."""
         return self._decoder.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""Tokenizes blocks in other processes, and hands back what comes of them in order."""
+"""Tokenizes blocks in worker processes and yields the results in order."""
 
 from __future__ import annotations
 
@@ -17,32 +17,43 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.config import TokenizerName
-from gpt2_jax.data.corpus import hashed_share
+from gpt2_jax.data.corpus import hash_fraction
 from gpt2_jax.data.encode import encoder
+from gpt2_jax.data.manifest import SPLITS, Split
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 from gpt2_jax.errors import UserError
 
+FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
+
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What workers have to know.
+class TokenizeOptions:
+    """How to tokenize.
 
     Attributes:
-        field: of the JSON objects.
-        val_fraction: share of the documents that is held out, where a hash decides.
-        skip: whether a document with something wrong is left out, instead of being an error.
+        tokenizer: its name.
+        field: of the JSON objects, with the text.
+        val_fraction: the share of the documents that is held out, where a hash decides.
+        skip_errors: whether a damaged document is left out, instead of raising an error.
     """
 
     tokenizer: TokenizerName
     field: str
     val_fraction: float
-    skip: bool
+    skip_errors: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """The tokens of a block: uint16 [tokens] of each side, bytes of text, and documents that were left out."""
+    """The tokens of a block.
+
+    Attributes:
+        train: uint16 [tokens].
+        val: uint16 [tokens].
+        text_bytes: of the documents.
+        skipped: the number of documents that were left out.
+    """
 
     train: np.ndarray
     val: np.ndarray
@@ -51,57 +62,60 @@ class Tokenized:
 
 
 class BlockTokenizer:
-    """From blocks to tokens."""
+    """A function from blocks to tokens."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
-        self._settings, self._encode = settings, encoder(tokenizer)
-        self._start = np.array([end_of_text(tokenizer)], dtype=np.uint16)
+    def __init__(self, options: TokenizeOptions, tokenizer: Tokenizer) -> None:
+        self._options, self._encode = options, encoder(tokenizer)
+        self._end_of_text = np.array([end_of_text(tokenizer)], dtype=np.uint16)
 
     def __call__(self, block: Block) -> Tokenized:
-        """Its tokens.
+        """Tokenizes a block.
 
         Raises:
-            UserError: something is wrong with a document, and it is not to be skipped.
+            UserError: a document is damaged, and errors are not skipped.
         """
-        parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
-        text_bytes, skipped, fraction = 0, block.skipped, self._settings.val_fraction
+        parts: dict[Split, list[np.ndarray]] = {"train": [], "val": []}
+        text_bytes, skipped = 0, block.skipped
         content = block.content.read() if isinstance(block.content, Span) else block.content
         if block.kind == "text":
             assert isinstance(content, bytes)
             text_bytes = len(content)
-            tokens = self._tokens(content, block.where)
+            tokens = self._tokens(content, block.origin)
             if isinstance(tokens, UserError):
                 raise tokens
-            parts[block.side == "val"] = [self._start[: int(block.starts)], tokens]
-        for where, document in self._documents(block, content):
-            tokens = document if isinstance(document, UserError) else self._tokens(document, where)
+            parts[block.split or "train"] = [self._end_of_text[: int(block.starts_document)], tokens]
+        for name, document in self._documents(block, content):
+            tokens = document if isinstance(document, UserError) else self._tokens(document, name)
             if isinstance(tokens, UserError):
-                if not self._settings.skip:
+                if not self._options.skip_errors:
                     raise tokens
                 skipped += 1
             elif document:
                 assert isinstance(document, bytes)
-                val = block.side == "val" or (block.side is None and fraction > 0 and hashed_share(document) < fraction)
-                parts[val] += [self._start, tokens]
+                parts[block.split or self._split(document)] += [self._end_of_text, tokens]
                 text_bytes += len(document)
-        train, val_tokens = (np.concatenate([np.empty(0, np.uint16), *parts[val]]) for val in (False, True))
-        return Tokenized(train, val_tokens, text_bytes, skipped)
+        train, val = (np.concatenate([np.empty(0, np.uint16), *parts[split]]) for split in SPLITS)
+        return Tokenized(train, val, text_bytes, skipped)
 
-    def _tokens(self, document: bytes, where: str) -> np.ndarray | UserError:
+    def _split(self, document: bytes) -> Split:
+        fraction = self._options.val_fraction
+        return "val" if fraction > 0 and hash_fraction(document) < fraction else "train"
+
+    def _tokens(self, document: bytes, name: str) -> np.ndarray | UserError:
         try:
             return self._encode(document)
         except ValueError as error:  # not UTF-8, or more white space than tiktoken's pattern takes
             reason = " ".join(str(error).split())[:100]
-            return UserError(f"{where} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
+            return UserError(f"{name} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
 
     def _documents(self, block: Block, content: bytes | list[Any]) -> Iterator[tuple[str, bytes | UserError]]:
-        """The documents of lines or texts with their places, or what is wrong with them."""
-        field = self._settings.field
+        """Yields (name, document) of lines or texts, with an error in place of a damaged document."""
+        field = self._options.field
         if block.kind == "text":
             return
         lines = content.split(b"\n") if isinstance(content, bytes) else content
         for number, line in enumerate(lines, block.first):
-            where = f"{block.where}, {'line' if block.kind == 'lines' else 'row'} {number}"
+            name = f"{block.origin}, {'line' if block.kind == 'lines' else 'row'} {number}"
             document: Any = line
             if block.kind == "lines":
                 if not line.strip():
@@ -109,75 +123,75 @@ class BlockTokenizer:
                 try:
                     table = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield where, UserError(f"{where} is not JSON ({error}); {MEND}")
+                    yield name, UserError(f"{name} is not JSON ({error}); {FIX_OR_SKIP}")
                     continue
                 if not isinstance(table, dict) or field not in table:
                     found = f"the fields {', '.join(table)}" if isinstance(table, dict) else type(table).__name__
-                    yield where, UserError(f"{where} has no field {field!r}, but {found}; type --field; or {MEND}")
+                    yield name, UserError(f"{name} has no field {field!r}, but {found}; type --field, or {FIX_OR_SKIP}")
                     continue
                 document = table[field]
             if isinstance(document, str):
-                yield where, _utf8(document)
+                yield name, _utf8(document)
             elif isinstance(document, bytes):
-                yield where, document
+                yield name, document
             else:
-                yield where, UserError(f"{where}: {field} is {type(document).__name__}, not text; {MEND}")
-
-
-MEND = "mend it and give another --out, or type --on-error skip"
+                yield name, UserError(f"{name}: {field} is {type(document).__name__}, not text; {FIX_OR_SKIP}")
 
 
 def _utf8(text: str) -> bytes:
-    """UTF-8, with a replacement character for half a surrogate pair, which JSON can spell; tiktoken does the same."""
+    """Encodes UTF-8, replacing unpaired surrogates, which JSON can contain, by U+FFFD. tiktoken does the same."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
-def tokenize_all(blocks: Iterable[Block], settings: Settings, workers: int) -> Iterator[tuple[Block, Tokenized]]:
-    """Every block with its tokens, in order; a few blocks per worker are read ahead.
+def tokenize_blocks(
+    blocks: Iterable[Block], options: TokenizeOptions, workers: int
+) -> Iterator[tuple[Block, Tokenized]]:
+    """Yields every block, without its content, and its tokens, in order. Reads a few blocks per worker ahead.
 
-    Processes are spawned: a fork of one with threads can hang.
+    Workers are spawned, because forking a process with threads can hang.
 
     Raises:
-        UserError: something is wrong with the source or a document, or a worker was killed.
+        UserError: the source cannot be read, a document is damaged, or a worker was killed. All blocks before the error
+            are yielded first.
     """
-    get_tokenizer(settings.tokenizer)  # fails here rather than in every worker, and fills tiktoken's cache
+    get_tokenizer(options.tokenizer)  # fails here and not in every worker, and fills tiktoken's cache
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (settings,))
-    waiting: collections.deque[tuple[Block, concurrent.futures.Future[Tokenized]]] = collections.deque()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (options,))
+    pending: collections.deque[tuple[Block, concurrent.futures.Future[Tokenized]]] = collections.deque()
     source, error = iter(blocks), None
 
-    def finished() -> tuple[Block, Tokenized]:
-        block, future = waiting.popleft()
+    def next_result() -> tuple[Block, Tokenized]:
+        block, future = pending.popleft()
         return dataclasses.replace(block, content=b""), future.result()
 
     try:
         while True:
             try:
                 block = next(source, None)
-            except UserError as caught:  # what the source gave before it counts
+            except UserError as caught:  # raised after the blocks before it are yielded
                 block, error = None, caught
             if block is None:
                 break
             with _without_interrupts():
-                waiting.append((block, pool.submit(_work, block)))
-            if len(waiting) > 2 * workers + 1:
-                yield finished()
-        while waiting:
-            yield finished()
+                pending.append((block, pool.submit(_tokenize, block)))
+            if len(pending) > 2 * workers + 1:
+                yield next_result()
+        while pending:
+            yield next_result()
         if error:
             raise error
     except concurrent.futures.process.BrokenProcessPool as broken:
-        raise UserError("a worker was killed, perhaps for want of memory; type the same with --workers 1") from broken
+        raise UserError("a worker was killed, perhaps for lack of memory; type the same with --workers 1") from broken
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that start within do not hear Ctrl-C, which is this one's to answer, not even while they import."""
+    """Blocks Ctrl-C in processes started inside, also while they import. This process handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -185,23 +199,23 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_tokenizer: BlockTokenizer | None = None  # of this worker
+_tokenizer: BlockTokenizer | None = None  # of this worker process
 
 
-def _start_worker(settings: Settings) -> None:
+def _start_worker(options: TokenizeOptions) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _tokenizer = BlockTokenizer(settings, get_tokenizer(settings.tokenizer))
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _tokenizer = BlockTokenizer(options, get_tokenizer(options.tokenizer))
 
 
-def _work(block: Block) -> Tokenized:
+def _tokenize(block: Block) -> Tokenized:
     assert _tokenizer is not None
     return _tokenizer(block)

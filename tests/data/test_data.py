@@ -1,4 +1,4 @@
-"""Tokenizers, text and token files as data of a run: against tiktoken, the bytes themselves and nanoGPT's files."""
+"""Tokenizers, text and token files as the data of a run, compared with tiktoken, the bytes and nanoGPT's files."""
 
 import dataclasses
 import pickle
@@ -29,7 +29,7 @@ def test_training_reads_token_files(tmp_path):
     assert resolved.model.vocab_size == 257
     assert (opened.train_tokens, opened.val.n_tokens) == (10000, 5000)
     assert opened.val_text is None
-    write_llmc(tmp_path / "train_1.bin", np.random.default_rng(3).integers(0, 257, 5000))  # of the same size
+    write_llmc(tmp_path / "train_1.bin", np.random.default_rng(3).integers(0, 257, 5000))  # the same size
     assert open_data(config)[0].fingerprint != opened.fingerprint
 
 
@@ -51,8 +51,8 @@ def test_several_sources(tmp_path):
     assert open_data(changed)[0].fingerprint != opened.fingerprint
 
 
-def test_characters_of_nanogpt_come_with_their_alphabet(tmp_path):
-    """As data/shakespeare_char/prepare.py leaves them."""
+def test_character_files_of_nanogpt_bring_their_alphabet(tmp_path):
+    """Files like those that data/shakespeare_char/prepare.py writes."""
     itos = dict(enumerate("\n abcd"))
     table = {"vocab_size": 6, "itos": itos, "stoi": {character: token for token, character in itos.items()}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
@@ -64,7 +64,7 @@ def test_characters_of_nanogpt_come_with_their_alphabet(tmp_path):
     assert opened.tokenizer.decode_bytes(opened.val.streams[0][:6].tolist()) == b"\n abcd"
 
 
-def test_windows_may_start_with_documents(tmp_path):
+def test_windows_can_start_with_documents(tmp_path):
     tokens = np.concatenate([[256, *range(n)] for n in (90, 100, 110, 95, 120, 100)])
     for name in ("train", "val"):
         write_llmc(tmp_path / f"{name}.bin", tokens)
@@ -83,10 +83,10 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
         '{"settings": {"tokenizer": "gpt2"}, "text_bytes": 1, "skipped": 0, "shards": []}'
     )
     config = data_config(train=str(tmp_path / "train*"), val=str(tmp_path / "val*"), tokenizer="bytes")
-    with pytest.raises(UserError, match=r"was made with the tokenizer 'gpt2', and data.tokenizer is 'bytes'"):
+    with pytest.raises(UserError, match=r"was made with the tokenizer 'gpt2', but data.tokenizer is 'bytes'"):
         open_data(config)
     (tmp_path / "manifest.json").rename(tmp_path / "progress.json")
-    with pytest.raises(UserError, match="is not finished; type the command that prepares it again"):
+    with pytest.raises(UserError, match="is not finished; rerun the command that prepares it"):
         open_data(config)
     (tmp_path / "progress.json").rename(tmp_path / "manifest.json")
     (tmp_path / "manifest.json").write_text("{")
@@ -107,7 +107,7 @@ def test_the_byte_encoding_is_the_bytes(text):
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.decode(list(text.encode())) == text
-    # The short cut that training takes gives what the encoding gives.
+    # The shortcut that training uses gives the same tokens.
     assert encode_document(encoding, text.encode()).tolist() == [256, *encoding.encode_ordinary(text)]
 
 
@@ -126,7 +126,7 @@ def test_gpt2_documents_start_with_end_of_text_and_never_contain_it(gpt2_vocabul
         assert encoding.decode(tokens[1:]) == text
 
 
-def test_characters(shared_data):
+def test_characters_are_the_tokens_of_nanogpt(shared_data):
     data = DataConfig(text=str(shared_data / "tinyshakespeare.txt"), tokenizer="chars")
     corpus = tokenize(read_corpus(data), data)
     assert corpus.tokenizer.n_vocab == 65  # as nanoGPT's prepare.py prints
@@ -136,32 +136,32 @@ def test_characters(shared_data):
     assert corpus.val_text == text[1_003_854 + 1 :]
 
 
-def test_an_alphabet_that_lacks_a_character_says_which():
+def test_a_character_outside_the_alphabet_is_an_error():
     with pytest.raises(UserError, match="has the character 'z', which is not among the 3"):
         CharTokenizer("abc").encode_ordinary("abz")
 
 
-def test_a_single_file_is_split_at_its_end(tmp_path):
+def test_a_single_file_is_split_near_its_end(tmp_path):
     path = tmp_path / "text"
     path.write_text("é" * 10)
-    for tokenizer, cut in (("bytes", 15), ("gpt2", 14)):  # bytes may split a character, text does not
+    for tokenizer, cut in (("bytes", 15), ("gpt2", 14)):  # the bytes tokenizer may split a character
         corpus = read_corpus(DataConfig(text=str(path), tokenizer=tokenizer, val_fraction=0.25))
         assert (len(corpus.train[0].content), len(corpus.val[0].content)) == (cut, 20 - cut)
 
 
-def test_empty_files_among_others_are_passed_over(tmp_path):
+def test_empty_files_among_others_are_skipped(tmp_path):
     for name, content in (("a", "x" * 50), ("b", ""), ("c", "y" * 50), ("d", "z" * 50)):
         (tmp_path / name).write_text(content)
     corpus = read_corpus(DataConfig(text=str(tmp_path / "*"), tokenizer="bytes"))
     assert {document.name for document in corpus.train + corpus.val} == {"a", "c", "d"}
 
 
-def test_files_keep_their_side_when_others_come():
+def test_files_stay_in_their_split_when_others_are_added():
     documents = [Document(f"{index}.py", b"x") for index in range(400)]
     few, many = split_by_name(documents[:200], 0.1), split_by_name(documents, 0.1)
     assert set(few.val) <= set(many.val)
     assert set(few.train) <= set(many.train)
-    assert 20 < len(many.val) < 60  # 40 expected, deviation 6
+    assert 20 < len(many.val) < 60  # 40 expected, standard deviation 6
     assert len(split_by_name(documents[:2], 1e-9).val) == 1
     assert len(split_by_name(documents[:2], 1 - 1e-9).train) == 1
 
@@ -185,7 +185,7 @@ def test_the_standard_library_is_a_corpus():
         ("latin1", b"caf\xe9 " * 100, "chars", "is not UTF-8 text"),
     ],
 )
-def test_texts_that_cannot_serve_say_why(name, content, tokenizer, message, tmp_path):
+def test_unusable_texts_are_errors(name, content, tokenizer, message, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -205,7 +205,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error(tmp_path):
         open_data(config)
 
 
-def test_no_vocabulary_and_no_network_says_what_to_do(monkeypatch, tmp_path):
+def test_without_vocabulary_and_network_the_error_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
 

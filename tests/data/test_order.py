@@ -1,4 +1,4 @@
-"""Permutations, batch schedules and mixtures: against their definitions and a simulation; golden values pin them."""
+"""Permutations, batch schedules and mixtures, compared with their definitions, a simulation and pinned values."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ def test_permute_is_a_permutation(size, seed, epoch):
 
 
 def test_permute_is_pinned():
-    """A data order outlives versions of this code, or runs cannot be continued: these values never change."""
+    """These values never change: another data order would make it impossible to resume runs."""
     assert permute(np.arange(10), 10, seed=1337, epoch=0).tolist() == PINNED[0]
     assert permute(np.arange(10), 10, seed=1337, epoch=1).tolist() == PINNED[1]
     assert permute(np.array([0, 1, 10**9]), 10**10, seed=0, epoch=3).tolist() == PINNED[2]
@@ -31,21 +31,21 @@ def test_permute_looks_random():
     size = 4096
     orders = [permute(np.arange(size), size, seed, epoch) for seed in range(4) for epoch in range(4)]
     for index, order in enumerate(orders):
-        # Of a random permutation: rank correlation with the identity, and with any other, of deviation 1 / sqrt(n).
+        # The rank correlation of random permutations has standard deviation 1 / sqrt(n); five of them are allowed.
         assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
         for other in orders[:index]:
             assert abs(np.corrcoef(order, other)[0, 1]) < 5 / np.sqrt(size)
-            assert np.sum(order == other) < 12  # fixed points are Poisson(1): 12 has probability 1e-9
-        # Neighbours end up far apart: mean distance n / 3, deviation of the mean 0.24 n / sqrt(n), five of them.
+            assert np.sum(order == other) < 12  # the number of equal places is Poisson(1): 12 has probability 1e-9
+        # The distance of neighbours has mean n / 3, and the mean of n has standard deviation 0.24 n / sqrt(n).
         assert abs(np.abs(np.diff(order)).mean() / size - 1 / 3) < 5 * 0.24 / np.sqrt(size)
 
 
 @given(ramp_tokens=st.lists(st.integers(1, 400), max_size=3), steps=st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
-def test_batch_schedule_equals_a_simulation(ramp_tokens, steps):
+def test_the_batch_schedule_equals_a_simulation(ramp_tokens, steps):
     block_size, sizes = 4, [2, 4, 8, 16]
-    marks = np.cumsum(ramp_tokens).tolist()
-    ramp = tuple(zip(marks, sizes, strict=False))
+    limits = np.cumsum(ramp_tokens).tolist()
+    ramp = tuple(zip(limits, sizes, strict=False))
     schedule = BatchSchedule(16, ramp, block_size)
     consumed = 0
     for update in range(steps):
@@ -54,44 +54,44 @@ def test_batch_schedule_equals_a_simulation(ramp_tokens, steps):
         consumed += size
 
 
-# Weights such as people write, and such as are hard to round: none, all or many of them below 1 / PERIOD.
+# Ordinary weights, and ones that are hard to round: none, many or all of them are below 1 / PERIOD.
 WEIGHTS = st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=6)
 
 
 @given(weights=WEIGHTS)
 @settings(max_examples=30, deadline=None)
-def test_a_mixture_deals_every_sequence_once_and_meets_its_weights(weights):
-    source, number = Mixture(weights).deal(np.arange(2 * PERIOD))
+def test_a_mixture_assigns_every_sequence_once_in_proportion_to_the_weights(weights):
+    source, own_index = Mixture(weights).assign(np.arange(2 * PERIOD))
     for index, weight in enumerate(weights):
-        own = number[source == index]
-        np.testing.assert_array_equal(own, np.arange(len(own)))  # none is lost, none comes twice, in order
+        own = own_index[source == index]
+        np.testing.assert_array_equal(own, np.arange(len(own)))  # none is lost or repeated, and they are in order
         share = len(own) / len(source)
-        # One turn of rounding, and one for each source that is rounded up to a turn.
+        # Off by one turn for rounding, and by one for each source that is rounded up to a turn.
         assert abs(share - weight / sum(weights)) <= (1 + len(weights)) / PERIOD
         assert len(own) >= 2
-    for start in (0, 1000, PERIOD - 500):  # any part of it has the shares too, but for a turn of each source
+    for start in (0, 1000, PERIOD - 500):  # any part has these shares too, up to one turn per source
         part = source[start : start + 1000]
         for index, weight in enumerate(weights):
             expected = 1000 * weight / sum(weights)
             assert abs(np.sum(part == index) - expected) <= len(weights) + 1
 
 
-def test_a_mixture_is_a_function_of_the_number_alone():
+def test_a_mixture_is_a_function_of_the_index_alone():
     mixture = Mixture([0.7, 0.2, 0.1])
-    whole = mixture.deal(np.arange(10 * PERIOD, 10 * PERIOD + 64))
+    whole = mixture.assign(np.arange(10 * PERIOD, 10 * PERIOD + 64))
     for index in range(64):
-        source, number = mixture.deal(np.array([10 * PERIOD + index]))
-        assert (source[0], number[0]) == (whole[0][index], whole[1][index])
+        source, own_index = mixture.assign(np.array([10 * PERIOD + index]))
+        assert (source[0], own_index[0]) == (whole[0][index], whole[1][index])
     far = np.array([2**40, 2**40 + 1])
-    assert Mixture([1, 1]).deal(far)[1].tolist() == [2**39, 2**39]
+    assert Mixture([1, 1]).assign(far)[1].tolist() == [2**39, 2**39]
 
 
 def test_mixtures_are_pinned():
-    source, number = Mixture([0.7, 0.2, 0.1]).deal(np.arange(20))
+    source, own_index = Mixture([0.7, 0.2, 0.1]).assign(np.arange(20))
     assert source.tolist() == PINNED_SOURCES
-    assert number[-3:].tolist() == PINNED_NUMBERS
-    assert Mixture([5]).deal(np.array([0, 7, 10**12]))[1].tolist() == [0, 7, 10**12]
+    assert own_index[-3:].tolist() == PINNED_INDICES
+    assert Mixture([5]).assign(np.array([0, 7, 10**12]))[1].tolist() == [0, 7, 10**12]
 
 
 PINNED_SOURCES = [0, 0, 1, 0, 2, 0, 0, 1, 0, 0, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0]
-PINNED_NUMBERS = [3, 12, 13]
+PINNED_INDICES = [3, 12, 13]

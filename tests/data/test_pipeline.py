@@ -1,4 +1,4 @@
-"""TokenWindows and batches: against their definitions, for any number of processes, streams, sources and epochs."""
+"""Windows and batches for any number of processes, streams, sources and epochs, compared with their definitions."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from gpt2_jax.data.pipeline import BatchSource, ShuffledWindows, TokenWindows, e
 from gpt2_jax.data.shards import TokenArray, open_tokens
 from gpt2_jax.errors import UserError
 
-START = 999  # stands before each document
+START = 999  # precedes each document
 
 
 def windows_of(n_tokens, block_size=4, vocab_size=1000):
@@ -24,17 +24,18 @@ def windows_over(streams, block_size=4, vocab_size=1000, document_start=None):
     return TokenWindows(tokens, [f"stream {n}" for n in range(len(tokens))], block_size, vocab_size, document_start)
 
 
-def part(process, processes):
-    """The rows of one of several processes; those of process 0 first, or dealt out one by one."""
+def contiguous_rows(process, processes):
+    """The rows of one of several processes: those of process 0 first."""
     return lambda size: np.arange(size).reshape(processes, -1)[process]
 
 
-def dealt(process, processes):
+def strided_rows(process, processes):
+    """The rows of one of several processes: every process in turn."""
     return lambda size: np.arange(size)[process::processes]
 
 
-def batches_of(windows, schedule, micro_batches, seed=0, rows=np.arange):
-    return BatchSource(ShuffledWindows([windows], [1.0], seed), schedule, micro_batches, rows)
+def batches_of(windows, schedule, num_micro_batches, seed=0, local_rows=np.arange):
+    return BatchSource(ShuffledWindows([windows], [1.0], seed), schedule, num_micro_batches, local_rows)
 
 
 @given(
@@ -47,7 +48,7 @@ def batches_of(windows, schedule, micro_batches, seed=0, rows=np.arange):
 @settings(max_examples=60, deadline=None)
 def test_every_window_once_per_epoch_for_any_number_of_processes(sizes, block_size, batch, processes, seed):
     sizes[0] += block_size
-    starts = 100 * np.arange(len(sizes))  # so that each token says which stream it is from, and where
+    starts = 100 * np.arange(len(sizes))  # each token tells its stream and its place
     windows = windows_over([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)], block_size)
     schedule = BatchSchedule(batch, (), block_size)
     n_windows = len(windows)
@@ -55,7 +56,7 @@ def test_every_window_once_per_epoch_for_any_number_of_processes(sizes, block_si
     updates = -(-2 * n_windows // batch)
     source = batches_of(windows, schedule, {batch: 1}, seed)
     whole = [source[k][0] for k in range(updates)]
-    parts = [batches_of(windows, schedule, {batch: 1}, seed, part(p, processes)) for p in range(processes)]
+    parts = [batches_of(windows, schedule, {batch: 1}, seed, contiguous_rows(p, processes)) for p in range(processes)]
     for k in range(updates):
         np.testing.assert_array_equal(np.concatenate([own[k][0] for own in parts]), whole[k])
     rows = np.concatenate(whole)[: 2 * n_windows]
@@ -69,7 +70,7 @@ def test_every_window_once_per_epoch_for_any_number_of_processes(sizes, block_si
         assert sorted(epoch[:, 0]) == expected
 
 
-def test_a_batch_is_a_function_of_seed_and_number():
+def test_a_batch_is_a_function_of_the_seed_and_its_index():
     windows, schedule = windows_of(500), BatchSchedule(8, (), 4)
     source = batches_of(windows, schedule, {8: 2}, seed=3)
     assert source[5].shape == (2, 4, 5)
@@ -86,29 +87,30 @@ def test_a_batch_is_a_function_of_seed_and_number():
 
 
 def test_the_order_is_that_of_permute():
-    """The permutation is pinned, and so is what the batches make of it: position p of epoch e is permute(p, e)."""
+    """The permutation is pinned, and this pins its use: position p of epoch e is permute(p, e)."""
     windows = windows_of(4 * 10 + 1)
     rows = np.concatenate([batches_of(windows, BatchSchedule(8, (), 4), {8: 1}, 1337)[k][0] for k in range(5)])
     expected = np.concatenate([permute(np.arange(10), 10, 1337, epoch) for epoch in range(4)])
     np.testing.assert_array_equal(rows[:, 0], 4 * expected)
 
 
-def test_another_number_of_processes_goes_on_with_the_next_batch():
-    """With a growing batch, over several epochs, and a restart with another number of processes at each update."""
+def test_another_number_of_processes_resumes_with_the_next_batch():
+    """The batch grows, there are several epochs, and each update restarts with another number of processes."""
     windows = windows_of(4 * 37 + 1)
     schedule, micro = BatchSchedule(16, ((40, 8),), 4), {8: 1, 16: 2}
     expected = [batches_of(windows, schedule, micro)[k] for k in range(12)]
     for k, processes in enumerate([1, 2, 4, 8, 4, 2, 1, 8, 2, 8, 1, 4]):
         batches = []
         for process in range(processes):
-            iterator = read_ahead(batches_of(windows, schedule, micro, rows=part(process, processes)), k, 12)
+            source = batches_of(windows, schedule, micro, local_rows=contiguous_rows(process, processes))
+            iterator = read_ahead(source, k, 12)
             batches.append(next(iterator))
             iterator.close()
         np.testing.assert_array_equal(np.concatenate(batches, axis=1), expected[k])
 
 
 class Recorded(TokenArray):
-    """Tokens that note where they are read."""
+    """Tokens that record where they are read."""
 
     def __init__(self, tokens):
         super().__init__(tokens)
@@ -123,27 +125,27 @@ class Recorded(TokenArray):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("share", [part, dealt])
-def test_a_process_reads_only_its_own_windows(share):
+@pytest.mark.parametrize("rows_of", [contiguous_rows, strided_rows])
+def test_a_process_reads_only_its_own_windows(rows_of):
     schedule, micro = BatchSchedule(16, (), 4), {16: 2}
     whole = batches_of(windows_of(4 * 64 + 1), schedule, micro)[1]
     for process in range(4):
         tokens = Recorded(np.arange(4 * 64 + 1, dtype=np.uint16))
         windows = TokenWindows([tokens], ["recorded"], 4, 1000)
-        rows = share(process, 4)
+        rows = rows_of(process, 4)
         tokens.places.clear()
-        own = batches_of(windows, schedule, micro, rows=rows)[1]
+        own = batches_of(windows, schedule, micro, local_rows=rows)[1]
         np.testing.assert_array_equal(own, whole[:, rows(8)])
         assert tokens.places == set(own[..., 0].flatten().tolist())
         tokens.places.clear()
-        batches = np.concatenate(list(eval_batches(windows, 16, rows=rows)))
+        batches = np.concatenate(list(eval_batches(windows, 16, local_rows=rows)))
         np.testing.assert_array_equal(
             batches[:, 0], 4 * np.concatenate([rows(16) + first for first in range(0, 64, 16)])
         )
         assert tokens.places == set(batches[:, 0].tolist())
 
 
-def test_a_growing_batch_repeats_and_loses_nothing():
+def test_a_growing_batch_repeats_nothing_and_loses_nothing():
     windows = windows_of(4 * 100 + 1)
     schedule = BatchSchedule(16, ((40, 2), (120, 4)), 4)
     source = batches_of(windows, schedule, {2: 1, 4: 2, 16: 4})
@@ -171,7 +173,7 @@ def test_sources_are_mixed_by_weight_and_each_has_its_own_epochs():
 # --- windows -------------------------------------------------------------------------------------------
 
 
-def test_a_stream_without_a_whole_window_is_passed_over():
+def test_a_stream_shorter_than_a_window_is_skipped():
     windows = windows_over([np.arange(3), np.arange(100, 109)])
     assert windows[np.arange(len(windows))][:, 0].tolist() == [100, 104]
 
@@ -189,7 +191,7 @@ def test_windows_do_not_cross_streams():
 )
 @settings(max_examples=60, deadline=None)
 def test_windows_that_start_with_documents(documents, block_size, streams):
-    """Against the definition, token by token: from w · block_size on, the first document start of the stride."""
+    """The definition, token by token: window w starts at the first document start at or after w · block_size."""
     tokens = np.concatenate([[START, *range(100 * n, 100 * n + size)] for n, size in enumerate(documents)] * 3) % 1000
     parts = np.array_split(tokens, streams)
     assume(max(map(len, parts)) > block_size)
@@ -205,7 +207,7 @@ def test_windows_that_start_with_documents(documents, block_size, streams):
 
 
 @pytest.mark.parametrize("write", [write_llmc, write_nanogpt, write_npy])
-def test_windows_of_files_are_those_of_arrays(tmp_path, write):
+def test_windows_of_files_equal_windows_of_arrays(tmp_path, write):
     streams = [np.random.default_rng(n).integers(0, 1000, 50 + n).astype(np.uint16) for n in range(3)]
     files = []
     for number, stream in enumerate(streams):
@@ -216,31 +218,31 @@ def test_windows_of_files_are_those_of_arrays(tmp_path, write):
         expected = windows_over(streams, document_start=document_start)
         index = np.random.default_rng(0).permutation(len(expected))
         np.testing.assert_array_equal(ours[index], expected[index])
-        for place in expected.all_targets():
-            np.testing.assert_array_equal(ours.at(*place), expected.at(*place))
+        for position in expected.positions():
+            np.testing.assert_array_equal(ours.padded_window(*position), expected.padded_window(*position))
 
 
 def test_evaluation_covers_every_token_but_the_first_once():
     windows = windows_over([np.arange(23), np.arange(100, 109)])
     for processes in (1, 2):
-        parts = [list(eval_batches(windows, 6, rows=part(p, processes))) for p in range(processes)]
+        parts = [list(eval_batches(windows, 6, local_rows=contiguous_rows(p, processes))) for p in range(processes)]
         batches = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
         assert all(batch.shape == (6, 5) for batch in batches)
         targets = np.concatenate(batches)[:, 1:].flatten()
         assert sorted(targets[targets != IGNORE]) == [*range(1, 23), *range(101, 109)]
     limited = np.concatenate(list(eval_batches(windows, 2, limit=10)))[:, 1:]
-    assert np.sum(limited != IGNORE) == 12  # ten, rounded up to a window
+    assert np.sum(limited != IGNORE) == 12  # ten targets, rounded up to a window
 
 
-# --- what is wrong with data ---------------------------------------------------------------------------
+# --- bad data ------------------------------------------------------------------------------------------
 
 
-def test_too_short_a_text_says_so():
+def test_a_text_that_is_too_short_is_an_error():
     with pytest.raises(UserError, match=r"stream 0: 4 tokens are too few for one window of .* 5; .*block_size 1"):
         windows_of(4)
 
 
-def test_a_token_beyond_the_vocabulary_is_found_at_once_or_when_it_is_read():
+def test_a_token_beyond_the_vocabulary_is_an_error_at_the_start_or_when_it_is_read():
     with pytest.raises(UserError, match=r"stream 0 has the token 99, beyond model.vocab_size = 50"):
         windows_of(100, vocab_size=50)
     stream = np.zeros(1 << 17, dtype=np.uint16)

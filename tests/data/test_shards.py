@@ -1,4 +1,4 @@
-"""Token files: every format that others write, from its own description, and what is wrong with damaged ones."""
+"""Token files: every format, written from its description, and the errors for damaged files."""
 
 import struct
 
@@ -20,7 +20,7 @@ def write_llama(path, tokens):
     ("write", "name"),
     [(write_llmc, "a.bin"), (write_nanogpt, "a.bin"), (write_npy, "a.npy"), (write_llama, "a.bin")],
 )
-def test_formats_of_others(tmp_path, write, name):
+def test_every_format_is_read(tmp_path, write, name):
     write(tmp_path / name, TOKENS)
     tokens = open_tokens(tmp_path / name)
     assert len(tokens) == len(TOKENS)
@@ -34,12 +34,12 @@ def test_formats_of_others(tmp_path, write, name):
     assert out.tolist() == [TOKENS[3:6], TOKENS[:3], [0, 0, 0], TOKENS[4:7]]
 
 
-def test_tokens_of_llama_have_32_bits(tmp_path):
+def test_llama_tokens_have_32_bits(tmp_path):
     write_llama(tmp_path / "a.bin", [128_000, 5])
     assert open_tokens(tmp_path / "a.bin")[:].tolist() == [128_000, 5]
 
 
-def test_our_header_is_what_llm_c_describes():
+def test_our_header_equals_llm_c():
     assert struct.unpack("<256i", header_bytes(7)) == (20240520, 1, 7, *[0] * 253)
 
 
@@ -48,23 +48,24 @@ def test_our_header_is_what_llm_c_describes():
     [
         ("a.bin", b"", "is not a token file: it is empty"),
         ("a.bin", b"once upon a time" * 100, "is not a token file: it is text; .* python -m gpt2_jax.prepare"),
-        ("a.bin", ("日本語" * 40_000).encode(), "is not a token file: it is text"),  # cut within a character
+        # The first 64 KB of this text end inside a character.
+        ("a.bin", ("日本語" * 40_000).encode(), "is not a token file: it is text"),
         ("a.bin", bytes(1001), "is not a token file: it is a file of 1,001 bytes"),
         ("a.dat", bytes(1000), "is not a token file: it is a file of 1,000 bytes"),
         ("a.bin", struct.pack("<3i", 20240520, 1, 5) + bytes(1020), "cut off or damaged: its header says 5 tokens"),
         ("a.bin", struct.pack("<3i", 20240520, 7, 4) + bytes(1020), "has version 7 .* expected 1"),
         ("a.bin", struct.pack("<3i", 20240801, 1, 4) + bytes(1020), "has version 1 .* expected 7"),
         ("a.bin", struct.pack("<3i", 20240520, 1, 5), "is not a token file: it has only 12 bytes"),
-        ("a.npy", b"\x93NUMPY", "is not a NumPy file of tokens, or cut off"),
+        ("a.npy", b"\x93NUMPY", "is not a NumPy file of tokens, or is cut off"),
     ],
 )
-def test_damaged_files_say_so(name, content, message, tmp_path):
+def test_damaged_files_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_tokens(tmp_path / name)
 
 
-def test_arrays_that_are_no_tokens_say_so(tmp_path):
+def test_arrays_of_other_types_are_errors(tmp_path):
     for array, message in ((np.zeros(4), r"holds float64 \[4\]"), (np.zeros((2, 2), np.uint16), r"uint16 \[2, 2\]")):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(UserError, match=message):
@@ -78,7 +79,7 @@ def test_arrays_that_are_no_tokens_say_so(tmp_path):
         open_tokens(tmp_path)
 
 
-def test_a_file_that_becomes_shorter_says_so(tmp_path):
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
     write_llmc(path := tmp_path / "a.bin", TOKENS)
     tokens = open_tokens(path)
     path.write_bytes(path.read_bytes()[:-4])
