@@ -141,5 +141,10 @@ def _umask() -> int:
     return mask
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point of `gpt2-convert`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

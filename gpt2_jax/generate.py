@@ -102,5 +102,10 @@ def _prompt(flags: Flags) -> str:
         raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it") from error
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point of `gpt2-generate`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -184,7 +184,7 @@ class GPT2(nn.Module):
     """
 
     config: GPT2Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
     gather_params: Callable[[Params], Params] | None = None
 
     def hidden(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -273,7 +273,7 @@ class GPT2(nn.Module):
 def _init_wte(config: GPT2Config) -> nn.initializers.Initializer:
     """Normal rows for the vocabulary, zero rows for the padding. Their gradient is zero, so they stay zero."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         rows = nn.initializers.normal(INIT_STD)(key, (config.vocab_size, config.n_embd), dtype)
         return jnp.pad(rows, ((0, shape[0] - config.vocab_size), (0, 0)))
 

@@ -223,5 +223,10 @@ def _milliseconds(estimate: Estimate) -> str:
     return f"{1000 * estimate.least:.0f} to {1000 * estimate.most:.0f} ms"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point of `gpt2-plan`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -196,5 +196,10 @@ def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point of `gpt2-prepare`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -161,5 +161,10 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point of `gpt2-train`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -65,7 +66,7 @@ def _open_directory(name: str, path: Path) -> StoredModel:
     )
 
 
-def load(name: str, *, mesh: Mesh | None = None, dtype: jnp.dtype | type = jnp.float32) -> LanguageModel:
+def load(name: str, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> LanguageModel:
     """Loads a model of any format, one parameter at a time, straight to its devices.
 
     Args:
