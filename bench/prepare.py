@@ -31,8 +31,8 @@ import tiktoken
 from record import arguments, python_path, timed, write
 
 from gpt2_jax.data.corpus import stdlib_files
-from gpt2_jax.data.sources import Files
-from gpt2_jax.data.workers import BlockTokenizer, Settings
+from gpt2_jax.data.sources import FileSource
+from gpt2_jax.data.workers import BlockTokenizer, TokenizeOptions
 
 BIG = 2_000_000_000  # bytes of the text for which memory is measured
 
@@ -112,8 +112,8 @@ def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: in
         mergeable_ranks=encoding._mergeable_ranks,
         special_tokens=encoding._special_tokens,
     )
-    worker = BlockTokenizer(Settings("gpt2", "text", 0.1, False), renamed)
-    blocks = list(itertools.islice(Files([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
+    worker = BlockTokenizer(TokenizeOptions("gpt2", "text", 0.1, False), renamed)
+    blocks = list(itertools.islice(FileSource([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
     sample = [[json.loads(line)["text"] for line in block.content.read().splitlines()] for block in blocks]
     size = sum(len(document.encode()) for part in sample for document in part)
 

@@ -158,7 +158,7 @@ def open_tokens(path: str | Path) -> TokenFile:
         kind = f"a file of {size:,} bytes without llm.c's header" if not _is_text(head) else "text" if size else "empty"
         raise UserError(
             f"{path} is not a token file: it is {kind}; expected the .bin of llm.c or nanoGPT or the .npy of "
-            "build-nanogpt (python -m gpt2_jax.prepare makes token files from text)"
+            "build-nanogpt (make token files from text with python -m gpt2_jax.prepare)"
         )
     return TokenFile(path, size // 2, 0, np.dtype("<u2"))
 
