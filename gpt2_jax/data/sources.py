@@ -194,7 +194,7 @@ class FileSource(Source):
             for split, start, stop in parts:
                 rest = b""
                 while stop is None or offset < stop:
-                    size = max(BLOCK_BYTES, len(rest))  # doubles what is held each time that it cannot be cut
+                    size = max(BLOCK_BYTES, len(rest))  # doubles `rest` while it cannot be cut
                     data = rest + file.read(size if stop is None else min(size, stop - offset - len(rest)))
                     at_end = len(data) == len(rest)
                     end = len(data) if at_end or self._tokenizer == "bytes" else last_safe_cut(data)
