@@ -445,6 +445,7 @@ class TpuApi(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_the_real_gcloud_sends_the_documented_requests(tmp_path):
     """gcloud talks to a server of this test, with a fake token.

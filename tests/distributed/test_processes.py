@@ -191,7 +191,7 @@ def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_b
     assert "start all processes again with the same command" in errors[0][0]
 
     # Resume, and ask one process to stop. Both stop after the same update, up to a second later.
-    both = start(directory, "--out", "parts", "--steps", 100_000, *MESH)
+    both = start(directory, "--out", "parts", "--steps", 100_000, *MESH, "--checkpoint.every", 1000)
     killed_after = max(rows(parts, "loss"))
     wait_for(lambda: killed_after + 2 in rows(parts, "loss"), both)
     both[1].send_signal(signal.SIGTERM)
@@ -204,21 +204,22 @@ def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_b
     assert f"stopped after update {stopped} of 100000" in outputs[0]
 
     # Without an interruption. The last two updates are for the run that continues with one process.
-    steps = ["--steps", stopped + 2]
-    both = start(directory, "--out", "whole", *steps, *MESH, "--checkpoint.every", stopped, "--eval.sample_tokens", 3)
+    longer = ["--steps", stopped + 2, *MESH, "--checkpoint.every", stopped]
+    both = start(directory, "--out", "whole", *longer, "--eval.sample_tokens", 3)
     codes, outputs, errors = finish(both)
     assert (codes, errors, outputs[1]) == ([0, 0], [[], []], "")
     assert "3 tokens written by the model" in outputs[0]
     assert {path.name for path in whole.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     logged = [row["step"] for row in read_rows(parts / "metrics.jsonl") if "loss" in row]
     assert logged == list(range(1, stopped + 1))  # by one process only
+    assert rows(parts, "val_loss")
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         expected = rows(whole, key)
         assert rows(parts, key) == {step: expected[step] for step in expected if step <= stopped}, key
     jax.tree.map(np.testing.assert_array_equal, state_after(stopped, parts), state_after(stopped, whole))
 
     # One process resumes the run of two. The tolerances are those of the next test.
-    assert "resumed after update" in alone(spawn, directory, "--out", "parts", *steps, *MESH)
+    assert "resumed after update" in alone(spawn, directory, "--out", "parts", *longer)
     for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
         found, expected = ([rows(run, key)[stopped + i] for i in (1, 2)] for run in (parts, whole))
         np.testing.assert_allclose(found, expected, rtol=tolerance)
