@@ -50,7 +50,7 @@ class Display:
         if self._bar:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line that stays on the screen."""
         self.console.print(text, markup=False)
 
@@ -61,7 +61,7 @@ class Display:
             self._bar.update(self._task, completed=done, text=" · ".join(parts))
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or (self._total and done >= self._total and not self._done):
             self._last_line, self._done = now, bool(self._total) and done >= self._total
-            self.say(f"{line}: " + " · ".join(parts))
+            self.print(f"{line}: " + " · ".join(parts))
 
 
 def si(number: float) -> str:

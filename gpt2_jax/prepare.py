@@ -166,7 +166,7 @@ def _download(flags: Flags, out: Path) -> Manifest:
         if is_changed:
             raise UserError(f"--{name} is for text, but {flags.source[0]} is already tokenized and split; remove it")
     with Display(0, 0, "downloading") as display:
-        manifest = download_tokenized(out, flags.limit, display.say)
+        manifest = download_tokenized(out, flags.limit, display.print)
     replace_text(out / MANIFEST, manifest.to_json())
     return manifest
 

@@ -113,9 +113,9 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
         if is_primary():
             write_config(out, config)
-        say = reporter.display.say
+        print_line = reporter.display.print
         for line in summary.banner(config, data, mesh, attention, size, out, start):
-            say(line)
+            print_line(line)
         with (
             stop_signals() as stop_requested,
             reporter.display,
@@ -151,13 +151,13 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 reporter.catch_up(pending)
                 run_checkpoints.save(step, state, val_loss)
                 checkpoints.wait()
-                say(f"stopped after update {step} of {config.steps}; the same command resumes it")
+                print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
         nats, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
         sample = summary.sample_text(model, state.params, data, config)
         if is_primary():
             for line in summary.closing(config, data, out, nats, n_targets, sample, checkpoints.best()):
-                say(line)
+                print_line(line)
     return 0
 
 

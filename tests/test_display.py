@@ -28,7 +28,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
         )
         with Display(0, 100, "starting", counts) as display:
             display.show(20, "update 20/100", ["loss 2.3457", "0:10 left"])
-            display.say("validation [bold] stays as it is")
+            display.print("validation [bold] stays as it is")
         text = screen.getvalue()
         assert shown in text
         assert "loss 2.3457 · 0:10 left" in text

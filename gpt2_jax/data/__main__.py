@@ -87,16 +87,16 @@ def _print_files(display: Display, files: list[TokenFile], name: TokenizerName, 
                 "another --tokenizer, or prepare it again"
             )
         n_documents = "" if end is None else f", {count(documents, 'document')}"
-        display.say(f"{file.path.name:24}{len(file):>15,} tokens{n_documents}, largest {largest}")
+        display.print(f"{file.path.name:24}{len(file):>15,} tokens{n_documents}, largest {largest}")
         display.show(done, f"{done}/{len(files)} files", ["read"])
     total = sum(map(len, files))
-    display.say(f"{'in all':24}{total:>15,} tokens in {count(len(files), 'file')}, tokenizer {name}")
+    display.print(f"{'in all':24}{total:>15,} tokens in {count(len(files), 'file')}, tokenizer {name}")
 
 
 def _check_manifest(display: Display, directory: Path, manifest: Manifest | None, files: list[TokenFile]) -> None:
     """Compares the files and their checksums with the manifest, and prints the result."""
     if manifest is None:
-        display.say("no manifest.json: nothing to compare with")
+        display.print("no manifest.json: nothing to compare with")
         return
     listed, found = {shard.file for shard in manifest.shards}, {file.path.name for file in files}
     if listed != found:
@@ -105,7 +105,7 @@ def _check_manifest(display: Display, directory: Path, manifest: Manifest | None
             f"{directory / odd} is {'missing' if odd in listed else 'not in manifest.json'}; prepare it again"
         )
     verify(directory, manifest)
-    display.say(
+    display.print(
         f"manifest.json: {count(len(manifest.shards), 'checksum')} agree; made of {manifest.settings['source']}"
     )
 

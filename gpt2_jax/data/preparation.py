@@ -40,9 +40,9 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
     meter = _Meter(writer, source.total, limit)
     engine = " (gigatoken)" if uses_gigatoken(options.tokenizer) else ""
     with meter.display as display:
-        display.say(f"{'tokenizer':10}{options.tokenizer}{engine}, {count(workers, 'worker')}")
+        display.print(f"{'tokenizer':10}{options.tokenizer}{engine}, {count(workers, 'worker')}")
         if cursor is not None:
-            display.say(f"continues after {writer.tokens():,} tokens")
+            display.print(f"continues after {writer.tokens():,} tokens")
         saved = time.perf_counter()
         try:
             for block, tokenized in tokenize_blocks(source.blocks(cursor), options, workers):

@@ -90,7 +90,7 @@ class Reporter:
 
     def evaluation(self, step: int, loss: float, n_targets: int) -> None:
         """Logs a validation loss in nats per token, and redraws the plot."""
-        self.display.say(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
+        self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
         if self._file:
             self._file.write({"step": step, "tokens": self._tokens_after(step), "val_loss": loss})
             plot(self._file.path, self._out / "loss.png")
