@@ -64,7 +64,6 @@ def measure(flags: Sequence[str], repeat: int, seconds: float, least: int) -> di
             about = trainer.about
             updates = updates_for(trainer, seconds, least)
             runs = [trainer.run(updates) for _ in range(repeat)]
-            program = trainer.program()
     except TrainerError as error:
         return {"error": str(error)}
     times = [run["seconds"] / updates for run in runs]
@@ -76,7 +75,6 @@ def measure(flags: Sequence[str], repeat: int, seconds: float, least: int) -> di
         "mfu": peak and speed * about["flops_per_token"] / peak,
         "peak_bytes": runs[-1]["peak_bytes"],
         "loss": runs[-1]["loss"],
-        "program": program,
         "updates_per_block": updates,
         "seconds_per_update": times,
     }

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -131,6 +132,28 @@ def test_a_trainer_trains_or_says_why_not(bench):
     assert results[1]["peak_bytes"] > 50 << 20
     with pytest.raises(trainers.TrainerError, match=r"ours: UserError: .*no-such-preset"):
         trainers.Trainer("ours", ["--config", "no-such-preset"])
+
+
+def test_the_figures_of_a_variant(bench, monkeypatch):
+    class Stub:
+        about: ClassVar = {"tokens": 1000, "flops_per_token": 5, "peak_flops": 40_000}
+
+        def __init__(self, side, flags):
+            if "--too-large" in flags:
+                raise bench("trainers").TrainerError("ours: out of memory")
+
+        __enter__, __exit__ = lambda self: self, lambda self, *error: None
+
+        def run(self, updates):
+            return {"seconds": updates / 2, "loss": 3.0, "peak_bytes": 7}
+
+    train_step = bench("train_step")
+    monkeypatch.setattr(train_step, "Trainer", Stub)
+    figures = train_step.measure([], repeat=3, seconds=2.0, least=1)
+    assert figures["seconds_per_update"] == [0.5] * 3
+    assert figures["updates_per_block"] == 4
+    assert (figures["tokens_per_second"], figures["mfu"], figures["peak_bytes"]) == (2000, 0.25, 7)
+    assert train_step.measure(["--too-large"], repeat=3, seconds=2.0, least=1) == {"error": "ours: out of memory"}
 
 
 def test_sweeps_change_one_key_or_all(bench):
