@@ -1,9 +1,8 @@
-"""What the four sizes do on slices and clusters, by `gpt2_jax.plan`: compiled, estimated, not run.
+"""Compiles the four sizes for TPU slices with `gpt2_jax.plan` and writes docs/scaling.md. Nothing runs on a chip.
 
-    python bench/scaling.py [--topologies v5e v5p v6e h100]
+    python bench/scaling.py [--topologies v5e v5p v6e] [--sizes gpt2-124m ...]
 
-Compiles what bench/results/scaling.json lacks at this version of JAX, one to three minutes each (H100 needs the extra
-cuda12), and writes docs/scaling.md from that file.
+Compiles the rows that bench/results/scaling.json lacks at this version of JAX, one to three minutes each.
 """
 
 from __future__ import annotations
@@ -11,157 +10,223 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2_jax.config.toml import read_config
+from gpt2_jax.hardware import CHIPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "scaling.json"
 DOCUMENT = ROOT / "docs" / "scaling.md"
 
-SIZES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
-# Topologies with the names that Google's accelerator types have: of v5p they count cores, two to a chip.
-TOPOLOGIES = {
-    "v5e:2x4": "v5e-8", "v5e:4x8": "v5e-32", "v5e:8x8": "v5e-64", "v5e:16x16": "v5e-256",
-    "v5p:2x2x2": "v5p-16", "v5p:4x4x4": "v5p-128", "v5p:4x8x8": "v5p-512",
-    "h100:8": "8 × H100", "h100:64": "64 × H100", "h100:512": "512 × H100",
-}  # fmt: skip
-ROWS = [(size, topology) for size in SIZES for topology in TOPOLOGIES]
-# What else tests/test_plan.py compares with.
-TOPOLOGIES |= {"v5e:4x4": "v5e-16", "v5p:2x2x4": "v5p-32", "v6e:2x4": "v6e-8"}
-ROWS += [("gpt2-124m", "v5p:2x2x4"), ("gpt2-124m", "v6e:2x4"), ("gpt2-1558m", "v5e:4x4")]
-# Where a preset does not fit a chip as it is: how many chips share one copy of the state, and smaller micro-batches.
+# Google's names of the slices. For v5p they count cores, two per chip.
+SLICES = {"v5e:2x4": "v5e-8", "v5e:4x4": "v5e-16", "v5e:4x8": "v5e-32", "v5e:8x8": "v5e-64", "v5e:16x16": "v5e-256",
+          "v5p:2x2x4": "v5p-32", "v5p:4x4x4": "v5p-128", "v6e:2x4": "v6e-8", "v6e:4x4": "v6e-16"}  # fmt: skip
+KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}  # keys of CHIPS
+# Flags for the presets that do not fit the memory of a chip without them.
 FLAGS = {
     ("gpt2-774m", "v5e"): ["--mesh.fsdp", "8"],
     ("gpt2-1558m", "v5e"): ["--mesh.fsdp", "8", "--micro_batch_size", "4"],
+    ("gpt2-1558m", "v6e"): ["--mesh.fsdp", "8"],
 }
 
 
-def plan(size, topology):
-    """The plan as a table: of the flags that it needs, or with an error."""
-    flags = FLAGS.get((size, topology.split(":")[0]), [])
-    command = [sys.executable, "-m", "gpt2_jax.plan", "--config", size, "--topology", topology, "--json", *flags]
+class Row(NamedTuple):
+    """One row of the table. A `batch_size` of 0 is the preset's."""
+
+    size: str
+    topology: str
+    batch_size: int = 0
+
+    @property
+    def key(self) -> str:
+        """The key in the results file."""
+        return f"{self.size} {self.topology}" + (f" batch {self.batch_size}" if self.batch_size else "")
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags of the command besides `--config` and `--topology`."""
+        batch = ["--batch_size", str(self.batch_size)] if self.batch_size else []
+        return FLAGS.get((self.size, self.topology.split(":")[0]), []) + batch
+
+
+# In the order of the table. tests/planning compares its own compiles with four of them.
+ROWS = [
+    Row("gpt2-124m", "v5e:2x4"),
+    Row("gpt2-124m", "v5e:4x8"),
+    Row("gpt2-124m", "v5e:16x16"),
+    Row("gpt2-124m", "v5e:4x8", batch_size=4 * 512),
+    Row("gpt2-124m", "v5e:16x16", batch_size=32 * 512),
+    Row("gpt2-124m", "v5p:2x2x4"),
+    Row("gpt2-124m", "v6e:2x4"),
+    Row("gpt2-355m", "v5e:2x4"),
+    Row("gpt2-355m", "v5e:8x8"),
+    Row("gpt2-355m", "v5p:4x4x4"),
+    Row("gpt2-774m", "v5e:2x4"),
+    Row("gpt2-774m", "v5p:4x4x4"),
+    Row("gpt2-774m", "v6e:2x4"),
+    Row("gpt2-1558m", "v5e:4x4"),
+    Row("gpt2-1558m", "v5p:4x4x4"),
+    Row("gpt2-1558m", "v6e:4x4"),
+]
+
+
+def plan(row: Row) -> dict[str, Any]:
+    """Runs `gpt2_jax.plan` for a row and returns the part of its JSON that the table and the tests use."""
+    command = [sys.executable, "-m", "gpt2_jax.plan", "--config", row.size, "--topology", row.topology, "--json"]
+    command += row.flags
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode == 2:
-        return {"flags": flags, "error": done.stderr.strip().splitlines()[-1]}
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     table = json.loads(done.stdout)
     keep = ("devices", "hosts", "mesh", "n_params", "attention_kernels", "attention_copies", "micro_batches", "memory",
             "model_flops", "hardware_flops", "traffic", "collectives", "estimate", "tokens")  # fmt: skip
     config = table["config"]
-    return {"flags": flags, "batch_size": config["batch_size"], "steps": config["steps"],
+    return {"flags": row.flags, "batch_size": config["batch_size"], "steps": config["steps"],
             "attention": table["attention"]["backend"], **{key: table[key] for key in keep}}  # fmt: skip
 
 
-def row(size, topology, table):
-    """A line of the document."""
-    start = f"| {size.removeprefix('gpt2-').upper()} | {TOPOLOGIES[topology]} "
-    if "error" in table:
-        return f"{start}| {table['error'].removeprefix('error: ')} |" + " |" * 8
-    estimate, mesh, memory = table["estimate"], table["mesh"], table["memory"]
-    if "attention_copies" not in table:
-        start += "† "
-    per_device = table["batch_size"] // table["devices"] // table["micro_batches"]
-    moved = {}
-    for one in table["collectives"]:
-        if one["n_bytes"] >= 1e6:
-            axes = " and ".join(one["axes"])
-            moved[axes] = moved.get(axes, 0) + one["sent"]
-    sent = ", ".join(f"{axes} {n_bytes / 1e9:.2f} GB" for axes, n_bytes in moved.items()) or "0"
-    least, most = (1000 * estimate[key] for key in ("least", "most"))
-    share = estimate["links"] / most * 1000
-    hours = [table["steps"] * estimate[key] / 3600 for key in ("least", "most")]
-    return (
-        f"{start}| {mesh['data']} × {mesh['fsdp']} | {table['micro_batches']} × {per_device} "
-        f"| {memory['needed'] / 2**30:.1f} of {memory['available'] / 2**30:.0f} | {sent} | {least:.0f} – {most:.0f} "
-        f"| {100 * share:.0f}% | {100 * min(estimate['mfu']):.0f} – {100 * max(estimate['mfu']):.0f}% "
-        f"| {hours[0]:.2g} – {hours[1]:.2g} |"
-    )
+HEADER = """# Scaling: the four sizes on TPU slices
 
+`python bench/scaling.py` writes this page from [bench/results/scaling.json](../bench/results/scaling.json), the output
+of `python -m gpt2_jax.plan` for each row. **The programs are compiled and estimated, not run.** XLA compiles the
+training step for these chips; memory, collectives and FLOPs are read from the program. Times are arithmetic: the
+compute cycles that the TPU compiler estimates, attention kernels at the chip's peak, and collectives at the link speed
+of the data sheet. The first time assumes that everything overlaps, the second that nothing does. Evaluation,
+checkpoints, data loading, stragglers and thermal limits are not included.
 
-HEADER = """# Scaling: what the four sizes do on chips
-
-Generated by `python bench/scaling.py` from [bench/results/scaling.json](../bench/results/scaling.json), which holds
-what `python -m gpt2_jax.plan` says of each preset on each topology. **Compiled and estimated, not run**: the programs
-are those that training runs, compiled by XLA for these chips; memory, collectives and FLOPs are read from them. Times
-are arithmetic: matrix products, memory traffic and links at the speeds of the data sheets; on TPU, instead of the first
-two, the cycles that the compiler itself estimates, and the attention kernels at the peak. The first figure is for all of
-it overlapping, the second for nothing overlapping. Neither evaluation nor checkpoints nor input are in it, nor what a
-real cluster's network, stragglers and thermal limits take.
-
-| size | chips | data × fsdp | micro-batches × sequences | GiB per chip | sent per chip and update | update, ms | links' share | MFU | hours for the preset |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| size | chips | sequences per update | data × fsdp | micro-batches × sequences | GiB per chip | sent per chip and update | update | communication | MFU | time for the preset's tokens |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """  # noqa: E501
-
 
 FOOTER = """
 
-† Compiled with an earlier step, of which the estimates are longer on TPU: for 124M on v5e-8 they were 666 – 670 ms.
+"Micro-batches × sequences" is per chip. "Sent" counts bytes that a chip sends with ring algorithms, over each mesh
+axis; collectives under 1 MB are left out. "Communication" is its share of an update in which nothing overlaps. The
+preset's tokens are those of its `steps` and `batch_size`: {tokens}. Link speeds, all links of a chip together, in one
+direction: {links}.
 
-Micro-batches × sequences are per chip. Sent are the bytes that a chip sends by the ring algorithms, over each axis of
-the mesh. Links, in one direction: TPU 200 GB/s (v5e) and 600 GB/s (v5p), all links of a chip together; H100 450 GB/s
-within a host of eight, and beyond it 50 GB/s for each GPU, used by all of a host together.
+## Configs that need sharding
 
-## Where communication dominates
+774M and 1558M as their presets are do not fit the memory of a v5e or v6e chip. The rows above add these flags, which
+share one copy of parameters, gradients and optimizer state among eight chips:
 
-The links' share is that of an update in which nothing overlaps. The batch of a preset is fixed: more chips have fewer
-sequences for each, and the gradients weigh the same for all. With the presets' batches {where};
-more than a quarter: {quarter}. A larger `batch_size` moves that point.
+{flags}
+
+All other rows run the preset unchanged, apart from the batch size where the table shows another one.
+
+## Weak and strong scaling
+
+The batch of a preset is fixed. More chips leave fewer sequences for each, while every chip still sends all gradients
+once per update, so the share of communication grows and MFU falls: 124M goes from {strong_start} MFU on v5e-8 to
+{strong_end} on v5e-256. With 64 sequences per chip on every slice (4 micro-batches of 16), 124M keeps {weak_end} MFU on
+v5e-256, at {weak_batch:,} sequences = {weak_tokens:.1f} M tokens per update; the loss of a run with so large a batch is
+not measured. Where communication takes the largest shares: {largest}.
 """
 
 
-def _place(pair):
-    """Sorts rows by size, kind of chip, and how many."""
-    size, topology = pair
-    name, _, shape = topology.partition(":")
-    return SIZES.index(size), ("v5e", "v5p", "v6e", "h100").index(name), math.prod(map(int, shape.split("x")))
+def name(size: str) -> str:
+    """The size as people write it, such as "124M"."""
+    return size.removeprefix("gpt2-").upper()
 
 
-def document(results):
-    """The whole of docs/scaling.md."""
-    known = [(*pair, results[" ".join(pair)]) for pair in sorted(ROWS, key=_place) if " ".join(pair) in results]
-    rows = [row(size, topology, table) for size, topology, table in known]
-    shares = [
-        (size, TOPOLOGIES[topology], table["estimate"]["links"] / table["estimate"]["most"])
-        for size, topology, table in known
-        if "estimate" in table
+def share(table: dict[str, Any]) -> float:
+    """Communication's share of an update in which nothing overlaps."""
+    return table["estimate"]["links"] / table["estimate"]["most"]
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """A range as text, or one number if both ends print alike."""
+
+    def text(number: float) -> str:
+        return f"{number:.2f}" if number < 1 else f"{number:.1f}" if number < 10 else f"{number:,.0f}"
+
+    return f"{text(low)}{unit}" if text(low) == text(high) else f"{text(low)} – {text(high)}{unit}"
+
+
+def mfu(table: dict[str, Any]) -> str:
+    """Model FLOPs utilization as text."""
+    low, high = (100 * value for value in table["estimate"]["mfu"])
+    return span(low, high, "%")
+
+
+def line(row: Row, table: dict[str, Any]) -> str:
+    """A line of the table."""
+    estimate, mesh, memory = table["estimate"], table["mesh"], table["memory"]
+    per_device = table["batch_size"] // table["devices"] // table["micro_batches"]
+    sent: dict[str, float] = {}
+    for one in table["collectives"]:
+        if one["n_bytes"] >= 1e6:
+            axes = " and ".join(one["axes"])
+            sent[axes] = sent.get(axes, 0) + one["sent"]
+    seconds = estimate["least"], estimate["most"]
+    hours = [read_config(row.size).batch_size / table["batch_size"] * table["steps"] * time / 3600 for time in seconds]
+    days = hours[1] >= 48
+    cells = [
+        name(row.size),
+        SLICES[row.topology],
+        f"{table['batch_size']:,}",
+        f"{mesh['data']} × {mesh['fsdp']}",
+        f"{table['micro_batches']} × {per_device}",
+        f"{memory['needed'] / 2**30:.1f} of {memory['available'] / 2**30:.0f}",
+        ", ".join(f"{axes} {n_bytes / 1e9:.2f} GB" for axes, n_bytes in sent.items()),
+        span(*(1000 * time for time in seconds), " ms"),
+        f"{100 * share(table):.0f}%",
+        mfu(table),
+        span(*(time / 24 for time in hours), " days") if days else span(*hours, " h"),
     ]
+    return f"| {' | '.join(cells)} |"
 
-    def above(least):
-        return ", ".join(
-            f"{size.removeprefix('gpt2-').upper()} on {chips} ({100 * share:.0f}%)"
-            for size, chips, share in shares
-            if share > least
+
+def document(results: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/scaling.md."""
+    known = [(row, results[row.key]) for row in ROWS if row.key in results]
+    tokens = {row.size: read_config(row.size) for row in ROWS}
+    largest = sorted(known, key=lambda pair: -share(pair[1]))[:3]
+    strong, weak = Row("gpt2-124m", "v5e:16x16"), Row("gpt2-124m", "v5e:16x16", batch_size=32 * 512)
+    return (
+        HEADER
+        + "\n".join(line(row, table) for row, table in known)
+        + FOOTER.format(
+            tokens=", ".join(
+                f"{name(size)} {config.steps * config.batch_size * config.model.block_size / 1e9:.1f} G"
+                for size, config in tokens.items()
+            ),
+            links=", ".join(f"{chip} {CHIPS[kind].link / 1e9:.0f} GB/s" for chip, kind in KINDS.items()),
+            flags="\n".join(f"- {name(size)} on {chip}: `{' '.join(flags)}`" for (size, chip), flags in FLAGS.items()),
+            strong_start=mfu(results["gpt2-124m v5e:2x4"]),
+            strong_end=mfu(results[strong.key]),
+            weak_end=mfu(results[weak.key]),
+            weak_batch=weak.batch_size,
+            weak_tokens=results[weak.key]["tokens"] / 1e6,
+            largest=", ".join(
+                f"{name(row.size)} on {SLICES[row.topology]} ({100 * share(table):.0f}%)" for row, table in largest
+            ),
         )
-
-    half = above(0.5)
-    where = (
-        f"more than half of the time goes to the links for {half}" if half else "nowhere here do the links take half"
     )
-    return HEADER + "\n".join(rows) + FOOTER.format(where=where, quarter=above(0.25) or "none")
 
 
-def main():
-    """Compiles what is missing, and writes the file and the document."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topologies", nargs="*", default=["v5e", "v5p", "v6e", "h100"])
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES))
+def main() -> None:
+    """Compiles the missing rows, and writes the results and the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--topologies", nargs="*", default=list(KINDS))
+    parser.add_argument("--sizes", nargs="*", default=sorted({row.size for row in ROWS}))
     args = parser.parse_args()
-    file = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     version = importlib.metadata.version("jax")
-    if file.get("jax") != version:
-        file = {"jax": version, "results": {}}
-    for size, topology in ROWS:
-        key = f"{size} {topology}"
-        wanted = size in args.sizes and topology.split(":")[0] in args.topologies
-        if wanted and key not in file["results"]:
-            print(key, flush=True)
-            file["results"][key] = plan(size, topology)
-            RESULTS.write_text(json.dumps(file, indent=1) + "\n")
-    DOCUMENT.write_text(document(file["results"]))
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = recorded["results"] if recorded.get("jax") == version else {}
+    results = {row.key: known[row.key] for row in ROWS if row.key in known and known[row.key]["flags"] == row.flags}
+    for row in ROWS:
+        wanted = row.size in args.sizes and row.topology.split(":")[0] in args.topologies
+        if wanted and row.key not in results:
+            print(row.key, flush=True)
+            results[row.key] = plan(row)
+            RESULTS.write_text(json.dumps({"jax": version, "results": results}, indent=1) + "\n")
+    DOCUMENT.write_text(document(results))
 
 
 if __name__ == "__main__":

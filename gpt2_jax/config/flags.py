@@ -48,14 +48,15 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
 
 def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits a command line: the flags that are fields of the dataclass `kind`, with their values, and the rest."""
-    names = {field.name for field in dataclasses.fields(kind)}
+    switches = {field.name: isinstance(field.default, bool) for field in dataclasses.fields(kind)}
     taken: list[str] = []
     rest: list[str] = []
     words = iter(args)
     for word in words:
-        if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in names:
+        name = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and name in switches:
             taken.append(word)
-            if "=" not in word:
+            if "=" not in word and not switches[name]:
                 taken += itertools.islice(words, 1)
         else:
             rest.append(word)

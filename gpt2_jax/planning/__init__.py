@@ -1,1 +1,1 @@
-"""Plans for chips that need not be attached: compiles the training step for them and reads the program."""
+"""Plans: compiles the training step for chips that need not be attached and reads its cost from the program."""

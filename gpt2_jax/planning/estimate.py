@@ -1,6 +1,6 @@
-"""What an update costs on some devices: compiles the training step for them, and reads memory, collectives and FLOPs.
+"""Compiles the training step for given devices and reads memory, collectives, FLOPs and estimated times from it.
 
-What it says of time is arithmetic on the makers' data sheets, not a measurement.
+The times are arithmetic on data-sheet figures, not measurements.
 """
 
 from __future__ import annotations
@@ -18,71 +18,85 @@ from jax.sharding import Mesh
 from gpt2_jax import attention
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.tokenizer import vocab_size
-from gpt2_jax.hardware import Chip, chip_of, hardware_of, host_of
+from gpt2_jax.hardware import GIB, Chip, chip_of, hardware_of, host_of
 from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import n_params
-from gpt2_jax.planning.hlo import Collective, Part, Program, flops
+from gpt2_jax.planning.flops import Part, flops
+from gpt2_jax.planning.hlo import Collective, HloModule
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.sharding import abstract_batch, make_mesh
 from gpt2_jax.step import abstract_state, make_train_step
 
+ATTENTION_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w+)"'
+IN_ATTENTION = r'op_name="[^"]*/attn/'
+
 
 class Memory(NamedTuple):
-    """Of one device, in bytes: what the program needs at its peak, and what there is; None where nobody knows."""
+    """Bytes on one device: the peak that the program requires, and the capacity, None where that is unknown."""
 
-    needed: int
+    required: int
     available: int | None
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough."""
-        return self.available is None or self.needed <= self.available
+        """Whether the capacity suffices. An unknown one does."""
+        return self.available is None or self.required <= self.available
+
+    def __str__(self) -> str:
+        available = f" of {self.available / GIB:.3g}" if self.available else ""
+        return f"{self.required / GIB:.3g}{available} GiB"
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds that one update takes each part of a device, if it did nothing else.
+    """Seconds that one update keeps each resource of a device busy.
 
     Attributes:
-        compute: matrix products at the peak.
-        memory: everything read and written, at the bandwidth.
-        links: everything sent, by ring algorithms.
-        compiled: products and memory together, as the TPU compiler estimates them, and at the peak the attention
-            kernels, of which it has no estimate; None for GPUs.
+        compute: matmuls at the chip's peak.
+        memory: all reads and writes at the memory bandwidth.
+        communication: all collectives at the link speed, with ring algorithms.
+        compiler_estimate: the TPU compiler's estimate of compute and memory together, plus the attention kernels at the
+            peak, for which the compiler has no estimate. None for GPUs.
     """
 
     compute: float
     memory: float
-    links: float
-    compiled: float | None
+    communication: float
+    compiler_estimate: float | None
 
     @property
-    def least(self) -> float:
-        """If all overlaps."""
-        return max(self.compiled or max(self.compute, self.memory), self.links)
+    def lower_bound(self) -> float:
+        """Seconds if everything overlaps."""
+        return max(self.compiler_estimate or max(self.compute, self.memory), self.communication)
 
     @property
-    def most(self) -> float:
-        """If nothing overlaps, but at these speeds."""
-        return (self.compiled or self.compute + self.memory) + self.links
+    def upper_bound(self) -> float:
+        """Seconds if nothing overlaps, still at these speeds."""
+        return (self.compiler_estimate or self.compute + self.memory) + self.communication
+
+    def __str__(self) -> str:
+        return f"{1000 * self.lower_bound:.0f} to {1000 * self.upper_bound:.0f} ms"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config does on some devices.
+    """The cost of one update of a config on given devices.
 
     Attributes:
         config: resolved.
-        where: topology or machine.
-        attention: the backend, and what speaks against the others.
-        attention_kernels: how often they run in one update on each device.
-        attention_copies: arrays that are copied around them into another layout, in one update on each device.
-        parameters: name, shape and placement of each.
-        micro_batches: per update.
-        model_flops: of one update, on all devices, by 6 N + 12 L C T.
-        hardware_flops: of one update, on all devices: of the products in the program.
-        traffic: bytes that a device reads and writes in its memory in one update.
-        cycles: of a TPU core in one update outside attention kernels, by the compiler's estimate; 0 for other chips.
+        where: the topology, or this machine.
+        kind: JAX's name of the chip.
+        attention: the chosen backend, and why the others were rejected.
+        attention_kernels: calls of attention kernels on each device.
+        attention_copies: copies around those kernels that change an array's layout, on each device.
+        parameters: name, shape and placement of each parameter.
+        micro_batches: number of micro-batches.
+        memory: of one device.
+        model_flops: 6 N + 12 L C T per token, on all devices together.
+        hardware_flops: of the matmuls in the program, on all devices together.
+        hbm_bytes: bytes that one device reads from and writes to its main memory.
+        cycles: TPU cycles outside attention kernels, as the compiler estimates them; 0 for other chips.
+        estimate: None if the chip's figures are unknown.
     """
 
     config: TrainConfig
@@ -100,24 +114,24 @@ class Plan:
     memory: Memory
     model_flops: float
     hardware_flops: float
-    traffic: int
+    hbm_bytes: int
     cycles: int
     collectives: tuple[Collective, ...]
     estimate: Estimate | None
 
     @property
     def tokens(self) -> int:
-        """Per update."""
+        """Tokens per update."""
         return self.config.batch_size * self.config.model.block_size
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of an update that takes so long."""
+        """Model FLOPs utilization of an update that takes `seconds`."""
         assert self.estimate is not None
         return self.model_flops / self.hardware_flops * self.estimate.compute / seconds
 
 
 class TooLargeError(Exception):
-    """The program does not fit; `memory` says by how much."""
+    """The program requires more memory than a device has."""
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()
@@ -125,16 +139,16 @@ class TooLargeError(Exception):
 
 
 def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> Plan:
-    """Compiles the training step and reads what it does.
+    """Compiles the training step of a config and reads its cost from the program.
 
     Args:
         config: validated.
-        devices: real ones, or of `chips.devices_of`.
-        where: their name.
+        devices: attached ones, or those of `topologies.devices_of`.
+        where: name of the devices.
 
     Raises:
         UserError: config and devices do not fit together.
-        TooLargeError: the program needs more memory than a device has.
+        TooLargeError: the program requires more memory than a device has.
     """
     config, choice = resolve(config, hardware_of(devices[0]))
     if not config.model.vocab_size:
@@ -147,15 +161,15 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
     with jax.default_matmul_precision(matmul_precision(config.dtype)):
         step = make_train_step(model, config.optimizer, mesh, config.seed)
         traced = step.trace(state, tokens)
-        arguments = sum(
+        state_bytes = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
         )
-        compiled = _compile(traced.lower(), arguments)
+        compiled = _compile(traced.lower(), state_bytes)
     memory = _memory(compiled, devices[0])
-    program = Program(compiled.as_text() or "")
-    traffic, cycles = program.memory_traffic(), program.estimated_cycles()
-    products = flops(traced.jaxpr)
-    collectives = tuple(program.collectives(dict(mesh.shape)))
+    module = HloModule(compiled.as_text() or "")
+    hbm_bytes, cycles = module.hbm_bytes(), module.estimated_cycles()
+    parts = flops(traced.jaxpr)
+    collectives = tuple(module.collectives(dict(mesh.shape)))
     size = n_params(state.params, config.model)
     per_token = flops_per_token(config.model, size)
     chip = chip_of(devices[0])
@@ -168,44 +182,59 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         mesh=dict(mesh.shape),
         n_params=size,
         attention=choice,
-        attention_kernels=program.count(ATTENTION_KERNELS),
-        attention_copies=program.relayouts(IN_ATTENTION),
+        attention_kernels=module.count(ATTENTION_KERNELS),
+        attention_copies=module.relayouts(IN_ATTENTION),
         parameters=tuple(_parameters(state.params)),
         micro_batches=tokens.shape[0],
         memory=memory,
         model_flops=per_token * config.batch_size * config.model.block_size,
-        hardware_flops=sum(products.values()),
-        traffic=traffic,
+        hardware_flops=sum(parts.values()),
+        hbm_bytes=hbm_bytes,
         cycles=cycles,
         collectives=collectives,
-        estimate=_estimate(chip, traffic, cycles, products, collectives, mesh) if chip else None,
+        estimate=_estimate(chip, hbm_bytes, cycles, parts, collectives, mesh) if chip else None,
     )
 
 
-ATTENTION_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w+)"'
-IN_ATTENTION = r'op_name="[^"]*/attn/'
+def _compile(lowered: jax.stages.Lowered, state_bytes: int) -> jax.stages.Compiled:
+    """Compiles a step whose state takes `state_bytes` on one device.
 
-# What the TPU compiler says when a program is too large.
-TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])\)?(?: of | exceeds available HBM \()([\d.]+)([KMGT])")
-
-
-def _compile(lowered: jax.stages.Lowered, arguments: int) -> jax.stages.Compiled:
-    """Compiles, with the bytes of the arguments on one device for the error."""
+    Raises:
+        TooLargeError: the compiler refuses a program that the device has no memory for.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        numbers = TOO_LARGE.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or numbers is None:
+        numbers = parse_out_of_memory(str(error))
+        if numbers is None:
             raise
-        units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        used, used_unit, limit, limit_unit = numbers.groups()
-        needed = arguments + int(float(used) * units[used_unit])
-        raise TooLargeError(Memory(needed, int(float(limit) * units[limit_unit]))) from error
+        temporaries, available = numbers
+        raise TooLargeError(Memory(state_bytes + temporaries, available)) from error
+
+
+def parse_out_of_memory(message: str) -> tuple[int, int] | None:
+    """(bytes of temporaries, bytes of the device) from the TPU compiler's error for a program that is too large.
+
+    Returns:
+        None for any other error.
+    """
+    number = r"([\d.]+)([KMGT])"
+    found = re.search(rf"(?:Used |temporaries \(){number}\)?(?: of | exceeds available HBM \(){number}", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used, used_unit, limit, limit_unit = found.groups()
+    return int(float(used) * units[used_unit]), int(float(limit) * units[limit_unit])
 
 
 def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> Memory:
+    """The memory of a compiled program on one device.
+
+    Raises:
+        TooLargeError: it does not fit.
+    """
     stats: Any = compiled.memory_analysis()
-    needed = (
+    required = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
@@ -213,13 +242,14 @@ def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> Memory:
         + stats.generated_code_size_in_bytes
     )
     chip = chip_of(device)
-    memory = Memory(needed, int(chip.memory) if chip else None)
+    memory = Memory(required, int(chip.memory) if chip else None)
     if not memory.fits:
         raise TooLargeError(memory)
     return memory
 
 
 def _parameters(params: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and placement of each parameter."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "/".join(str(key.key) for key in path)
         split = [f"dimension {axis} over {part}" for axis, part in enumerate(leaf.sharding.spec) if part]
@@ -228,25 +258,25 @@ def _parameters(params: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 def _estimate(
     chip: Chip,
-    traffic: int,
+    hbm_bytes: int,
     cycles: int,
-    products: dict[Part, float],
+    parts: dict[Part, float],
     collectives: Sequence[Collective],
     mesh: Mesh,
 ) -> Estimate:
-    kernels = products["attention"] / mesh.size / chip.flops
+    kernels = parts["attention"] / mesh.size / chip.flops
     return Estimate(
-        compute=sum(products.values()) / mesh.size / chip.flops,
-        memory=traffic / chip.bandwidth,
-        links=sum(one.sent() / _speed(chip, one.axes, mesh) for one in collectives),
-        compiled=cycles / chip.clock + kernels if cycles else None,
+        compute=sum(parts.values()) / mesh.size / chip.flops,
+        memory=hbm_bytes / chip.bandwidth,
+        communication=sum(one.sent() / _link_speed(chip, one.axes, mesh) for one in collectives),
+        compiler_estimate=cycles / chip.clock + kernels if cycles else None,
     )
 
 
-def _speed(chip: Chip, axes: tuple[str, ...], mesh: Mesh) -> float:
-    """Bytes per second that each of the devices along some mesh axes can send to the others at the same time."""
+def _link_speed(chip: Chip, axes: tuple[str, ...], mesh: Mesh) -> float:
+    """Bytes per second that each device can send along some mesh axes while all others send as well."""
     group = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)]
     hosts = collections.Counter(host_of(device) for device in group.flat)
     if not chip.network or len(hosts) == 1:
         return chip.link
-    return min(chip.link, chip.network * min(hosts.values()))  # the ring runs in parallel through all ports of a host
+    return min(chip.link, chip.network * min(hosts.values()))  # parallel rings use all network ports of a host

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: collectives, bytes through memory, estimated cycles, products.
+"""Reads a compiled program from its HLO text: collectives, bytes through memory, estimated cycles.
 
-XLA's own cost analysis counts the body of a loop once, whatever its trip count; here everything counts as often as it
-runs. The text is HLO as `jax.stages.Compiled.as_text()` prints it; products are counted in the jaxpr before it.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count. Here every instruction counts as often
+as it runs. `jax.stages.Compiled.as_text()` prints the text.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
 } | {"bf16": 16}  # fmt: skip
 ARRAY = re.compile(r"\b([a-z]+[0-9]+[a-z0-9]*|pred)\[([\d,]*)\](\{[^{}]*\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$", re.DOTALL)
-# Such as mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}: devices in a mesh, of which those along some axes.
+# For example mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}: the devices of a mesh, grouped along some of its axes.
 MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{((?:'\w+',? ?)+)\}"
 )
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
-# What moves nothing by itself: names for parts of other things, control flow (what it calls is counted), and the ends
-# of what was counted where it starts.
+# Opcodes that move no bytes themselves: new names for existing arrays, control flow (the computations that it calls are
+# counted), and the ends of asynchronous instructions, which count at their start.
 FREE = {
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id"),
     *("while", "conditional", "call", "after-all", "opt-barrier", "domain", "async-update", "async-done", "copy-done"),
@@ -37,7 +37,7 @@ FREE = {
 
 
 class Instruction(NamedTuple):
-    """One line of HLO."""
+    """One instruction of HLO."""
 
     name: str
     shape: str  # of the result, with layouts
@@ -48,15 +48,15 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over the same devices.
+    """All collectives of one kind along the same mesh axes.
 
     Attributes:
-        kind: of HLO, such as "all-reduce".
-        axes: the mesh axes along which they communicate.
-        devices: that take part in each group.
-        times: how often they run in one run of the program.
-        n_bytes: over all these runs, of what a group works on together: what is reduced, gathered or passed on by
-            each device.
+        kind: HLO opcode, such as "all-reduce".
+        axes: mesh axes along which the devices communicate.
+        devices: number of devices in each group.
+        times: calls in one run of the program.
+        n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device of it
+            passes on.
     """
 
     kind: str
@@ -66,19 +66,19 @@ class Collective:
     n_bytes: int
 
     def sent(self) -> float:
-        """Bytes that a device sends, by the ring algorithms (Patarasuk and Yuan 2009)."""
+        """Bytes that each device sends with ring algorithms (Patarasuk and Yuan 2009)."""
         share = (self.devices - 1) / self.devices
         return self.n_bytes * {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
 
 
-class Program:
-    """An optimised HLO module.
+class HloModule:
+    """An optimized HLO module.
 
     Args:
-        text: HLO.
+        text: the module's text.
 
     Raises:
-        ValueError: the text is of a form that this reader does not know.
+        ValueError: the text has a form that this reader does not know.
     """
 
     def __init__(self, text: str) -> None:
@@ -87,26 +87,20 @@ class Program:
         self._count(self._entry, 1)
 
     def _count(self, name: str, times: int) -> None:
-        """Adds up how often each computation runs, other than within a fusion."""
+        """Adds up how often each computation outside fusions runs. Every branch counts as often as its conditional."""
         self._runs[name] = self._runs.get(name, 0) + times
         for instruction in self._computations[name].values():
-            called = CALLED.findall(instruction.attributes)
             if instruction.opcode == "while":
                 condition, body = (
                     re.findall(rf"{role}=%?([\w.\-]+)", instruction.attributes)[0] for role in ("condition", "body")
                 )
                 self._count(body, times * self._trip_count(instruction, condition))
-            elif instruction.opcode == "conditional":
-                # The step has one, the optimizer's, which it enters once, in the last turn of a loop.
-                branches = re.findall(r"branch_computations=\{(.*?)\}", instruction.attributes)
-                for branch in re.findall(r"[\w.\-]+", branches[0]) if branches else called:
-                    self._count(branch, 1)
-            elif instruction.opcode in ("call", "async-start"):
-                for computation in called:
-                    self._count(computation, times)
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                for called in _called(instruction):
+                    self._count(called, times)
 
     def _trip_count(self, loop: Instruction, condition: str) -> int:
-        """How often the body of a loop runs: as XLA notes it, or for the counted loops that JAX makes its bound."""
+        """How often the body of a loop runs: XLA's annotation, or the bound in the condition of JAX's counted loops."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
         constants = [
@@ -119,24 +113,24 @@ class Program:
         return constants[0]
 
     def _executed(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Every instruction that runs by itself, with its computation and how often."""
+        """Every instruction outside fusions, with its computation and how often it runs."""
         for name, times in self._runs.items():
             for instruction in self._computations[name].values():
                 yield name, instruction, times
 
     def _within(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """The instructions of a computation and, in fusions, of those that it calls."""
+        """The instructions of a computation, and those inside its fusions."""
         for instruction in self._computations[name].values():
             yield name, instruction
             if instruction.opcode == "fusion":
-                for called in CALLED.findall(instruction.attributes):
+                for called in _called(instruction):
                     yield from self._within(called)
 
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
-        """What the devices of a mesh say to each other in one run of the program, the most bytes first.
+        """The collectives of one run of the program, most bytes first.
 
         Args:
-            mesh_shape: axis names and sizes; the program's devices are the mesh's, in order.
+            mesh_shape: axis names and sizes. The program numbers its devices in the order of the mesh.
         """
         found: dict[tuple[str, tuple[str, ...], int], tuple[int, int]] = {}
         for name, times in self._runs.items():
@@ -160,9 +154,11 @@ class Program:
         collectives = [Collective(*key, *counts) for key, counts in found.items()]
         return sorted(collectives, key=lambda collective: -collective.n_bytes)
 
-    def memory_traffic(self) -> int:
-        """Bytes that one device reads from and writes to its memory in one run: operands and results of everything
-        that runs, of slices only what they take. What a TPU keeps on the chip (`S(n)` in its layouts) is not counted.
+    def hbm_bytes(self) -> int:
+        """Bytes that one device reads from and writes to its main memory in one run.
+
+        Counts operands and results of every instruction. A slice counts as its result, not as the array that it reads.
+        Arrays that a TPU holds on the chip (`S(n)` in their layout) do not count.
         """
         return sum(
             times * self._moved(self._computations[name], instruction)
@@ -175,7 +171,7 @@ class Program:
         sizes = [n_bytes_of(shape, on_chip=False) for shape in operands]
         result = n_bytes_of(instruction.shape, on_chip=False)
         if instruction.opcode == "fusion":
-            (called,) = CALLED.findall(instruction.attributes)
+            (called,) = _called(instruction)
             return self._moved_by_fusion(self._computations[called], sizes, result)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * result
@@ -186,7 +182,7 @@ class Program:
         return sum(sizes) + result
 
     def _moved_by_fusion(self, fused: dict[str, Instruction], sizes: list[int], result: int) -> int:
-        """Of a parameter that is only sliced the slices count, and of one that is only updated the update."""
+        """A parameter that is only sliced counts as its slices, one that is only updated in place as the update."""
         total = 0
         updated = 0
         for instruction in fused.values():
@@ -206,7 +202,7 @@ class Program:
         return total + max(result - updated, 0)
 
     def estimated_cycles(self) -> int:
-        """The TPU compiler's own estimate for one run; it has none for Pallas kernels, copies and collectives."""
+        """The TPU compiler's own estimate for one run. It has none for Pallas kernels, copies and collectives."""
         cycles = re.compile(r'"estimated_cycles":"(\d+)"')
         return sum(
             times * int(match[1])
@@ -215,7 +211,7 @@ class Program:
         )
 
     def count(self, pattern: str) -> int:
-        """How often instructions whose opcode and attributes match a regular expression run."""
+        """Runs of the instructions whose "opcode(attributes" matches a regular expression."""
         matches = re.compile(pattern)
         return sum(
             times
@@ -224,8 +220,13 @@ class Program:
         )
 
     def relayouts(self, pattern: str) -> int:
-        """How often copies and transposes, whose attributes match a regular expression, write an array in another order
-        of its axes. A copy in the same order moves it between a TPU's main memory and the chip."""
+        """Runs of the copies and transposes that change the memory order of an array's axes.
+
+        A copy in the same order does not count: it moves an array between a TPU's main memory and the chip.
+
+        Args:
+            pattern: regular expression that the attributes of an instruction have to match.
+        """
         matches = re.compile(pattern)
         total = 0
         for name, instruction, times in self._executed():
@@ -236,8 +237,15 @@ class Program:
         return total
 
 
+def _called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction other than a loop calls."""
+    branches = BRANCHES.search(instruction.attributes)
+    names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+    return CALLED.findall(instruction.attributes) + names
+
+
 def _order(shape: str) -> str:
-    """The axes of an HLO array as they lie in memory, such as "2,1,0"; those of size 1 lie anywhere."""
+    """The axes of an HLO array in memory order, such as "2,1,0", without axes of size 1."""
     (_, dims, layout), *_ = ARRAY.findall(shape)
     sizes = dims.split(",")
     axes = re.findall(r"\d+", layout.split(":")[0])
@@ -245,21 +253,21 @@ def _order(shape: str) -> str:
 
 
 def n_bytes_of(shape: str, *, on_chip: bool = True) -> int:
-    """Bytes of an HLO shape or tuple of shapes; without `on_chip` only of those in a TPU's main memory."""
+    """Bytes of an HLO shape or tuple of shapes. `on_chip=False` counts only arrays in a TPU's main memory."""
     bits = 0
     for dtype, dims, layout in ARRAY.findall(shape):
         if on_chip or not re.search(r"S\([1-9]", layout):
-            width = BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])  # f8e4m3 and the like
+            width = BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])  # such as f8e4m3
             bits += width * math.prod(int(dim) for dim in dims.split(",") if dim)
     return bits // 8
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """{computation: {name: instruction}}, and the name of the entry."""
+    """Returns {computation: {name: instruction}} and the name of the entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     lines: list[str] = []
-    for line in text.splitlines():  # the metadata of kernels spans lines
+    for line in text.splitlines():  # the metadata of a kernel spans lines
         if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line) or re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
             lines.append(line)
         elif lines and line != "}":
@@ -272,7 +280,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             name, shape, opcode, rest = instruction.groups()
             inside = _balanced(rest)
             operands = re.findall(r"%([\w.\-]+)", inside)
-            # Constants and parameters have their value or number where others have operands.
+            # Constants have their value in the parentheses, parameters their number; other opcodes have operands.
             attributes = rest if opcode in ("constant", "parameter") else rest[len(inside) :]
             current[name] = Instruction(name, shape, opcode, tuple(operands), attributes)
     if not entry:
@@ -281,7 +289,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _balanced(text: str) -> str:
-    """`text` up to the parenthesis that closes one opened before it."""
+    """`text` up to the parenthesis that closes the one before it."""
     depth = 1
     for place, char in enumerate(text):
         depth += (char == "(") - (char == ")")
@@ -291,7 +299,7 @@ def _balanced(text: str) -> str:
 
 
 def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
-    """int [groups, devices]: who takes part in a collective; of a permutation, its pairs."""
+    """int [groups, devices]: the devices of each group of a collective. The groups of a permutation are its pairs."""
     attributes = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", attributes):
         return _table(pairs[1])
@@ -317,81 +325,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """0, 1, … in the shape `dims`, its axes in another order if one is given."""
+    """0, 1, … reshaped to `dims`, then transposed to `order` if there is one."""
     counted = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return counted.transpose(_numbers(order)) if order else counted
 
 
 def _table(text: str) -> np.ndarray:
     return np.array([_numbers(group) for group in re.findall(r"\{?([\d,]+)\}", text)])
-
-
-# --- products ----------------------------------------------------------------------------------------------
-
-# Products of [time, head_dim] by [head_dim, time] in the attention kernels, forward and backward, in units of one.
-# Splash has a backward kernel for dq, and another for dk and dv, which both compute the weights again.
-KERNELS = {"splash": {"fwd": 2, "dq": 3, "dkv": 4}, "cudnn": {"fwd": 2, "bwd": 5}}
-Part = Literal["products", "attention"]
-
-
-def flops(jaxpr: ClosedJaxpr) -> dict[Part, float]:
-    """FLOPs of the matrix products in one run of a traced function on all its devices, recomputation included.
-
-    "attention" are those of the attention kernels, whose causal half they compute; everything else is "products".
-    Loops count as often as they turn; of the branches of a conditional the largest.
-    """
-    return _flops(jaxpr.jaxpr)
-
-
-def _flops(jaxpr: Jaxpr) -> dict[Part, float]:
-    total: dict[Part, float] = {"products": 0.0, "attention": 0.0}
-
-    def add(part: dict[Part, float], times: float = 1.0) -> None:
-        for name, value in part.items():
-            total[name] += times * value
-
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (lhs_contracting, _), _ = params["dimension_numbers"]
-            lhs: Any = eqn.invars[0].aval
-            result: Any = eqn.outvars[0].aval
-            contracted = math.prod(lhs.shape[axis] for axis in lhs_contracting)
-            add({"products": 2.0 * contracted * result.size})
-        elif kernel := _attention_kernel(eqn):
-            add({"attention": kernel})
-        elif name == "scan":
-            add(_flops(params["jaxpr"].jaxpr), params["length"])
-        elif name == "cond":
-            add(max((_flops(branch.jaxpr) for branch in params["branches"]), key=lambda part: sum(part.values())))
-        elif name == "shard_map":
-            devices = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-            add(_flops(params["jaxpr"]), devices)
-        else:
-            for inner in _inner(params.values()):
-                add(_flops(inner))
-    return total
-
-
-def _inner(values: Iterable[Any]) -> Iterator[Jaxpr]:
-    """The jaxprs among the parameters of an equation that is just a call."""
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-
-
-def _attention_kernel(eqn: Any) -> float:
-    """FLOPs of an attention kernel, 0 for other equations. Blocks on the diagonal are computed whole; not counted."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "pallas_call":
-        units = next(units for part, units in KERNELS["splash"].items() if f"_{part}_" in params["name"])
-        *lead, head_dim, time = next(var.aval.shape for var in eqn.invars if var.aval.ndim == 4)  # q
-    elif name.startswith("dot_product_attention_"):
-        units = KERNELS["cudnn"][name.removeprefix("dot_product_attention_").removesuffix("_wrapper")]
-        batch, time, heads, head_dim = eqn.invars[0].aval.shape
-        lead = [batch, heads]
-    else:
-        return 0.0
-    return units * math.prod(lead) * float(time) ** 2 * head_dim  # 2 FLOPs each, half of which are not computed

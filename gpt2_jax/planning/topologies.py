@@ -1,4 +1,4 @@
-"""Devices of topologies that are not attached, for compiling programs."""
+"""Devices that need not be attached, for compiling programs: TPU slices, GPU clusters, simulated CPU devices."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gpt2_jax.hardware import CHIPS, GPUS_PER_HOST
 
 @dataclasses.dataclass(frozen=True)
 class _GPU:
-    """What XLA has to know of an NVIDIA GPU to compile for it, besides what `Chip` says."""
+    """The figures of an NVIDIA GPU that XLA needs to compile for it, besides those in `Chip`."""
 
     kind: str
     capability: int
     cores: int
     clock_ghz: float
     l2_bytes: int
-    shared_memory: int  # per core
-    shared_memory_per_block: int  # at most, if asked for
+    shared_memory: int  # bytes per core
+    shared_memory_per_block: int  # bytes, opt-in maximum
 
 
 _GPUS = {
@@ -46,15 +46,15 @@ KNOWN = "; ".join(
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology that programs can be compiled for, though they are not there.
+    """The devices of a topology. Programs can be compiled for them, but run only on those of "cpu".
 
-    Call it before anything else makes JAX look for devices: it keeps JAX on the CPU.
+    Call it before anything else initializes JAX's backends: it restricts JAX to the CPU.
 
     Args:
-        topology: such as "v5e:4x4", "h100:16" or "cpu:8".
+        topology: for example "v5e:4x4", "h100:16" or "cpu:8".
 
     Raises:
-        UserError: an unknown topology, or its compiler is not installed.
+        UserError: the topology is unknown, or its compiler is not installed.
     """
     name, _, shape = topology.partition(":")
     jax.config.update("jax_platforms", "cpu")
@@ -68,22 +68,20 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
 
 
 def _cpu_devices(count: int) -> Sequence[jax.Device]:
-    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+    with contextlib.suppress(RuntimeError):  # the backends are initialized already
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise UserError(f"cpu:{count} has more devices than the {len(devices)} that this process was started with")
+        raise UserError(
+            f"cpu:{count} needs {count} devices, and this process was started with {len(devices)}; "
+            f"type --topology cpu:{len(devices)}"
+        )
     return devices[:count]
 
 
 def _tpu_devices(name: str, shape: str) -> Sequence[jax.Device]:
     _require("libtpu", "plan", f"compiling for {name}")
-    # Nothing of a TPU is to be looked for; what libtpu would complain of is said beforehand.
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
-                "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
+    _configure_libtpu()
     from jax.experimental import topologies
 
     single = math.prod(map(int, shape.split("x"))) == 1
@@ -95,14 +93,28 @@ def _tpu_devices(name: str, shape: str) -> Sequence[jax.Device]:
         raise UserError(f"no such slice: {name}:{shape} ({reason}); known are {TPU_SHAPES[name]}") from error
 
 
+def _configure_libtpu() -> None:
+    """Sets the environment in which libtpu compiles without a TPU. Settings of the user stay.
+
+    libtpu neither searches for a TPU nor queries the metadata server, tolerates other processes that have it loaded,
+    and logs only errors.
+    """
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
+                "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+
+
 def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
     _require("jax_cuda12_plugin" if importlib.util.find_spec("jax_cuda12_plugin") else "jax_cuda13_plugin", "cuda12",
              f"compiling for {gpu.kind}")  # fmt: skip
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
-        raise UserError(f"{count} GPUs do not make whole hosts of {GPUS_PER_HOST}; take a multiple")
-    # Autotuning would run kernels to compare them.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        whole = count // GPUS_PER_HOST * GPUS_PER_HOST
+        raise UserError(
+            f"{count} GPUs do not fill whole hosts of {GPUS_PER_HOST}; take {whole} or {whole + GPUS_PER_HOST}"
+        )
+    _configure_xla_for_absent_gpus()
     from jax.experimental import topologies
 
     chip = CHIPS[gpu.kind]
@@ -121,6 +133,12 @@ def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
     """
     hosts, per_host = (count // GPUS_PER_HOST, GPUS_PER_HOST) if count > GPUS_PER_HOST else (1, count)
     return topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x{hosts}x{per_host}").devices
+
+
+def _configure_xla_for_absent_gpus() -> None:
+    """Switches autotuning off, which runs kernels to compare them, and logs off."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _require(module: str, extra: str, purpose: str) -> None:

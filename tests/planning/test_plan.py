@@ -1,56 +1,86 @@
-"""Plans: what they say of a program against the program, for chips that are not there, and of what does not fit."""
+"""The command: JSON and text against arithmetic by hand, errors, and compiles for TPUs that are not attached."""
 
-import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
 
 from gpt2_jax import plan
-from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import CHIPS, Chip
-from gpt2_jax.planning import estimate as estimates
+from gpt2_jax.planning.fit import Change
 from gpt2_jax.planning.topologies import devices_of
-from gpt2_jax.sharding import make_mesh
 
 RECORDED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())
 TINY = ["--config", "quickstart", "--batch_size", "16", "--model.n_layer", "1"]
+SIMULATED = ["--topology", "cpu:8", "--mesh.fsdp", "2", "--micro_batch_size", "1"]
+# Parameters of TINY by hand: wte, wpe, one block (two layer norms, c_attn, attn/c_proj, c_fc, mlp/c_proj), ln_f.
+TINY_PARAMS = (
+    257 * 192 + 128 * 192
+    + 2 * 2 * 192 + (192 + 1) * 576 + (192 + 1) * 192 + (192 + 1) * 768 + (768 + 1) * 192
+    + 2 * 192
+)  # fmt: skip
 
 
 def plan_of(capsys, *args):
-    assert plan.main([*TINY, *args, "--json"]) == 0
+    assert plan.main(["--json", *TINY, *args]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_a_plan_for_simulated_devices(capsys):
-    table = plan_of(capsys, "--topology", "cpu:8", "--mesh.fsdp", "2", "--micro_batch_size", "1")
+    table = plan_of(capsys, *SIMULATED)
     assert (table["devices"], table["mesh"], table["micro_batches"]) == (8, {"data": 4, "fsdp": 2}, 2)
     assert table["tokens"] == 16 * 128
+    assert table["n_params"] == TINY_PARAMS
     shapes = {name: shape for name, shape, _ in table["parameters"]}
     size = sum(math.prod(shape) for shape in shapes.values())
-    assert table["n_params"] == size - (384 - 257) * 192  # without the padding of the vocabulary
-    assert table["model_flops"] == (6 * (table["n_params"] - 128 * 192) + 12 * 192 * 128) * table["tokens"]
+    assert size == TINY_PARAMS + (384 - 257) * 192  # the vocabulary is padded to a multiple of 128
+    assert table["model_flops"] == (6 * (TINY_PARAMS - 128 * 192) + 12 * 192 * 128) * 16 * 128
     places = {name: where for name, _, where in table["parameters"]}
     assert places["wte/embedding"] == "dimension 0 over fsdp"
     assert places["h_0/ln_1/scale"] == "whole on each device"
-    # What 6 N + 12 L C T leaves out are only the products that recompute or that the padding adds.
+    # 6 N + 12 L C T leaves out only the matmuls that recomputation and the padded vocabulary add.
     assert 1 <= table["hardware_flops"] / table["model_flops"] < 1.1
     reduced = [one for one in table["collectives"] if one["axes"] == ["data"]]
-    assert sum(one["n_bytes"] for one in reduced) == pytest.approx(4 * size / 2, rel=0.02)  # each has half of most
-    assert table["estimate"] is None  # nothing is known of a CPU's speed
+    assert sum(one["n_bytes"] for one in reduced) == pytest.approx(4 * size / 2, rel=0.02)  # matrices are halved
+    assert table["memory"]["needed"] > 3 * 4 * size / 2  # parameters and two moments
+    assert table["estimate"] is None  # the speed of a CPU is unknown
 
 
-def test_a_plan_for_this_machine_in_words(capsys):
+def test_the_keys_of_the_json_stay(capsys, monkeypatch):
+    """Programs read them: bench/results/scaling.json has the plans of earlier versions."""
+
+    def fastest_change(config, devices, where):
+        return Change(2, "none"), plan.make_plan(config, devices, where)
+
+    monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v5 lite"])
+    monkeypatch.setattr(plan, "fastest_change", fastest_change)
+    table = plan_of(capsys, *SIMULATED, "--find")
+    assert list(table) == [
+        *("config", "where", "kind", "devices", "hosts", "mesh", "n_params", "attention", "attention_kernels"),
+        *("attention_copies", "parameters", "micro_batches", "memory", "model_flops", "hardware_flops", "traffic"),
+        *("cycles", "collectives", "estimate", "tokens", "found"),
+    ]
+    assert table["config"]["model"]["n_layer"] == 1
+    assert table["attention"] == {
+        "backend": "xla",
+        "against": {"splash": "needs tpu, found cpu", "cudnn": "needs cuda, found cpu"},
+    }
+    assert list(table["memory"]) == ["needed", "available"]
+    assert list(table["collectives"][0]) == ["kind", "axes", "devices", "times", "n_bytes", "sent"]
+    assert list(table["estimate"]) == ["compute", "memory", "links", "compiled", "least", "most", "mfu"]
+    assert table["found"] == "--micro_batch_size 2 --model.remat none"
+
+
+def test_a_plan_for_this_machine_as_text(capsys):
     assert plan.main(TINY) == 0
     text = capsys.readouterr().out
     assert "this machine's 8 × cpu" in text
@@ -59,16 +89,27 @@ def test_a_plan_for_this_machine_in_words(capsys):
     assert "h_*/mlp/c_fc/kernel [192, 768]" in text
 
 
+def test_the_help_names_every_flag(capsys):
+    for args in (["--help"], ["--config", "quickstart", "--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            plan.main(args)
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert all(flag in text for flag in ("--topology", "--find", "--json", "--config"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known are v5e: 1x1, 2x2.*h200, cpu"),
         (["--topology", "h100"], "unknown topology 'h100'"),
-        (["--topology"], "expected one argument; such as --topology v5e:4x4"),
-        (["--topology", "cpu:9"], "more devices than the 8"),
+        (["--topology"], "Missing value for argument '--topology'.*python -m gpt2_jax.plan --help"),
+        (["--topology", "--json"], "Missing value for argument '--topology'"),
+        (["--find", "yes"], "yes"),
+        (["--topology", "cpu:9"], "cpu:9 needs 9 devices, and this process was started with 8; type --topology cpu:8"),
         (["--topology", "cpu:8", "--mesh.data", "3"], "mesh.data = 3 × mesh.fsdp = 1 does not make the 8 devices"),
         (["--topology", "cpu:8", "--batch_size", "12"], "a batch of 12 sequences does not divide over 8 devices"),
-        (["--topology", "cpu:8", "--find"], "--find compares estimates, and nothing is known of cpu:8"),
+        (["--topology", "cpu:8", "--find"], "--find compares estimated times, and the speed of cpu:8 is unknown"),
         (["--topology", "cpu:8", "--model.attention", "splash"], "model.attention = 'splash' needs tpu, found cpu"),
     ],
 )
@@ -77,8 +118,8 @@ def test_mistakes_are_one_clear_line(args, message):
         plan.main([*TINY, *args])
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch, capsys):
-    """On CPUs with a little memory, so that it can be seen without a chip."""
+def test_a_config_that_does_not_fit_ends_with_the_excess_and_a_change_that_fits(monkeypatch, capsys):
+    """On CPUs with little memory and invented speeds."""
     args = [*TINY, "--topology", "cpu:8", "--batch_size", "512"]
     assert plan.main([*args, "--json"]) == 0
     needed = json.loads(capsys.readouterr().out)["memory"]["needed"]
@@ -86,109 +127,78 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch, capsys):
     monkeypatch.setitem(CHIPS, "cpu", small)
     with pytest.raises(UserError, match=r"needs .* GiB too much; type --micro_batch_size 32$"):
         plan.main(args)
-    assert plan.main([*args, "--micro_batch_size", "32", "--json"]) == 0  # the change that it names does fit
+    assert plan.main([*args, "--micro_batch_size", "32", "--json"]) == 0  # the change that the error names does fit
     table = json.loads(capsys.readouterr().out)
     assert table["memory"]["needed"] <= small.memory
+    compute = table["hardware_flops"] / 8 / 1e12
+    memory = table["traffic"] / 1e11
+    links = sum(one["sent"] for one in table["collectives"]) / 1e10
     estimate = table["estimate"]
-    assert 0 < estimate["least"] == max(estimate["compute"], estimate["memory"], estimate["links"])
-    assert estimate["most"] == estimate["compute"] + estimate["memory"] + estimate["links"]
+    assert [estimate[part] for part in ("compute", "memory", "links")] == pytest.approx([compute, memory, links])
+    assert min(compute, memory, links) > 0
+    assert estimate["least"] == pytest.approx(max(compute, memory, links))
+    assert estimate["most"] == pytest.approx(compute + memory + links)
+    peak = [table["model_flops"] / 8 / 1e12 / estimate[bound] for bound in ("most", "least")]
+    assert estimate["mfu"] == pytest.approx(peak)
 
 
-@pytest.fixture
-def invented(monkeypatch):
-    """Plans of which memory and time are invented, so that searching among them takes no compiler."""
-    monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v5 lite"])
-    tried = []
+# --- TPUs that are not attached ------------------------------------------------------------------------
 
-    def give(memory, seconds, available):
-        def make_plan(config, devices, where):
-            fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else len(devices)
-            choice = (config.micro_batch_size or config.batch_size // len(devices), config.model.remat, fsdp)
-            tried.append(choice)
-            needed = estimates.Memory(memory(*choice), available)
-            if not needed.fits:
-                raise estimates.TooLargeError(needed)
-            estimate = estimates.Estimate(compute=seconds(*choice), memory=0.0, links=0.0, compiled=None)
-            return SimpleNamespace(memory=needed, estimate=estimate)
-
-        monkeypatch.setattr(plan, "make_plan", make_plan)
-        return tried
-
-    return give
-
-
-CONFIG = dataclasses.replace(read_config("gpt2-124m"), batch_size=512)  # 64 sequences for each of 8 devices
-
-
-@pytest.mark.parametrize(
-    ("available", "flags"),
-    [
-        (900, "--micro_batch_size 8"),  # 100 for the state and 100 for each sequence
-        (199, "--micro_batch_size 1 --model.remat full"),
-        (101, "--micro_batch_size 1 --model.remat full --mesh.data -1 --mesh.fsdp 8"),
-        (1, None),
-    ],
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra plan, is not installed"
 )
-def test_the_smallest_change_that_fits(invented, available, flags):
-    def memory(micro, remat, fsdp):
-        return 100 // fsdp + (100 if remat == "none" else 50) * micro
-
-    invented(memory, lambda *_: 1.0, available)
-    assert plan.smallest_change(CONFIG, jax.devices(), "here") == flags
-
-
-def test_find_takes_the_least_time_of_what_fits(invented):
-    def memory(micro, remat, fsdp):
-        return {"none": 8, "dots": 4, "full": 1}[remat] * micro
-
-    def seconds(micro, remat, fsdp):
-        return {"none": 10.5, "dots": 11, "full": 13}[remat] + 8 / micro
-
-    tried = invented(memory, seconds, 33)
-    flags, found = plan.find(CONFIG, jax.devices(), "here")
-    assert flags == "--micro_batch_size 8 --model.remat dots"  # 12 s; none takes 12.5 at 4, full 13.25 at 32
-    assert found.estimate.most == 12.0
-    assert len(tried) <= 3 * 3  # of seven sizes for each policy
-    invented(memory, seconds, 0)
-    with pytest.raises(UserError, match="nothing fits on here, not even micro-batches of one"):
-        plan.find(CONFIG, jax.devices(), "here")
-
-
-# --- chips that are not there ----------------------------------------------------------------------------------
-
+# As small as a step can be that runs the attention kernel: heads of 64, 256 tokens; bytes instead of 50,257 tokens.
+SMALL = ["--model.n_head", "3", "--model.block_size", "256", "--batch_size", "64", "--micro_batch_size", "4"]
 CASES = [("gpt2-124m", "v5e:2x4"), ("gpt2-124m", "v5p:2x2x4"), ("gpt2-124m", "v6e:2x4"), ("gpt2-1558m", "v5e:4x4")]
 
 
-@pytest.fixture(scope="module")
-def tpu_plans():
-    """The plans of CASES, two compilers at a time: minutes."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, of the extra plan, is not installed")
-
-    def run(case):
-        size, topology = case
-        flags = RECORDED["results"][f"{size} {topology}"]["flags"]
-        command = [sys.executable, "-m", "gpt2_jax.plan", "--config", size, "--topology", topology, "--json", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+@functools.cache
+def tpu_plan(size, topology, *flags):
+    """The JSON of the command, in a process of its own."""
+    command = [sys.executable, "-m", "gpt2_jax.plan", "--config", size, "--topology", topology, "--json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_the_training_step_compiles_for_tpu(tpu_plans, case):
-    size, topology = case
-    table = tpu_plans[case]
-    config = read_config(size)
+def kernel_calls(table):
+    """One forward and two backward kernels per layer and micro-batch, and a second forward with rematerialization."""
+    model = table["config"]["model"]
+    forward = 2 if model["remat"] != "none" else 1
+    return (forward + 2) * model["n_layer"] * table["micro_batches"]
+
+
+def reduces_gradients_once(table, n_params):
+    """Whether all that the devices send is one all-reduce over `data` of float32 gradients and the loss."""
+    (reduction,) = table["collectives"]
+    return (reduction["kind"], reduction["axes"], reduction["n_bytes"]) == ("all-reduce", ["data"], 4 * (n_params + 1))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_small_training_step_compiles_for_tpu(remat):
+    table = tpu_plan("quickstart", "v5e:2x4", *SMALL, "--model.remat", remat)
     assert table["attention"]["backend"] == "splash"
-    # Mosaic kernels: one forward and two backward per layer and micro-batch, and forward again where that is computed
-    # again in the backward pass.
-    forward = 2 if config.model.remat != "none" else 1
-    assert table["attention_kernels"] == (forward + 2) * config.model.n_layer * table["micro_batches"]
+    assert (table["kind"], table["devices"], table["micro_batches"]) == ("TPU v5 lite", 8, 2)
+    assert table["attention_kernels"] == kernel_calls(table)
+    padded = table["n_params"] + (384 - 257) * 192
+    assert reduces_gradients_once(table, padded)
+    assert 3 * 4 * padded < table["memory"]["needed"] <= CHIPS[table["kind"]].memory
+    estimate = table["estimate"]
+    # The compiler's estimate cannot beat the chip's peak.
+    assert table["hardware_flops"] / 8 / 197e12 < estimate["compiled"] <= estimate["least"] < estimate["most"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_the_training_step_compiles_for_tpu(case):
+    recorded = RECORDED["results"][" ".join(case)]
+    table = tpu_plan(*case, *recorded["flags"])
+    assert table["attention"]["backend"] == "splash"
+    assert table["attention_kernels"] == kernel_calls(table)
+    assert table["config"]["model"]["remat"] == read_config(case[0]).model.remat
     assert table["memory"]["needed"] <= CHIPS[table["kind"]].memory
-    recorded = RECORDED["results"][f"{size} {topology}"]
     if RECORDED["jax"] == jax.__version__:  # another compiler makes another program
         assert table["attention_copies"] <= recorded["attention_copies"]
         assert table["memory"]["needed"] == pytest.approx(recorded["memory"]["needed"], rel=0.05)
@@ -198,27 +208,16 @@ def test_the_training_step_compiles_for_tpu(tpu_plans, case):
             assert ours["n_bytes"] == pytest.approx(theirs["n_bytes"], rel=0.01)
 
 
-def test_data_parallel_gradients_cross_the_mesh_once(tpu_plans):
-    table = tpu_plans["gpt2-124m", "v5e:2x4"]
+@pytest.mark.slow
+@needs_libtpu
+def test_data_parallel_gradients_cross_the_mesh_once():
+    table = tpu_plan("gpt2-124m", "v5e:2x4")
     assert table["micro_batches"] > 1
-    (reduction,) = table["collectives"]
-    padded = table["n_params"] + (50304 - 50257) * 768
-    assert (reduction["kind"], reduction["axes"]) == ("all-reduce", ["data"])
-    assert reduction["n_bytes"] == 4 * (padded + 1)  # and the loss
+    assert table["n_params"] == 124_439_808  # as OpenAI's
+    assert reduces_gradients_once(table, 124_439_808 + (50304 - 50257) * 768)
 
 
+@needs_libtpu
 def test_slices_that_do_not_exist():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, of the extra plan, is not installed")
     with pytest.raises(UserError, match="no such slice: v5e:3x3"):
         devices_of("v5e:3x3")
-
-
-def test_devices_of_a_host_share_its_ports(monkeypatch):
-    monkeypatch.setattr(estimates, "host_of", lambda device: device.id // 4)
-    mesh = make_mesh(MeshConfig(2, 4), jax.devices())  # two hosts, `fsdp` within each
-    chip = Chip(flops=1e12, memory=1e9, bandwidth=1e11, link=450, network=50)
-    assert estimates._speed(chip, ("fsdp",), mesh) == 450
-    assert estimates._speed(chip, ("data",), mesh) == 50
-    assert estimates._speed(chip, ("data", "fsdp"), mesh) == 4 * 50
-    assert estimates._speed(dataclasses.replace(chip, network=0), ("data",), mesh) == 450  # a TPU's links go everywhere
