@@ -1,38 +1,130 @@
-"""What the README shows works."""
+"""README.md and docs/: snippets run, commands exist, links lead somewhere, tables are complete."""
 
+import importlib
+import json
 import re
+import shlex
 from pathlib import Path
 
-from gpt2_jax.config import validate
-from gpt2_jax.config.toml import preset_names, read_config
+import jax
+import pytest
+
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, TrainConfig, flatten, validate
+from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
+from gpt2_jax.config.toml import preset_names, read_config, to_toml
+from gpt2_jax.model import GPT2, init_params
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+}
+README, TRAINING = PAGES["README.md"], PAGES["docs/training.md"]
 
 
-def test_the_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str = r"\w*") -> list[str]:
+    """The fenced blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+# --- snippets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory) -> str:
+    """A run directory with a model on bytes, in place of the released GPT-2."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    config = GPT2Config(vocab_size=257, block_size=128, n_layer=1, n_head=2, n_embd=16)
+    out.mkdir()
+    (out / "config.toml").write_text(to_toml(ModelConfig(config, DataConfig(tokenizer="bytes"))))
+    with Checkpoints(out / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"params": init_params(GPT2(config), jax.random.key(0))}, {})
+    return str(out)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_snippets_run(page, tiny_gpt2):
+    """One after the other, with small models. A block that cannot run here has more than `python` after its fence."""
+    code = "\n".join(blocks(page, "python"))
+    code = code.replace('load("gpt2"', f'load("{tiny_gpt2}"')
+    code = code.replace("GPT2Config()", "GPT2Config(n_layer=1, n_head=2, n_embd=16)")
     names: dict = {}
-    exec(example, names)
-    assert names["logits"].shape == (1, 3, 50257)
+    exec(compile(code, page, "exec"), names)
+    if page == "README.md":
+        assert names["logits"].shape == (1, 5, 257)
+    if page == "docs/generation.md":
+        assert names["text"].startswith("Hello, I'm a language model,")
+        assert len(names["texts"]) == 6
+        assert names["logits"].shape == (1, 3, 50257)
+        assert len(names["new"]) == 3
 
 
-def test_the_config_example_is_one(tmp_path):
-    (example,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+def test_the_config_snippet_is_one(tmp_path):
+    (example,) = blocks("docs/data.md", "toml")
     (tmp_path / "config.toml").write_text('out = "run"\nsteps = 1000\nbatch_size = 8\n' + example)
     config = read_config(str(tmp_path / "config.toml"))
     validate(config)
     assert [source.weight for source in config.data.sources] == [0.8, 0.2]
 
 
-def test_every_preset_and_every_file_is_named():
-    for preset in preset_names():
-        assert f"`{preset}`" in README
-    for path in (ROOT / "gpt2_jax").rglob("*.py"):
-        assert path.name == "__init__.py" or re.search(rf"^ +{path.name} ", README, re.MULTILINE), path
+# --- commands ------------------------------------------------------------------------------------------
+
+# Commands that take the flags of a config, and the dataclass of their other flags.
+WITH_CONFIG = {"train": ("gpt2_jax.distributed.cluster", "ClusterFlags"), "plan": ("gpt2_jax.plan", "PlanFlags")}
 
 
-def test_links_lead_somewhere():
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
+def commands() -> list[tuple[str, str]]:
+    """Every `python -m gpt2_jax.NAME …` in a block: the name, and the words after it."""
+    lines = (line for page in PAGES for block in blocks(page) for line in block.replace("\\\n", " ").split("\n"))
+    found = (re.search(r"(?:^|[|&;] *)(?:\w+=\S+ )*python -m gpt2_jax\.(\w+)(.*)", line) for line in lines)
+    return sorted({(match[1], match[2].strip()) for match in found if match})
+
+
+@pytest.mark.parametrize(("name", "words"), commands())
+def test_commands_have_the_flags_that_are_shown(name, words):
+    args = shlex.split(words, comments=True)
+    module = importlib.import_module("gpt2_jax.data.__main__" if name == "data" else f"gpt2_jax.{name}")
+    if name not in WITH_CONFIG:
+        parse_flags(module.Flags, args, prog=name, description="")
+        return
+    where, flags = WITH_CONFIG[name]
+    kind = getattr(importlib.import_module(where), flags)
+    own, rest = take_flags(kind, args)
+    parse_flags(kind, own, prog=name, description="")
+    parse_args(name, "", rest)
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def test_every_preset_has_a_row():
+    assert set(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE)) == set(preset_names())
+
+
+def test_every_key_has_a_row_with_its_default():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ?(?:`(.*?)`)? \| ", TRAINING.split("## Every key")[1], re.MULTILINE))
+    defaults = flatten(TrainConfig(out="", steps=0, batch_size=0))
+    shown = {key: json.dumps(value).replace("()", "[]") for key, value in defaults.items()}
+    assert rows == shown | {"out": "", "steps": "", "batch_size": ""}
+
+
+# --- links ---------------------------------------------------------------------------------------------
+
+
+def slugs(page: str) -> set[str]:
+    """The anchors that GitHub makes of the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in slugs(path.resolve().relative_to(ROOT).as_posix()), link
