@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 COMMANDS = {"train", "prepare", "generate", "convert", "plan", "data.__main__"}
@@ -75,6 +77,16 @@ def test_no_import_goes_up():
 def test_nothing_imports_a_command():
     for module, targets in IMPORTS.items():
         assert not targets & COMMANDS, module
+
+
+@pytest.mark.parametrize(("library", "file"), [("orbax", "checkpoint.py"), ("grain", "data/pipeline.py")])
+def test_only_one_file_imports(library, file):
+    found = {
+        path.relative_to(ROOT / "gpt2_jax").as_posix()
+        for path in FILES.values()
+        if re.search(rf"^ *(import|from) {library}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert found == {file}
 
 
 def test_there_are_no_import_cycles():
