@@ -339,8 +339,9 @@ def test_unpaired_surrogates_have_the_tokens_of_tiktoken(gpt2_vocabulary, in_pro
 COMMAND = """
 import sys
 from gpt2_jax import prepare
-from gpt2_jax.data import preparation
+from gpt2_jax.data import preparation, sources
 preparation.SECONDS_BETWEEN_SAVES = 0.01
+sources.BLOCK_BYTES = 1 << 18
 if __name__ == "__main__":
     prepare.run_command(prepare.main)
 """
@@ -386,7 +387,7 @@ def test_a_run_that_was_killed_writes_the_same_bytes(many_lines, uninterrupted, 
             assert process.poll() is None, process.communicate()
             assert time.perf_counter() < deadline
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.25 / kills))
         process.kill()
         process.communicate()
         assert not (out / "manifest.json").exists()  # it was not too late for the kill
