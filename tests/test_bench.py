@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from token_files import write_llmc
 
 from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.errors import UserError
@@ -30,6 +31,20 @@ def bench(monkeypatch):
     """Imports a module of bench/, as its programs do."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCH.glob("*.py")))
+def test_every_benchmark_can_be_imported(bench, name):
+    assert bench(name).__doc__
+
+
+def test_the_process_whose_start_is_timed(bench, tmp_path):
+    write_llmc(tmp_path / "tokens.bin", np.arange(5000, dtype=np.uint16))
+    command = [sys.executable, "-c", bench("data").FIRST_BATCH, str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    first, ahead, _, tokens = map(float, printed)
+    assert first < ahead
+    assert tokens == 5000
 
 
 def test_the_report_shows_what_the_files_hold(bench, tmp_path):
