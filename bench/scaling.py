@@ -31,7 +31,7 @@ KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}  # keys of CHIPS
 FLAGS = {
     ("gpt2-774m", "v5e"): ["--mesh.fsdp", "8"],
     ("gpt2-1558m", "v5e"): ["--mesh.fsdp", "8", "--micro_batch_size", "4"],
-    ("gpt2-1558m", "v6e"): ["--mesh.fsdp", "8"],
+    ("gpt2-1558m", "v6e"): ["--mesh.fsdp", "4"],
 }
 
 
@@ -106,52 +106,33 @@ checkpoints, data loading, stragglers and thermal limits are not included.
 FOOTER = """
 
 "Micro-batches × sequences" is per chip. "Sent" counts bytes that a chip sends with ring algorithms, over each mesh
-axis; collectives under 1 MB are left out. "Communication" is its share of an update in which nothing overlaps. The
-preset's tokens are those of its `steps` and `batch_size`: {tokens}. Link speeds, all links of a chip together, in one
-direction: {links}.
+axis; collectives under 1 MB are left out. "Communication" is its share of an update in which nothing overlaps.
+
+- Tokens of the presets: {tokens}.
+- Link speeds, all links of a chip together, in one direction: {links}.
 
 ## Configs that need sharding
 
-774M and 1558M as their presets are do not fit the memory of a v5e or v6e chip. The rows above add these flags, which
-share one copy of parameters, gradients and optimizer state among eight chips:
+774M does not fit a v5e chip with its preset, and 1558M fits neither v5e nor v6e. Their rows add flags, so that several
+chips share one copy of parameters, gradients and optimizer state:
 
 {flags}
 
-All other rows run the preset unchanged, apart from the batch size where the table shows another one.
+All other rows use the preset as it is, apart from the sequences per update.
 
-## Weak and strong scaling
+## Strong and weak scaling
 
 The batch of a preset is fixed. More chips leave fewer sequences for each, while every chip still sends all gradients
-once per update, so the share of communication grows and MFU falls: 124M goes from {strong_start} MFU on v5e-8 to
-{strong_end} on v5e-256. With 64 sequences per chip on every slice (4 micro-batches of 16), 124M keeps {weak_end} MFU on
-v5e-256, at {weak_batch:,} sequences = {weak_tokens:.1f} M tokens per update; the loss of a run with so large a batch is
-not measured. Where communication takes the largest shares: {largest}.
+once per update: communication takes a larger share, and MFU falls. The first three rows of 124M show it. In the next
+two, every chip keeps 64 sequences, and the update takes the same time on every slice. The loss of a run with batches of
+that size is not measured.
 """
-
-
-def name(size: str) -> str:
-    """The size as people write it, such as "124M"."""
-    return size.removeprefix("gpt2-").upper()
-
-
-def share(table: dict[str, Any]) -> float:
-    """Communication's share of an update in which nothing overlaps."""
-    return table["estimate"]["links"] / table["estimate"]["most"]
 
 
 def span(low: float, high: float, unit: str) -> str:
     """A range as text, or one number if both ends print alike."""
-
-    def text(number: float) -> str:
-        return f"{number:.2f}" if number < 1 else f"{number:.1f}" if number < 10 else f"{number:,.0f}"
-
-    return f"{text(low)}{unit}" if text(low) == text(high) else f"{text(low)} – {text(high)}{unit}"
-
-
-def mfu(table: dict[str, Any]) -> str:
-    """Model FLOPs utilization as text."""
-    low, high = (100 * value for value in table["estimate"]["mfu"])
-    return span(low, high, "%")
+    low_text, high_text = (f"{number:.1f}" if number < 10 else f"{number:,.0f}" for number in (low, high))
+    return f"{low_text}{unit}" if low_text == high_text else f"{low_text} – {high_text}{unit}"
 
 
 def line(row: Row, table: dict[str, Any]) -> str:
@@ -163,49 +144,43 @@ def line(row: Row, table: dict[str, Any]) -> str:
         if one["n_bytes"] >= 1e6:
             axes = " and ".join(one["axes"])
             sent[axes] = sent.get(axes, 0) + one["sent"]
-    seconds = estimate["least"], estimate["most"]
-    hours = [read_config(row.size).batch_size / table["batch_size"] * table["steps"] * time / 3600 for time in seconds]
-    days = hours[1] >= 48
+    updates = table["steps"] * read_config(row.size).batch_size / table["batch_size"]
+    least, most = estimate["least"], estimate["most"]
+    unit, seconds = next(
+        (unit, seconds)
+        for unit, seconds in ((" days", 86400), (" h", 3600), (" min", 60))
+        if updates * most > 2 * seconds
+    )
     cells = [
-        name(row.size),
+        row.size.removeprefix("gpt2-").upper(),
         SLICES[row.topology],
         f"{table['batch_size']:,}",
         f"{mesh['data']} × {mesh['fsdp']}",
         f"{table['micro_batches']} × {per_device}",
         f"{memory['needed'] / 2**30:.1f} of {memory['available'] / 2**30:.0f}",
         ", ".join(f"{axes} {n_bytes / 1e9:.2f} GB" for axes, n_bytes in sent.items()),
-        span(*(1000 * time for time in seconds), " ms"),
-        f"{100 * share(table):.0f}%",
-        mfu(table),
-        span(*(time / 24 for time in hours), " days") if days else span(*hours, " h"),
+        span(1000 * least, 1000 * most, " ms"),
+        f"{100 * estimate['links'] / most:.0f}%",
+        span(*(100 * mfu for mfu in estimate["mfu"]), "%"),
+        span(updates * least / seconds, updates * most / seconds, unit),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def document(results: dict[str, dict[str, Any]]) -> str:
     """The text of docs/scaling.md."""
-    known = [(row, results[row.key]) for row in ROWS if row.key in results]
-    tokens = {row.size: read_config(row.size) for row in ROWS}
-    largest = sorted(known, key=lambda pair: -share(pair[1]))[:3]
-    strong, weak = Row("gpt2-124m", "v5e:16x16"), Row("gpt2-124m", "v5e:16x16", batch_size=32 * 512)
+    presets = {row.size: read_config(row.size) for row in ROWS}
+    tokens = {
+        size: config.steps * config.batch_size * config.model.block_size / 1e9 for size, config in presets.items()
+    }
+    name = {size: size.removeprefix("gpt2-").upper() for size in presets}
     return (
         HEADER
-        + "\n".join(line(row, table) for row, table in known)
+        + "\n".join(line(row, results[row.key]) for row in ROWS if row.key in results)
         + FOOTER.format(
-            tokens=", ".join(
-                f"{name(size)} {config.steps * config.batch_size * config.model.block_size / 1e9:.1f} G"
-                for size, config in tokens.items()
-            ),
+            tokens=", ".join(f"{name[size]} {count:.1f} G" for size, count in tokens.items()),
             links=", ".join(f"{chip} {CHIPS[kind].link / 1e9:.0f} GB/s" for chip, kind in KINDS.items()),
-            flags="\n".join(f"- {name(size)} on {chip}: `{' '.join(flags)}`" for (size, chip), flags in FLAGS.items()),
-            strong_start=mfu(results["gpt2-124m v5e:2x4"]),
-            strong_end=mfu(results[strong.key]),
-            weak_end=mfu(results[weak.key]),
-            weak_batch=weak.batch_size,
-            weak_tokens=results[weak.key]["tokens"] / 1e6,
-            largest=", ".join(
-                f"{name(row.size)} on {SLICES[row.topology]} ({100 * share(table):.0f}%)" for row, table in largest
-            ),
+            flags="\n".join(f"- {name[size]} on {chip}: `{' '.join(flags)}`" for (size, chip), flags in FLAGS.items()),
         )
     )
 
@@ -219,13 +194,16 @@ def main() -> None:
     version = importlib.metadata.version("jax")
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known = recorded["results"] if recorded.get("jax") == version else {}
-    results = {row.key: known[row.key] for row in ROWS if row.key in known and known[row.key]["flags"] == row.flags}
+    results: dict[str, dict[str, Any]] = {}
     for row in ROWS:
         wanted = row.size in args.sizes and row.topology.split(":")[0] in args.topologies
-        if wanted and row.key not in results:
+        if row.key in known and known[row.key]["flags"] == row.flags:
+            results[row.key] = known[row.key]
+        elif wanted:
             print(row.key, flush=True)
             results[row.key] = plan(row)
-            RESULTS.write_text(json.dumps({"jax": version, "results": results}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"jax": version, "results": {**known, **results}}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"jax": version, "results": results}, indent=1) + "\n")
     DOCUMENT.write_text(document(results))
 
 

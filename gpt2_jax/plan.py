@@ -155,15 +155,15 @@ def _estimate_lines(plan: Plan, estimate: Estimate) -> list[str]:
         "matmuls at the peak": estimate.compute,
         "memory": estimate.memory,
         "communication": estimate.communication,
-        "compiler's cycles and attention kernels": estimate.compiler_estimate,
+        "compiler's estimate": estimate.compiler_estimate,
     }
+    mfu = dict.fromkeys(f"{plan.mfu(seconds):.0%}" for seconds in (upper, lower))
     return [
-        f"an update takes {estimate}, MFU {plan.mfu(upper):.0%} to {plan.mfu(lower):.0%}",
+        f"an update takes {estimate}, MFU {' to '.join(mfu)}",
         f"{si(int(plan.tokens / upper))} to {si(int(plan.tokens / lower))} tokens/s; {steps:,} updates = "
         f"{si(steps * plan.tokens)} tokens: {duration(steps * lower)} to {duration(steps * upper)}",
         ", ".join(f"{name} {1000 * part:.1f} ms" for name, part in parts.items() if part is not None),
-        "assumes data-sheet speeds, and that everything overlaps (least time) or nothing (most); "
-        "without evaluation and checkpoints",
+        "at data-sheet speeds, if everything overlaps (least) or nothing (most); without evaluation and checkpoints",
     ]
 
 

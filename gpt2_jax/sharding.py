@@ -7,6 +7,8 @@ gradients and optimizer state. Plain data parallelism is `fsdp` = 1. `gather` al
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh of `config` over `devices` (all by default).
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or do not map onto a TPU slice.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp = config.data, config.fsdp
@@ -41,7 +43,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "type --mesh.data -1 --mesh.fsdp 1"
         )
     # Auto axes: `nn.Embed`'s gather fails under explicit ones.
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    try:
+        return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    except NotImplementedError as error:  # on most TPUs, JAX gives a mesh axis only whole dimensions of the slice
+        dims = [len(set(coordinates)) for coordinates in zip(*(device.coords for device in devices), strict=True)]
+        sizes = {math.prod(some) for count in range(len(dims) + 1) for some in itertools.combinations(dims, count)}
+        raise UserError(
+            f"mesh.data = {data} × mesh.fsdp = {fsdp} does not map onto a {'x'.join(map(str, dims))} slice; type "
+            f"--mesh.data -1 --mesh.fsdp {min(size for size in sizes if size > fsdp)}"
+        ) from error
 
 
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:

@@ -67,7 +67,7 @@ def smallest_change(config: TrainConfig, devices: Sequence[jax.Device], where: s
         print(f"trying {change}", file=sys.stderr)
         try:
             make_plan(change.apply(config), devices, where)
-        except TooLargeError:
+        except (TooLargeError, UserError):  # still too large, or a size of `fsdp` that does not map onto the slice
             continue
         return change
     return None

@@ -56,6 +56,20 @@ def test_the_smallest_change_that_fits(invented, available, flags):
     assert (change and str(change)) == flags
 
 
+def test_sizes_of_fsdp_that_the_devices_do_not_allow_are_passed_over(invented, monkeypatch):
+    invented(lambda micro, remat, fsdp: 100 // fsdp + 50, lambda *_: 1.0, 101)
+    make_plan = fit.make_plan
+
+    def only_whole_dimensions(config, devices, where):
+        if config.mesh.fsdp == 2:
+            raise UserError("mesh.fsdp = 2 does not map onto the slice")
+        return make_plan(config, devices, where)
+
+    monkeypatch.setattr(fit, "make_plan", only_whole_dimensions)
+    change = fit.smallest_change(CONFIG, jax.devices(), "here")
+    assert str(change) == "--mesh.data -1 --mesh.fsdp 4"
+
+
 def test_the_fastest_change_that_fits(invented):
     def memory(micro, remat, fsdp):
         return {"none": 8, "dots": 4, "full": 1}[remat] * micro

@@ -13,11 +13,13 @@ import jax
 import pytest
 
 from gpt2_jax import plan
+from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import CHIPS, Chip
 from gpt2_jax.planning.fit import Change
 from gpt2_jax.planning.topologies import devices_of
+from gpt2_jax.sharding import make_mesh
 
 RECORDED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())
 TINY = ["--config", "quickstart", "--batch_size", "16", "--model.n_layer", "1"]
@@ -215,6 +217,17 @@ def test_data_parallel_gradients_cross_the_mesh_once():
     assert table["micro_batches"] > 1
     assert table["n_params"] == 124_439_808  # as OpenAI's
     assert reduces_gradients_once(table, 124_439_808 + (50304 - 50257) * 768)
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_map_onto_a_slice():
+    message = r"mesh.data = 2 × mesh.fsdp = 8 does not map onto a 4x4x1 slice; type --mesh.data -1 --mesh.fsdp 16"
+    with pytest.raises(UserError, match=message):
+        plan.main([*TINY, "--topology", "v6e:4x4", "--mesh.fsdp", "8"])
+    sizes = {"v6e:4x4": [1, 4, 16], "v5p:2x2x4": [1, 2, 4, 8, 16], "v5e:4x4": [1, 2, 4, 8, 16]}
+    for topology, fsdp in sizes.items():
+        devices = devices_of(topology)
+        assert [make_mesh(MeshConfig(-1, size), devices).shape["fsdp"] for size in fsdp] == fsdp
 
 
 @needs_libtpu
