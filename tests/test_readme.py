@@ -57,7 +57,7 @@ def test_python_snippets_run(page, tiny_gpt2):
         assert names["text"].startswith("Hello, I'm a language model,")
         assert len(names["texts"]) == 6
         assert names["logits"].shape == (1, 3, 50257)
-        assert len(names["new"]) == 3
+        assert len(names["new"]) == 2
 
 
 def test_the_config_snippet_is_one(tmp_path):
