@@ -5,10 +5,10 @@
 import os
 import tempfile
 
+from xla_flags import FAST_COMPILE
+
 # Set before JAX starts. Single-device tests use the first of the eight devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of this size take longer to compile than to run: compile without optimisation, in half of the time.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Eight devices on two busy cores can exceed XLA's default limit of 40 s for a collective.
 DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ["XLA_FLAGS"] = f"{DEVICES} {FAST_COMPILE}"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from conftest import FAST_COMPILE
+from xla_flags import FAST_COMPILE
 
 from gpt2_jax import runtime
 from gpt2_jax.errors import UserError

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import FAST_COMPILE
 from token_files import write_llmc
 from torch_gpt2 import as_params, torch_gpt2
+from xla_flags import FAST_COMPILE
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints

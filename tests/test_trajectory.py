@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch_gpt2 import as_params, torch_gpt2
+from xla_flags import OPTIMISED
 
 from gpt2_jax.config import GPT2Config, MeshConfig, OptimizerConfig
 from gpt2_jax.model import GPT2
@@ -59,10 +60,11 @@ def our_loop(batches, start, dtype=jnp.float32):
     mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     model = GPT2(CONFIG, dtype)
     state = init_state(model, OPTIMIZER, mesh, 0, jax.tree.map(jnp.copy, start))
-    step = make_train_step(model, OPTIMIZER, mesh, 0)
+    sharding = batch_sharding(mesh, leading_axis=True)
+    step = make_train_step(model, OPTIMIZER, mesh, 0).lower(state, put_batch(batches[0], sharding)).compile(OPTIMISED)
     losses = []
     for batch in batches:
-        state, metrics = step(state, put_batch(batch, batch_sharding(mesh, leading_axis=True)))
+        state, metrics = step(state, put_batch(batch, sharding))
         losses.append(float(metrics.loss))
     return np.array(losses), state.params
 

@@ -16,8 +16,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import FAST_COMPILE
 from token_files import write_llmc
+from xla_flags import FAST_COMPILE
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import MeshConfig
