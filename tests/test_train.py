@@ -199,7 +199,7 @@ def run_here(args, devices=1):
 
 
 def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path):
-    args = [*tiny_run, "--steps", 3, "--model.dropout", 0, "--batch_size", 16, "--model.n_layer", 2]
+    args = [*tiny_run, "--steps", 3, "--model.dropout", 0, "--batch_size", 16]
     assert run_here([*args, "--out", tmp_path / "one", "--micro_batch_size", 0]) == 0
     assert (
         run_here([*args, "--out", tmp_path / "eight", "--micro_batch_size", 1, "--eval.sample_tokens", 3], devices=8)
@@ -431,7 +431,7 @@ def train_here(args, devices=1):
 FROZEN = ["--steps", "1", "--optimizer.learning_rate", "1e-12", "--optimizer.final_learning_rate", "0"]
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layers", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_starts_from_another_model(tiny_run, origin, tmp_path, layers):
     theirs, directory = origin
     flags = ["--model.scan_layers", str(layers == "scanned").lower(), "--mesh.fsdp", "2", "--model.dropout", "0"]

@@ -75,6 +75,7 @@ def test_cached_logits_equal_those_of_the_full_forward_at_every_position(pair):
         np.testing.assert_allclose(logits, expected[:, position], atol=1e-5)
 
 
+@pytest.mark.slow  # the batches of prompts below are padded too
 def test_several_tokens_at_a_time_and_padding_change_nothing(pair):
     _, model, params = pair
     sequences = [np.array(prompt(length, seed=length), np.int32) for length in (9, 30, 1)]
@@ -105,6 +106,7 @@ def test_a_batch_gives_the_tokens_of_each_prompt_alone(pair, sampling):
     assert same == (sampling == Sampling(0))  # samples of one prompt differ
 
 
+@pytest.mark.slow
 def test_bfloat16_draws_from_its_own_logits(pair):
     _, model, params = pair
     rounded = model.clone(dtype=jnp.bfloat16)
