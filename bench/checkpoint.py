@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training that runs meanwhile, and how long restoring takes, beside torch.
+"""The cost of a checkpoint for the training that runs meanwhile, and the time to restore it, beside torch.
 
     python bench/checkpoint.py
     python bench/checkpoint.py --config gpt2-124m --batch_size 16 --micro_batch_size 16

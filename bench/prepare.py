@@ -1,4 +1,4 @@
-"""How fast `python -m gpt2_jax.prepare` writes tokens, beside a bare loop of tiktoken's `encode_ordinary`.
+"""Speed of `python -m gpt2_jax.prepare`, beside a bare loop of tiktoken's `encode_ordinary`.
 
     python bench/prepare.py [--text FILE ...]
 

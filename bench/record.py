@@ -45,7 +45,7 @@ def python_path() -> str:
 
 
 def output(*command: str) -> str:
-    """What a command prints; "" if it fails or does not exist."""
+    """The output of a command; "" if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     except OSError:
@@ -59,7 +59,7 @@ def gpu() -> str | None:
 
 
 def circumstances(device: str | None = None) -> dict[str, Any]:
-    """Where and with what the figures were measured.
+    """The machine and the versions behind the figures.
 
     Args:
         device: name of the device if other processes measured on it: asking JAX would reserve its memory. By default

@@ -217,7 +217,7 @@ def command(script: str, figures: Figures) -> str:
 
 
 def details(results: Path) -> Iterator[str]:
-    """What each measured row was computed from, and how to rerun it."""
+    """The figures behind each measured row, and the command that reruns it."""
     for goal in GOALS:
         figures = load(results, goal.file)
         measured = goal.read(figures) if figures else None

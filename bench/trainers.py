@@ -265,7 +265,7 @@ class Torch:
         self.done = 0
 
     def updates(self, count: int) -> float:
-        """As `Ours.updates`."""
+        """See `Ours.updates`."""
         torch, loss = self.torch, None
         for _ in range(count):
             batch = self.batches[self.done % BATCHES]
@@ -285,7 +285,7 @@ class Torch:
         return value
 
     def about(self) -> dict[str, Any]:
-        """As `Ours.about`."""
+        """See `Ours.about`."""
         return {
             "device": self.torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "dtype": self.dtype,
@@ -295,7 +295,7 @@ class Torch:
         }
 
     def peak_bytes(self) -> int:
-        """As `Ours.peak_bytes`."""
+        """See `Ours.peak_bytes`."""
         return int(self.torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else resident_peak()
 
 

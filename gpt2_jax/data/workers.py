@@ -29,7 +29,7 @@ FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeOptions:
-    """How to tokenize.
+    """Options of tokenization.
 
     Attributes:
         tokenizer: its name.

@@ -15,7 +15,7 @@ BLOCK = 256  # Tokens per block in `sample_categorical`: 197 blocks for GPT-2.
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How sequences are continued. Logits are divided by the temperature, then come top-k and top-p.
+    """Options for continuing sequences. Logits are divided by the temperature, then come top-k and top-p.
 
     The order and the meaning of the three are those of `transformers`.
 

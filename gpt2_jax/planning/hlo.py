@@ -100,7 +100,7 @@ class HloModule:
                     self._count(called, times)
 
     def _trip_count(self, loop: Instruction, condition: str) -> int:
-        """How often the body of a loop runs: XLA's annotation, or the bound in the condition of JAX's counted loops."""
+        """Iterations of a loop: XLA's annotation, or the bound in the condition of JAX's counted loops."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
         constants = [
