@@ -177,7 +177,7 @@ def reduces_gradients_once(table, n_params):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_small_training_step_compiles_for_tpu(remat):
     table = tpu_plan("quickstart", "v5e:2x4", *SMALL, "--model.remat", remat)
     assert table["attention"]["backend"] == "splash"
