@@ -130,6 +130,7 @@ END
     assert bench("peers").llmc(tmp_path, config)["error"] == "no GPU\n"
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_or_says_why_not(bench):
     trainers = bench("trainers")
     with trainers.Trainer("ours", TINY) as trainer:

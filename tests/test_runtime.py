@@ -57,7 +57,7 @@ def jax_config():
 
 
 def page_faults(*args: str) -> int:
-    """Page faults of the median call of a program, from a process with these arguments: default|keep, rows, warm-up, calls."""
+    """Page faults of the median call in a process with the arguments default|keep, rows, warm-up and calls."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", FAULTS, *args], env=environment, capture_output=True, check=True)
     return int(done.stdout)

@@ -175,6 +175,7 @@ def directory(make_directory):
 # --- a run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, spawn, directory):
     parts, whole = directory / "parts", directory / "whole"
 
