@@ -98,6 +98,12 @@ def finish(process):
     return process.returncode, output
 
 
+def run_here(args, devices=1):
+    """The command without a process of its own."""
+    config = parse_args("train", "", list(map(str, args)))
+    return training.train(config, jax.devices()[:devices])
+
+
 def rows(out, key):
     return {row["step"]: row[key] for row in read_rows(out / "metrics.jsonl") if key in row}
 
@@ -120,14 +126,12 @@ def wait_for_update(out, step):
         time.sleep(0.02)
 
 
-def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(tiny_run, tmp_path):
-    code, output = finish(command([*tiny_run, *FULL, "--out", tmp_path / "whole"]))
-    assert code == 0, output
+def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(tiny_run, tmp_path, capsys):
+    assert run_here([*tiny_run, *FULL, "--out", tmp_path / "whole"]) == 0
 
     # Half of the updates by a run that ends, then one that is asked to stop, one that is killed, one to the end.
     args = [*tiny_run, *FULL, "--out", tmp_path / "parts"]
-    code, output = finish(command([*args, "--steps", "20"]))
-    assert code == 0, output
+    assert run_here([*args, "--steps", "20"]) == 0
     asked = command(args)
     wait_for_update(tmp_path / "parts", 23)
     asked.send_signal(signal.SIGTERM)
@@ -138,9 +142,9 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     wait_for_update(tmp_path / "parts", 33)
     killed.kill()
     killed.communicate()
-    code, output = finish(command(args))
-    assert code == 0, output
-    assert "resumed after update 3" in output or "resumed after update 2" in output
+    capsys.readouterr()
+    assert run_here(args) == 0
+    assert re.search("resumed after update [23]", capsys.readouterr().out)
 
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
         assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key), key
@@ -174,12 +178,12 @@ def test_killed_at_ten_random_moments(tiny_run, tmp_path):
 def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     out = tmp_path / "run"
     args = ["--config", "quickstart", "--out", out, "--steps", "40", "--optimizer.warmup_steps", "5"]
-    optimised = {"XLA_FLAGS": ""}  # the evaluation at the end takes longer than compiling
-    code, output = finish(command([*args, "--log.every", "5", "--eval.every", "20"], optimised, cwd=tmp_path))
+    args += ["--log.every", "1", "--eval.every", "20", "--data.val_fraction", "0.01"]
+    code, output = finish(command(args, cwd=tmp_path))
     assert code == 0, output
     losses = list(rows(out, "loss").values())
-    assert losses[0] > 4  # ln 257 = 5.5 before the first update
-    assert losses[-1] < 3.2  # the order of bytes by frequency alone gives 3.3
+    assert losses[0] == pytest.approx(np.log(257), abs=0.3)  # a uniform guess
+    assert np.mean(losses[-10:]) < 3.2  # the order of bytes by frequency alone gives 3.3
     nats, targets = re.search(r"loss      (\d\.\d+) nats per token over ([\d,]+) held-out tokens", output).groups()
     bits, zipped, n_bytes = re.search(
         r"([\d.]+) bits per byte; gzip -9 needs ([\d.]+) for the same ([\d,]+) bytes", output
@@ -191,11 +195,6 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
         assert expected in output
     assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def run_here(args, devices=1):
-    config = parse_args("train", "", list(map(str, args)))
-    return training.train(config, jax.devices()[:devices])
 
 
 def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path):
@@ -424,10 +423,6 @@ def origin(tmp_path):
     return theirs, convert(str(run), "huggingface", tmp_path / "origin")
 
 
-def train_here(args, devices=1):
-    return training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:devices])
-
-
 FROZEN = ["--steps", "1", "--optimizer.learning_rate", "1e-12", "--optimizer.final_learning_rate", "0"]
 
 
@@ -437,7 +432,7 @@ def test_starts_from_another_model(tiny_run, origin, tmp_path, layers):
     flags = ["--model.scan_layers", str(layers == "scanned").lower(), "--mesh.fsdp", "2", "--model.dropout", "0"]
     flags += ["--batch_size", "8", "--batch_ramp", "320", "4"]
     args = [*tiny_run, *FROZEN, *flags, "--optimizer.warmup_steps", "1", "--optimizer.decay_steps", "1"]
-    assert train_here([*args, "--init_from", directory, "--out", tmp_path / "out"], devices=4) == 0
+    assert run_here([*args, "--init_from", directory, "--out", tmp_path / "out"], devices=4) == 0
     data, _ = open_data(read_config(str(tmp_path / "out" / "config.toml")))
     with torch.no_grad():
         nats, targets = 0.0, 0
@@ -453,12 +448,12 @@ def test_starts_from_another_model(tiny_run, origin, tmp_path, layers):
 
 def test_a_run_from_another_model_continues_without_it(tiny_run, origin, tmp_path):
     args = [*tiny_run, "--init_from", str(origin[1]), "--out", str(tmp_path / "out")]
-    assert train_here([*args, "--steps", "4"]) == 0
+    assert run_here([*args, "--steps", "4"]) == 0
     shutil.rmtree(origin[1])
-    assert train_here([*args, "--steps", "6"]) == 0
+    assert run_here([*args, "--steps", "6"]) == 0
     assert list(rows(tmp_path / "out", "loss")) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(UserError, match=r"init_from: .* -> ''"):
-        train_here([*tiny_run, "--out", str(tmp_path / "out")])
+        run_here([*tiny_run, "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(
@@ -475,23 +470,23 @@ def test_a_run_from_another_model_continues_without_it(tiny_run, origin, tmp_pat
 def test_a_config_that_does_not_fit_the_model_it_starts_from(tiny_run, origin, tmp_path, flags, message):
     args = [*tiny_run, "--out", str(tmp_path / "out"), "--init_from", str(origin[1]), *flags]
     with pytest.raises(UserError, match=message):
-        train_here(args)
+        run_here(args)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_converted_model_is_not_taken_for_a_run(tiny_run, origin, tmp_path):
     model = convert(str(origin[1]), "orbax", tmp_path / "model")
     with pytest.raises(UserError, match="has checkpoints but not the config of a run"):
-        train_here([*tiny_run, "--out", str(model)])
+        run_here([*tiny_run, "--out", str(model)])
 
 
 def test_the_alphabet_comes_from_the_model(tiny_run, tmp_path):
     args = [*tiny_run, "--data.tokenizer", "chars", "--data.characters", "\n 0123456789abcdeinqrsuxyz", "--steps", "2"]
-    assert train_here([*args, "--out", str(tmp_path / "first")]) == 0
+    assert run_here([*args, "--out", str(tmp_path / "first")]) == 0
     args = [*tiny_run, "--data.tokenizer", "chars", "--init_from", str(tmp_path / "first"), "--steps", "2"]
     for _ in range(2):  # a new run, and one that continues
-        assert train_here([*args, "--out", str(tmp_path / "second")]) == 0
+        assert run_here([*args, "--out", str(tmp_path / "second")]) == 0
     written = read_config(str(tmp_path / "second" / "config.toml"))
     assert written.data.characters == "\n 0123456789abcdeinqrsuxyz"
     with pytest.raises(UserError, match=r"has another alphabet; leave data.characters empty"):
-        train_here([*args, "--out", str(tmp_path / "third"), "--data.characters", "\n 0123456789adeiqrsu"])
+        run_here([*args, "--out", str(tmp_path / "third"), "--data.characters", "\n 0123456789adeiqrsu"])
