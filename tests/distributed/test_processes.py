@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -204,7 +205,7 @@ def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_b
     stopped = max(rows(parts, "loss"))
     assert f"stopped after update {stopped} of 100000" in outputs[0]
 
-    # Without an interruption. The last two updates are for the run that continues with one process.
+    # Without an interruption, two updates longer.
     longer = ["--steps", stopped + 2, *MESH, "--checkpoint.every", stopped]
     both = start(directory, "--out", "whole", *longer)
     codes, outputs, errors = finish(both)
@@ -212,16 +213,22 @@ def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_b
     assert {path.name for path in whole.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     logged = [row["step"] for row in read_rows(parts / "metrics.jsonl") if "loss" in row]
     assert logged == list(range(1, stopped + 1))  # by one process only
-    assert rows(parts, "val_loss")
-    for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
-        expected = rows(whole, key)
-        assert rows(parts, key) == {step: expected[step] for step in expected if step <= stopped}, key
     jax.tree.map(np.testing.assert_array_equal, state_after(stopped, parts), state_after(stopped, whole))
 
-    # One process resumes the run of two. The tolerances are those of the next test.
-    assert "resumed after update" in alone(spawn, directory, "--out", "parts", *longer)
+    # Resume to the end.
+    shutil.copytree(parts, directory / "copy")
+    codes, outputs, errors = finish(start(directory, "--out", "parts", *longer))
+    assert (codes, errors) == ([0, 0], [[], []])
+    assert f"resumed after update {stopped}" in outputs[0]
+    assert rows(parts, "val_loss")
+    for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
+        assert rows(parts, key) == rows(whole, key), key
+    jax.tree.map(np.testing.assert_array_equal, state_after(stopped + 2, parts), state_after(stopped + 2, whole))
+
+    # One process resumes the run of two as well. The tolerances are those of the next test.
+    assert f"resumed after update {stopped}" in alone(spawn, directory, "--out", "copy", *longer)
     for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
-        found, expected = ([rows(run, key)[stopped + i] for i in (1, 2)] for run in (parts, whole))
+        found, expected = ([rows(run, key)[stopped + i] for i in (1, 2)] for run in (directory / "copy", whole))
         np.testing.assert_allclose(found, expected, rtol=tolerance)
 
 
