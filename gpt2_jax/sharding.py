@@ -57,8 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
 
-    The largest dimension that `fsdp` divides is sharded. An array without one is replicated. So are vectors: gathering
-    one costs more than its memory. The leading axis of stacked layers is neither counted nor sharded.
+    The largest dimension that `fsdp` divides is sharded. An array without such a dimension is replicated. So are
+    vectors: gathering them costs more than their memory. The layer axis of stacked layers is not sharded or counted.
     """
     fsdp = mesh.shape["fsdp"]
 

@@ -5,8 +5,8 @@ all-reduce over `data` averages them, and the optimizer runs once.
 
 Inside, `fsdp` shards each micro-batch and the parameters. The devices gather a block's parameters where the block uses
 them (again in the backward pass under `remat`) and reduce-scatter its gradients (ZeRO stage 3, Rajbhandari et al.
-2020). `data` is manual everywhere. `fsdp` is manual in the gradient, so that we place the gathers, and automatic in the
-optimizer, so that Optax's global norm stays the unmodified one: XLA inserts its reduction over the shards.
+2020). `data` is manual everywhere. `fsdp` is manual in the gradient, so that we place the gathers. It is automatic in
+the optimizer, so that Optax's global norm needs no change: XLA inserts the reduction over the shards.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _param_specs(model: GPT2, mesh: Mesh) -> Any:
 
 
 def _gather_params(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
-    """A model that gathers each block's parameters inside the block, and parameters with all others gathered."""
+    """A model that gathers each block's parameters inside the block. The parameters outside the blocks are gathered."""
     if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
         return model, params
     block = jax.tree.map(lambda spec: P(*spec[1:]), specs[STACKED]) if STACKED in specs else specs["h_0"]

@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the capacity suffices. An unknown one does."""
+        """True if the capacity suffices or is unknown."""
         return self.available is None or self.required <= self.available
 
     def __str__(self) -> str:
@@ -268,7 +268,7 @@ def _estimate(
     return Estimate(
         compute=sum(parts.values()) / mesh.size / chip.flops,
         memory=hbm_bytes / chip.bandwidth,
-        communication=sum(one.sent() / _link_speed(chip, one.axes, mesh) for one in collectives),
+        communication=sum(collective.sent() / _link_speed(chip, collective.axes, mesh) for collective in collectives),
         compiler_estimate=cycles / chip.clock + kernels if cycles else None,
     )
 

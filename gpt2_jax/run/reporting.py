@@ -19,7 +19,7 @@ from gpt2_jax.step import Metrics
 
 
 class Reporter:
-    """Logs updates and evaluations. All processes call it; only the first writes, plots and shows.
+    """Logs updates and evaluations. All processes call it; only process 0 writes, plots and prints.
 
     Args:
         out: the run directory.
@@ -51,7 +51,7 @@ class Reporter:
         """Waits for the metrics of an update and logs a row if one is due.
 
         Args:
-            pending: the step and its metrics. None and an update that was reported already do nothing.
+            pending: the step and its metrics. None, or an update that was already reported, does nothing.
 
         Raises:
             DivergedError: the loss or the gradient norm is not finite.
@@ -102,5 +102,5 @@ class Reporter:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is a multiple of `every`. 0 is never."""
+    """True if `step` is a multiple of `every`; never for 0."""
     return every > 0 and step % every == 0
