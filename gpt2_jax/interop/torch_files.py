@@ -1,4 +1,4 @@
-"""Reads files that torch saved. Only these need torch. Only containers and tensors are unpickled."""
+"""Reads files that torch saved. torch is imported only here. Only containers and tensors are unpickled."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, import_optional
 
 SAFE_TORCH = (2, 6)  # In older versions, a file can run code in spite of weights_only (CVE-2025-32434).
 
 
 def import_torch(purpose: str) -> Any:
-    """The module `torch`.
+    """Imports `torch`.
 
     Args:
-        purpose: what it is needed for, for errors.
+        purpose: as in `import_optional`.
 
     Raises:
         UserError: it is not installed, or too old to read files safely.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{purpose} needs torch, which is not installed; type pip install torch") from error
+    torch = import_optional("torch", purpose)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise UserError(f"{purpose} needs torch 2.6 or newer, found {torch.__version__}; type pip install -U torch")
     return torch
