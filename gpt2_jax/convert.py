@@ -119,11 +119,11 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         for path in (partial, *partial.iterdir()):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # each writer reports a full disk as another
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the writers' errors for a full disk
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
-        for _ in range(50):  # after a failure, Orbax's threads may go on writing for a moment
+        for _ in range(50):  # after a failure, Orbax's threads may still write for a moment
             if not partial or not partial.exists():
                 break
             shutil.rmtree(partial, ignore_errors=True)

@@ -54,7 +54,7 @@ class Flags:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """Tokenizer."""
     val_fraction: float | None = None
-    """Share to hold out: documents, or the end of a single text. Default: 0.1 for files, else the dataset's own."""
+    """Share to hold out: documents, or the end of a single text. Default: 0.1 for files, else the source's own."""
     shard_tokens: int = 100_000_000
     """Tokens per file."""
     workers: int = 0
@@ -151,7 +151,7 @@ def _open_source(flags: Flags, out: Path) -> Source:
 
 
 def _is_named(source: str) -> bool:
-    """Whether a source is one of the names and not an existing file."""
+    """True if a source is one of the names and not an existing file."""
     return source in {*NAMES, *DATASETS} and not Path(source).is_file()
 
 

@@ -35,7 +35,7 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
 
 
 def uses_gigatoken(tokenizer: str) -> bool:
-    """Whether gigatoken encodes for the tokenizer of this name: it must be GPT-2's, and gigatoken installed."""
+    """True if gigatoken encodes for the tokenizer of this name: it has to be GPT-2's, and gigatoken installed."""
     return tokenizer == "gpt2" and importlib.util.find_spec("gigatoken") is not None
 
 
@@ -130,5 +130,5 @@ _gigatoken = functools.cache(_Gigatoken)
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Whether each code point is unassigned in Python's version of Unicode, bool [0x110000]."""
+    """True for each code point that Python's version of Unicode does not assign, bool [0x110000]."""
     return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])

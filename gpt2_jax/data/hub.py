@@ -104,7 +104,7 @@ class HubSource(Source):
 
     @staticmethod
     def _n_documents(stream: Any, hub_split: str) -> int:
-        """The number of documents in a split, 0 if the dataset does not tell."""
+        """The number of documents in a split; 0 if unknown."""
         info = (stream.info.splits or {}).get(hub_split)
         return info.num_examples or 0 if info else 0
 
@@ -185,7 +185,7 @@ def download_shakespeare(directory: Path) -> Path:
     return path
 
 
-def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) -> Manifest:
+def download_tokenized(directory: Path, limit: int, print_line: Callable[[str], None]) -> Manifest:
     """Downloads FineWeb's token files, which have llm.c's format: the validation file and training files.
 
     Existing files are not downloaded again. Every file is compared with its checksum on the hub.
@@ -193,7 +193,7 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
     Args:
         directory: for the files.
         limit: stop after the training file that reaches this many tokens; 0 for all.
-        say: called with the name of each file.
+        print_line: called with the name of each file.
 
     Raises:
         UserError: the hub cannot be reached, a file is damaged, or the directory has other token files.
@@ -213,7 +213,7 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
         path = directory / name
         if "_val_" not in name and limit and tokens >= limit and not path.exists():
             continue
-        say(name)
+        print_line(name)
         expected = files[name].lfs.sha256
         if not path.exists():
             options = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}

@@ -104,7 +104,7 @@ class TokenWindows:
         return np.where(moved + self.block_size < len(stream), moved, starts)
 
     def positions(self, limit: int = 0) -> Iterator[tuple[int, int]]:
-        """Yields (stream, start) of windows that have every token but the first of each stream as a target once.
+        """Yields (stream, start) of windows in order. Every token except the first of a stream is a target once.
 
         Args:
             limit: stop after this many targets, rounded up to a window; 0 for all.

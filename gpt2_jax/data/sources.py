@@ -67,7 +67,7 @@ class Block:
         split: of the documents; None to choose by a hash of each.
         cursor: where the source resumes after this block, in JSON types.
         progress: how much of `Source.total` has been read after this block.
-        starts_document: whether a text starts a document, not continues one.
+        starts_document: True if a text starts a document, False if it continues one.
         skipped: the number of documents that were left out before it.
     """
 
@@ -272,7 +272,7 @@ def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
 
 
 def _first_invalid_utf8(path: Path) -> int | None:
-    """The offset of the first byte of a file that is not UTF-8, None if the whole file is."""
+    """The offset of the first byte of a file that is not UTF-8; None if the file is UTF-8."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     with open_decompressed(path) as (file, _):
         while True:
@@ -291,7 +291,7 @@ def _validation_start(path: Path, val_fraction: float, tokenizer: TokenizerName)
     """The offset where the held-out end of a single text starts. Text is split by characters, as in nanoGPT."""
 
     def character_starts() -> Iterator[np.ndarray]:
-        """Whether each byte starts a character (for the bytes tokenizer: every byte does), bool [bytes] per block."""
+        """Yields, per block, bool [bytes]: True where a character starts (for the bytes tokenizer, at every byte)."""
         with open_decompressed(path) as (file, _):
             while data := file.read(BLOCK_BYTES):
                 values = np.frombuffer(data, np.uint8)

@@ -35,7 +35,7 @@ class TokenizeOptions:
         tokenizer: its name.
         field: of the JSON objects, with the text.
         val_fraction: the share of the documents that is held out, where a hash decides.
-        skip_errors: whether a damaged document is left out, instead of raising an error.
+        skip_errors: leaves out a damaged document, instead of raising an error.
     """
 
     tokenizer: TokenizerName
@@ -191,7 +191,7 @@ def tokenize_blocks(
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Blocks Ctrl-C in processes started inside, also while they import. This process handles it."""
+    """Starts processes with Ctrl-C blocked, even while they import. This process handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -50,11 +50,11 @@ class ShardWriter:
         text_bytes: of the documents so far.
         skipped: the number of documents left out so far.
         shards: the finished files.
-        finished: whether the directory already has its manifest.
+        finished: True if the directory already has its manifest.
 
     Args:
         directory: an existing one.
-        settings: the source and the options, in JSON types. They must equal those of the writer before.
+        settings: the source and the options, in JSON types. They must equal those of the previous writer.
         shard_tokens: in each file except the last of a split.
         end_of_text: the token that precedes each document.
 
@@ -81,7 +81,7 @@ class ShardWriter:
             raise UserError(f"{directory} has {foreign[0]}, which this command did not write; give another --out")
 
     def _resume(self, table: dict[str, Any], finished: bool) -> None:
-        """Restores the state of the writer before from its progress file or manifest."""
+        """Restores the state of the previous writer from its progress file or manifest."""
         theirs, ours = _flatten(table["settings"]), _flatten(self.settings)
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if changed:

@@ -229,7 +229,7 @@ def _prefill(
     if not slots:
         return _State(None, token, ended, n_drawn + 1)
     room = ((0, 0), (0, slots - length), (0, 0))
-    layers = jax.tree.map(lambda kept: repeat(jnp.pad(kept, room)), cache.layers)
+    layers = jax.tree.map(lambda leaf: repeat(jnp.pad(leaf, room)), cache.layers)
     return _State(KVCache(layers, cache.slot, repeat(pad)), token, ended, n_drawn + 1)
 
 

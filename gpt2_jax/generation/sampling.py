@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, and a random draw."""
+"""Draws tokens from logits: temperature, top-k, top-p, and a random choice."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Sampling:
         seed: of the random numbers. Sample i of a prompt depends on the seed, on i and on the prompt alone.
         stop: a token that ends a sequence, such as end-of-text; None for none.
         vocab_size: draws only tokens below it; a model may have room for more tokens than its tokenizer has.
-        slide: past `block_size`, draws each token from the last `block_size` tokens. Every position changes with every
-            token then, so each token costs a forward pass over the whole window.
+        slide: past `block_size`, draws each token from the last `block_size` tokens. Each token then shifts all
+            positions, and so costs a forward pass over the whole window.
 
     Raises:
         UserError: a value is out of range.

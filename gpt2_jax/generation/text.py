@@ -118,7 +118,7 @@ class LanguageModel:
         return [stop]
 
     @staticmethod
-    def _decode(chunks: Iterator[np.ndarray], writers: list[TextStream]) -> Iterator[list[str]]:
+    def _decode(chunks: Iterator[np.ndarray], decoders: list[TextStream]) -> Iterator[list[str]]:
         for chunk in chunks:
-            yield [writer.add(row) for writer, row in zip(writers, chunk, strict=True)]
-        yield [writer.end() for writer in writers]
+            yield [decoder.add(row) for decoder, row in zip(decoders, chunk, strict=True)]
+        yield [decoder.end() for decoder in decoders]

@@ -56,10 +56,10 @@ def _shape(name: str, config: GPT2Config, padded_vocab: int) -> tuple[int, ...]:
             return (padded_vocab, width)
         case ["wpe", _]:
             return (config.block_size, width)
-        case [layer, "kernel"]:
-            return (outputs.get(layer, width), inputs)
-        case [layer, _]:
-            return (outputs.get(layer, width),)
+        case [module, "kernel"]:
+            return (outputs.get(module, width), inputs)
+        case [module, _]:
+            return (outputs.get(module, width),)
     raise AssertionError(name)
 
 

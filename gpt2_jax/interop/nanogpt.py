@@ -19,10 +19,7 @@ from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer_unl
 from gpt2_jax.interop.torch_files import import_torch, load_torch, to_numpy
 
 COMPILED = "_orig_mod."  # the prefix that torch.compile adds
-GPT2_VOCABS = (
-    GPT2_VOCAB_SIZE,
-    50304,
-)  # nanoGPT pads the vocabulary when it trains from scratch, and trains the padding
+GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)  # nanoGPT pads to 50304 when it trains from scratch, and trains the padding
 DATASET = "converted"  # the name that a checkpoint written here gives to its dataset
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 

@@ -114,7 +114,7 @@ def _byte_pair_encoding(vocab: Mapping[str, int], merges: Iterable[list[str]]) -
 
 
 def _has_no_gaps(vocab: Mapping[str, int]) -> bool:
-    """Whether the token numbers are 0, 1, 2, … without gaps."""
+    """True if the token numbers are 0, 1, 2, … without gaps."""
     return sorted(vocab.values()) == list(range(len(vocab)))
 
 
