@@ -74,10 +74,10 @@ class SavedState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in DIRECTORY/STEP. Saves run in the background: `close` it, or use it in a `with`.
+    """The checkpoints of one run, in DIRECTORY/STEP. A context manager, because saves run in the background.
 
     Args:
-        directory: created if missing. Remains of interrupted saves are removed.
+        directory: created if missing. Leftovers of interrupted saves are removed.
         keep: number of newest checkpoints to keep, besides the one with the lowest validation loss.
     """
 
@@ -144,7 +144,7 @@ class Checkpoints:
         Args:
             state: tree of arrays.
             info: JSON-serializable.
-            val_loss: at this step, if known; ranks the checkpoint.
+            val_loss: the validation loss at this step, if known; ranks the checkpoint.
         """
         self._manager.save(
             step,

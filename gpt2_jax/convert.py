@@ -83,7 +83,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         source: any MODEL.
         to: the format to write.
         out: the directory to create.
-        dtype: of the parameters, for huggingface and llmc.
+        dtype: the dtype of the parameters, for huggingface and llmc.
 
     Returns:
         `out`, as a path.

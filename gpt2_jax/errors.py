@@ -18,8 +18,8 @@ def import_optional(name: str, purpose: str) -> Any:
     """Imports a module of an optional dependency.
 
     Args:
-        name: of the module, in a package of the same name.
-        purpose: what needs it, for the error: "reading a.parquet".
+        name: the module. The package that pip installs has its name, up to the first dot.
+        purpose: the work that needs it, for the error: "reading a.parquet".
 
     Raises:
         UserError: it is not installed.

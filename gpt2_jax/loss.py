@@ -113,6 +113,6 @@ def _chunks(hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Arra
 def _varying_zeros(shape: tuple[int, ...], targets: jax.Array) -> jax.Array:
     """Float32 zeros that vary over the same mesh axes as `targets`, to start a scan under `shard_map`.
 
-    A constant does not vary, and the sums that replace it in the carry do. `jax.lax.pcast` would need the axis names.
+    A constant does not vary, but the sums that replace it in the carry do. `jax.lax.pcast` would need the axis names.
     """
     return jnp.broadcast_to((targets.reshape(-1)[0] * 0).astype(jnp.float32), shape)

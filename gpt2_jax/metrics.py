@@ -47,7 +47,7 @@ class ThroughputMeter:
     Args:
         flops_per_token: model FLOPs.
         devices: all devices of the mesh.
-        dtype: of matmuls. Known peaks are for bfloat16.
+        dtype: the dtype of matmuls. Known peaks are for bfloat16.
     """
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:

@@ -181,7 +181,7 @@ class GPT2(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: of activations and matmul operands. Parameters are float32.
+        dtype: the dtype of activations and matmul operands. Parameters are float32.
         gather_params: all-gathers the parameters of a block inside the block; None if they are not sharded. Only
             `step.py` sets it.
     """
@@ -249,7 +249,7 @@ class GPT2(nn.Module):
 
         Args:
             tokens: int [batch, time], `time` at most the number of free slots. Tokens in padding slots are ignored.
-            cache: from `init_cache` or from the previous call.
+            cache: the cache from `init_cache` or from the previous call.
 
         Returns:
             Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens added.

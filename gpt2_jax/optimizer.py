@@ -1,7 +1,7 @@
 """The optimizer: MultiSteps accumulation → clip by global norm → AdamW with masked decay → warmup-cosine.
 
 AdamW is Loshchilov and Hutter 2019. The hyperparameters and the decay mask are GPT-3's (Brown et al. 2020, appendix B),
-as read by nanoGPT and llm.c.
+as nanoGPT and llm.c implement them.
 """
 
 from __future__ import annotations

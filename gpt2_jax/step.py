@@ -140,9 +140,10 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
 def _mean_over_micro_batches(
     loss_and_grads: LossAndGrads, params: Params, tokens: jax.Array, key: jax.Array, data: tuple[str, ...], fsdp: int
 ) -> tuple[jax.Array, Params]:
-    """The mean loss, float32 [], and the mean gradient of [micro_batches, sequences, time + 1] on one device of `data`.
+    """The mean loss, float32 [], and the mean gradient on one device of `data`.
 
     Args:
+        tokens: int32 [micro_batches, sequences, time + 1].
         data: the mesh axis `data`, if it has several devices.
         fsdp: the number of devices on the mesh axis `fsdp`.
     """
@@ -242,7 +243,10 @@ def _shard_map(
 
 
 def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
-    """The axis, if it has several devices. XLA refuses a reduction over an axis of one beside one that it places."""
+    """The axis as a tuple, which is empty for a single device.
+
+    XLA refuses a reduction over an axis of one device together with an axis that it shards itself.
+    """
     return (name,) if mesh.shape[name] > 1 else ()
 
 

@@ -31,11 +31,12 @@ class Data:
 
     Attributes:
         train: the endless sequence of training windows.
-        train_tokens: in all training sources.
+        train_tokens: the number of tokens in all training sources.
         val: the validation windows.
         tokenizer: None if the run decodes no tokens.
         val_text: the held-out bytes that `val` predicts; None for token files.
-        fingerprint: of all tokens, for token files of their sizes and ends. A run is only resumed with the same data.
+        fingerprint: a checksum of all tokens of a text, or of the sizes and ends of token files. A run is only resumed
+            with the same data.
     """
 
     train: ShuffledWindows

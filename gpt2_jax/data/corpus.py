@@ -55,7 +55,7 @@ class TokenizedCorpus:
         train: uint16 [tokens].
         val: uint16 [tokens].
         val_text: the held-out bytes that `val` predicts.
-        tokenizer: that made the tokens.
+        tokenizer: made the tokens.
     """
 
     train: np.ndarray

@@ -45,7 +45,7 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
     Args:
         tokenizer: to encode with.
         document: UTF-8, or any bytes for the byte encoding.
-        name: of the document, for errors.
+        name: the name of the document, for errors.
 
     Raises:
         UserError: the document is not UTF-8, and the tokenizer needs UTF-8.
@@ -63,8 +63,8 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
 def last_safe_cut(data: bytes) -> int:
     """Finds the last offset where UTF-8 text can be cut without changing its GPT-2 tokens; 0 if there is none.
 
-    Such a cut is after a character that is not white space and before a white-space character. No match of GPT-2's
-    splitting pattern contains such a pair, and the pattern's only lookahead is inside white space.
+    A safe cut is between a character that is not white space and a white-space character. No match of GPT-2's splitting
+    pattern contains such a pair, and the pattern's only lookahead is inside white space.
     """
     size = 1 << 10
     while True:  # searches the last kilobyte, then more

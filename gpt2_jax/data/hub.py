@@ -38,8 +38,8 @@ class Dataset:
     Attributes:
         repository: its name on the hub.
         subset: its configuration; None if it has only one.
-        description: for --help.
-        splits: the names of its splits, each with ours for its documents; None to choose by a hash of each document.
+        description: text for --help.
+        splits: pairs of a split on the hub and ours for its documents; None to choose by a hash of each document.
         val_fraction: the share of the documents that is held out, where a hash decides.
     """
 
@@ -79,7 +79,7 @@ class HubSource(Source):
         name: a key of `DATASETS`.
         field: the column with the text.
         val_fraction: None for the default of the dataset.
-        revision: of the run to resume; None for the newest.
+        revision: the revision that an unfinished run reads; None for the newest.
 
     Raises:
         UserError: the hub cannot be reached, or `datasets` is not installed.
@@ -191,7 +191,7 @@ def download_tokenized(directory: Path, limit: int, print_line: Callable[[str], 
     Existing files are not downloaded again. Every file is compared with its checksum on the hub.
 
     Args:
-        directory: for the files.
+        directory: where the files go.
         limit: stop after the training file that reaches this many tokens; 0 for all.
         print_line: called with the name of each file.
 

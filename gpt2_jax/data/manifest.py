@@ -41,7 +41,7 @@ class Manifest:
 
     Attributes:
         settings: the source, the tokenizer and the options that it was made with.
-        text_bytes: of the documents that were read, in UTF-8; 0 if the source was tokens.
+        text_bytes: the number of bytes in the documents; 0 if the source was tokens.
         skipped: the number of damaged documents that were left out.
         shards: the token files, training first.
     """

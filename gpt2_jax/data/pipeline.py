@@ -28,7 +28,7 @@ class TokenWindows:
 
     Args:
         streams: the tokens.
-        names: of the streams, for errors.
+        names: the names of the streams, for errors.
         block_size: predicted tokens per window.
         vocab_size: all tokens must be below it.
         document_start: the token that precedes each document. If given, a window moves forward to the first document
@@ -135,7 +135,7 @@ class ShuffledWindows:
 
     Args:
         sources: each is visited epoch after epoch, each epoch in a different order.
-        weights: of the sources.
+        weights: one weight per source.
         seed: selects the orders.
     """
 

@@ -25,8 +25,8 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
 
     Args:
         source: the documents.
-        writer: of the directory; its cursor is the position to resume from.
-        options: for the workers.
+        writer: writes the directory; its cursor is the position to resume from.
+        options: how to tokenize.
         limit: stop after this many tokens in the directory; 0 for all.
         workers: processes that tokenize; 0 for one per core.
 
@@ -75,7 +75,7 @@ class _Meter:
     """Shows documents, tokens, and the speed and the time left since this process started.
 
     Args:
-        writer: of the directory.
+        writer: writes the directory.
         total: the size of the source in its units; 0 if unknown.
         limit: stop after this many tokens; 0 for no limit.
     """

@@ -87,7 +87,7 @@ class TokenFile(Tokens):
         path: the file.
         n_tokens: the number of tokens.
         offset: bytes before the first token.
-        dtype: of the tokens.
+        dtype: the type of a token.
 
     Raises:
         UserError: the file cannot be opened.

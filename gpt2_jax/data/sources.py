@@ -64,7 +64,7 @@ class Block:
         content: bytes of text or lines, or their place in a file; for "texts" a list.
         origin: the file or dataset, for errors.
         first: the number of the first line or document, for errors.
-        split: of the documents; None to choose by a hash of each.
+        split: where the documents go; None to choose by a hash of each document.
         cursor: where the source resumes after this block, in JSON types.
         progress: how much of `Source.total` has been read after this block.
         starts_document: True if a text starts a document, False if it continues one.
@@ -112,7 +112,7 @@ class FileSource(Source):
 
     Args:
         patterns: files and globs, or only "stdlib".
-        field: of the JSON objects, and column of the Parquet tables.
+        field: the field of JSON objects, and the column of Parquet tables, that has the text.
         val_fraction: by default 0.1, and for the standard library 0.05, as in the preset quickstart.
         tokenizer: "bytes" takes any bytes, the others need UTF-8.
         skip_errors: leaves out text that is not UTF-8, instead of raising an error.

@@ -33,7 +33,7 @@ class TokenizeOptions:
 
     Attributes:
         tokenizer: its name.
-        field: of the JSON objects, with the text.
+        field: the field of JSON objects that has the text.
         val_fraction: the share of the documents that is held out, where a hash decides.
         skip_errors: leaves out a damaged document, instead of raising an error.
     """
@@ -51,7 +51,7 @@ class Tokenized:
     Attributes:
         train: uint16 [tokens].
         val: uint16 [tokens].
-        text_bytes: of the documents.
+        text_bytes: the number of bytes in the documents.
         skipped: the number of documents that were left out.
     """
 

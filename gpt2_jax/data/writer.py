@@ -47,7 +47,7 @@ class ShardWriter:
 
     Attributes:
         cursor: the position in the source after the last saved token; None at the start.
-        text_bytes: of the documents so far.
+        text_bytes: the number of bytes in the documents so far.
         skipped: the number of documents left out so far.
         shards: the finished files.
         finished: True if the directory already has its manifest.
@@ -55,7 +55,7 @@ class ShardWriter:
     Args:
         directory: an existing one.
         settings: the source and the options, in JSON types. They must equal those of the previous writer.
-        shard_tokens: in each file except the last of a split.
+        shard_tokens: tokens in each file except the last of a split.
         end_of_text: the token that precedes each document.
 
     Raises:

@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
     Attributes:
         processes: number of processes.
         coordinator: the address they connect to, for messages.
-        arguments: of `jax.distributed.initialize`. Those that JAX detects itself are missing.
+        arguments: arguments of `jax.distributed.initialize`, without those that JAX detects itself.
     """
 
     processes: int

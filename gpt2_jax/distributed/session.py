@@ -48,7 +48,7 @@ def distributed_session(
         return
     _initialize(cluster, flags)
     reporter = _start_crash_reporter()
-    exiting = threading.Lock()  # Taken once, by the thread that ends this process.
+    exiting = threading.Lock()  # Acquired once, by the thread that ends this process.
     watcher = threading.Thread(target=_watch_for_exit, args=(exiting, reporter), daemon=True)
     watcher.start()
     try:
@@ -85,7 +85,7 @@ def _initialize(cluster: Cluster, flags: ClusterFlags) -> None:
         print(f"error: {problem}{reason}", file=sys.stderr, flush=True)
         os._exit(2)  # a normal exit would hang in JAX's half-started threads
 
-    # After its own timeout JAX aborts, and for the other hosts of a TPU slice it waits forever. So JAX gets a longer
+    # JAX aborts after its own timeout, and waits forever for the other hosts of a TPU slice. So JAX gets a longer
     # timeout, and a thread enforces ours: JAX releases the GIL while it waits.
     timer = threading.Timer(flags.coordinator_timeout, give_up)
     timer.daemon = True

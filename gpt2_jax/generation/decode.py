@@ -35,9 +35,9 @@ def generate(
     """Continues prompts of tokens.
 
     Args:
-        params: of `model`, stacked or not.
-        prompts: at least one token each, of any lengths.
-        max_new_tokens: at most, after each prompt.
+        params: the parameters of `model`, stacked or not.
+        prompts: lists of at least one token, which may differ in length.
+        max_new_tokens: the most tokens to draw after each prompt.
 
     Returns:
         `sampling.samples` continuations of the first prompt, then those of the second, …: int32

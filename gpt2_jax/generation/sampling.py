@@ -25,7 +25,7 @@ class Sampling:
         top_p: keeps the most probable tokens whose probabilities reach this sum, and ties with the last of them:
             nucleus sampling (Holtzman et al. 2020).
         samples: continuations of each prompt.
-        seed: of the random numbers. Sample i of a prompt depends on the seed, on i and on the prompt alone.
+        seed: seeds the random numbers. Sample i of a prompt depends only on the seed, on i and on the prompt.
         stop: a token that ends a sequence, such as end-of-text; None for none.
         vocab_size: draws only tokens below it; a model may have room for more tokens than its tokenizer has.
         slide: past `block_size`, draws each token from the last `block_size` tokens. Each token then shifts all

@@ -58,8 +58,8 @@ class LanguageModel:
 
         Args:
             prompt: the text to continue; "" starts a new text from the end-of-text token.
-            max_new_tokens: at most; the model may end the text earlier. By default 200, or as many as fit into
-                `block_size`.
+            max_new_tokens: the most tokens to write; the model may end the text earlier. By default 200, or as many
+                as fit into `block_size`.
             **options: temperature, top_k, top_p, seed and slide, as in `Sampling`.
 
         Returns:

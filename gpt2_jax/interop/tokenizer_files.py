@@ -46,7 +46,7 @@ def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
 
     Args:
         find: finds the files of the model.
-        vocab_size: of the model. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
+        vocab_size: the model's. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
 
     Raises:
         UserError: a file is damaged.
@@ -148,7 +148,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end:
     """Writes the files from which `AutoTokenizer` reads the same tokenizer.
 
     Args:
-        block_size: of the model.
+        block_size: the longest text that the model reads, in tokens.
         end: the token that ends a text, if there is one.
     """
     settings: dict[str, Any] = {"model_max_length": block_size}

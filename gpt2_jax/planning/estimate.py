@@ -91,9 +91,9 @@ class Plan:
         attention_copies: copies around those kernels that change an array's layout, on each device.
         parameters: name, shape and placement of each parameter.
         micro_batches: number of micro-batches.
-        memory: of one device.
-        model_flops: 6 N + 12 L C T per token, on all devices together.
-        hardware_flops: of the matmuls in the program, on all devices together.
+        memory: required and available on one device.
+        model_flops: by 6 N + 12 L C T per token, on all devices together.
+        hardware_flops: FLOPs of the matmuls in the program, on all devices together.
         hbm_bytes: bytes that one device reads from and writes to its main memory.
         cycles: TPU cycles outside attention kernels, as the compiler estimates them; 0 for other chips.
         estimate: None if the chip's figures are unknown.

@@ -25,7 +25,7 @@ class Reporter:
         out: the run directory.
         config: resolved.
         mesh: the devices, for MFU.
-        n_params: of the model.
+        n_params: number of parameters of the model.
         checkpoints: named when the run diverges.
         tokens_after: tokens consumed by the first k updates.
         start: the step that the run resumes after, 0 for a new run.

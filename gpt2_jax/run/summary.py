@@ -75,8 +75,8 @@ def closing(
     """The lines that say what the finished run reached, where its files are and what to type next.
 
     Args:
-        loss_sum: in nats, over `n_targets` held-out tokens.
-        sample: from `sample_text`.
+        loss_sum: nats over `n_targets` held-out tokens.
+        sample: the text from `sample_text`.
         best: the step of the best checkpoint.
     """
     lines = ["", f"{'loss':10}{loss_sum / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
