@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -30,8 +30,7 @@ def _reading(checkpoint: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({reason}); {advice}") from error
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({one_line(error)}); {advice}") from error
 
 
 class SavedState:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
@@ -120,7 +120,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the writers' errors for a full disk
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
         for _ in range(50):  # after a failure, Orbax's threads may still write for a moment

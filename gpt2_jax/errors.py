@@ -14,6 +14,11 @@ class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 1."""
 
 
+def one_line(error: Exception, length: int = 200) -> str:
+    """The message of a library's error on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def import_optional(name: str, purpose: str) -> Any:
     """Imports a module of an optional dependency.
 

@@ -22,7 +22,7 @@ from gpt2_jax.data.manifest import Manifest, Shard, Split, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
-from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.errors import UserError, import_optional, one_line
 from gpt2_jax.files import replace_text
 
 OFFLINE = (
@@ -154,8 +154,7 @@ def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
 
 
 def _hub_error(repository: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{repository} cannot be read from the hub ({type(error).__name__}: {reason}); {OFFLINE}")
+    return UserError(f"{repository} cannot be read from the hub ({type(error).__name__}: {one_line(error)}); {OFFLINE}")
 
 
 def download_shakespeare(directory: Path) -> Path:

@@ -22,7 +22,7 @@ from gpt2_jax.data.encode import encoder
 from gpt2_jax.data.manifest import SPLITS, Split
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
 
@@ -105,7 +105,7 @@ class BlockTokenizer:
         try:
             return self._encode(document)
         except ValueError as error:  # not UTF-8, or more white space than tiktoken's pattern takes
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             return UserError(f"{name} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
 
     def _documents(self, block: Block, content: bytes | list[Any]) -> Iterator[tuple[str, bytes | UserError]]:

@@ -22,7 +22,7 @@ from jax._src import distributed
 
 from gpt2_jax.distributed.agreement import FOREVER, barrier, coordination_client
 from gpt2_jax.distributed.cluster import Cluster, ClusterFlags
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 EXIT_KEY = "gpt2_jax/exit"  # The key that ends all processes. Its value is an exit code, or DONE.
 DONE = "done"
@@ -99,7 +99,7 @@ def _initialize(cluster: Cluster, flags: ClusterFlags) -> None:
         )
         jax.devices()
     except (RuntimeError, ValueError, OSError) as error:
-        give_up(f": {' '.join(str(error).split())[:200]}")
+        give_up(f": {one_line(error)}")
     timer.cancel()
 
 

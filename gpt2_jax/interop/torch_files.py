@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.errors import UserError, import_optional, one_line
 
 SAFE_TORCH = (2, 6)  # In older versions, a file can run code in spite of weights_only (CVE-2025-32434).
 
@@ -48,9 +48,8 @@ def load_torch(path: Path) -> Any:
             "only dicts, lists, numbers and tensors, as nanoGPT does"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path} cannot be read ({reason}); it is cut off, damaged or not torch's; copy it again"
+            f"{path} cannot be read ({one_line(error, 120)}); it is cut off, damaged or not torch's; copy it again"
         ) from error
 
 
