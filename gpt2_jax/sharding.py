@@ -73,6 +73,11 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` from a tree of shapes and dtypes and a tree of shardings."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+
 def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
     """All-gathers parameters over `fsdp`, in a function that is manual over it.
 

@@ -27,7 +27,7 @@ from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
 from gpt2_jax.optimizer import gradient_accumulator, learning_rate_schedule, make_optimizer
-from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
+from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding, with_shardings
 
 
 class TrainState(NamedTuple):
@@ -85,11 +85,8 @@ def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, para
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(functools.partial(_new_state, model, config, 0), abstract_params(model))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_sharding(mesh, shapes),
-    )
+    state: TrainState = with_shardings(shapes, state_sharding(mesh, shapes))
+    return state
 
 
 def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
