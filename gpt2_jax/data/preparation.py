@@ -42,7 +42,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
     with meter.display as display:
         display.print(f"{'tokenizer':10}{options.tokenizer}{engine}, {count(workers, 'worker')}")
         if cursor is not None:
-            display.print(f"continues after {writer.tokens():,} tokens")
+            display.print(f"resumes after {writer.tokens():,} tokens")
         saved = time.perf_counter()
         try:
             for block, tokenized in tokenize_blocks(source.blocks(cursor), options, workers):
