@@ -55,16 +55,16 @@ def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
     if vocab and merges:
         lines = _read(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        with _damage_reported(vocab):
+        with _report_damage(vocab):
             return _byte_pair_encoding(_parse(vocab), pairs)
     if path := find("tokenizer.json"):
-        with _damage_reported(path):
+        with _report_damage(path):
             return _from_tokenizer_json(_parse(path))
     return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
 
 
 @contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
+def _report_damage(path: Path) -> Iterator[None]:
     """Turns the exceptions of a file with an unexpected structure into a `UserError`."""
     try:
         yield

@@ -310,9 +310,8 @@ def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
         ids = _iota(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape(list(sizes.values()))
         along = re.findall(r"'(\w+)'", mesh[4])
         names = [*(name for name in sizes if name not in along), *along]
-        return ids.transpose([list(sizes).index(name) for name in names]).reshape(
-            -1, math.prod(sizes[n] for n in along)
-        )
+        ids = ids.transpose([list(sizes).index(name) for name in names])
+        return ids.reshape(-1, math.prod(sizes[name] for name in along))
     if groups := re.search(r"replica_groups=\{(.*?\})\}", attributes):
         return _table(groups[1])
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:

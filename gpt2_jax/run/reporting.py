@@ -58,8 +58,8 @@ class Reporter:
         """
         if pending is None or pending[0] <= self._reported:
             return
-        self._reported, metrics = pending
-        step = self._reported
+        step, metrics = pending
+        self._reported = step
         loss, grad_norm, learning_rate = map(float, jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             saved = self._checkpoints.newest
