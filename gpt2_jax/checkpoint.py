@@ -91,8 +91,8 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                # The policy below decides what to keep. But only with a best_fn does Orbax store the metrics, without
-                # which a resumed run would not know the best checkpoint.
+                # The policy below decides what to keep. best_fn is set because Orbax stores metrics only with it, and a
+                # resumed run needs them to know the best checkpoint.
                 best_fn=_val_loss,
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -142,7 +142,7 @@ class Checkpoints:
 
         Args:
             state: tree of arrays.
-            info: JSON-serializable.
+            info: a JSON-serializable dict.
             val_loss: the validation loss at this step, if known; ranks the checkpoint.
         """
         self._manager.save(

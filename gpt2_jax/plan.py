@@ -142,7 +142,7 @@ def _labeled(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _grouped(parameters: Sequence[tuple[str, tuple[int, ...], str]]) -> list[str]:
-    """One line for the same parameter of all layers that place it alike."""
+    """One line for the same parameter in all layers with the same placement."""
     counts = Counter(
         (f"{re.sub(r'h_[0-9]+/', 'h_*/', name)} {list(shape)} ", placement) for name, shape, placement in parameters
     )

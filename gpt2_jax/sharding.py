@@ -86,8 +86,8 @@ def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
     Args:
         params: tree of shards.
         specs: tree of `PartitionSpec` from `state_sharding`.
-        dtype: compute dtype. Values are rounded to it and sent in it. The gathered arrays keep the dtype of the shards,
-            so that the model and its gradients are those of a single device.
+        dtype: compute dtype. Values are rounded to it before they are sent. The gathered arrays keep the dtype of the
+            shards, so that the model and its gradients are those of a single device.
     """
     return jax.tree.map(
         lambda part, spec: _gather(part, spec.index("fsdp"), dtype) if "fsdp" in spec else part, params, specs
@@ -134,11 +134,11 @@ def micro_batch_size(batch_size: int, limit: int, n_devices: int) -> int:
 
 
 def num_micro_batches(batch_size: int, limit: int, mesh: Mesh) -> int:
-    """Micro-batches that each device runs one after the other in one update.
+    """The number of micro-batches that each device runs, one after the other, in an update.
 
     Args:
         batch_size: global sequences.
-        limit: sequences per device and forward pass at most, `micro_batch_size` in a config; 0 for no limit.
+        limit: the most sequences per device and forward pass, `micro_batch_size` in a config; 0 for no limit.
 
     Raises:
         UserError: the batch does not divide over devices and micro-batches.

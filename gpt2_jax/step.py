@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Metrics of one update over the whole batch and all devices: float32 scalars."""
 
-    loss: jax.Array  # nats per token
+    loss: jax.Array  # mean nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
     learning_rate: jax.Array
 

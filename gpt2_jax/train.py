@@ -3,8 +3,9 @@
 The same command resumes a run from its newest checkpoint, bit for bit. Started once on every host, it trains one model
 over all of them (`distributed/cluster.py` says how the processes find each other).
 
-Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint
-to resume from; 2 for bad input; anything else is a crash, and the same command resumes from the last checkpoint.
+Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C (with several
+processes also 143), with a checkpoint to resume from; 2 for bad input. Anything else is a crash, and the same command
+resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
 
     Args:
         config: validated.
-        devices: to train on; all by default.
+        devices: the devices to train on; all by default.
 
     Returns:
         0, or 128 + the number of the signal that stopped the run; then the same call resumes it.

@@ -74,7 +74,7 @@ def project_in(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) 
     """The projection c_attn as three matmuls, each of which writes the layout that the attention kernel reads.
 
     XLA would copy the parts of one matmul into that layout. The queries are scaled by 1/√head_dim through their
-    weights: scaling them beside the attention kernel costs a pass over their gradient.
+    weights: scaling them separately costs a pass over their gradient.
 
     Args:
         x: [batch, time, n_embd].

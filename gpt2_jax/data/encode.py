@@ -43,7 +43,7 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
     """Encodes one document, uint16 [tokens], with end-of-text before it if the tokenizer has one.
 
     Args:
-        tokenizer: to encode with.
+        tokenizer: encodes the document.
         document: UTF-8, or any bytes for the byte encoding.
         name: the name of the document, for errors.
 
@@ -88,7 +88,7 @@ class _Gigatoken:
     """gigatoken's tokenizer with GPT-2's byte pairs. It gets no special tokens, because it would find them in text."""
 
     CHUNK_BYTES = 1 << 16  # With longer texts gigatoken is slower and holds a hundred megabytes.
-    RENEW_BYTES = 1 << 29  # gigatoken caches every word; a new tokenizer after this much text bounds its memory.
+    RENEW_BYTES = 1 << 29  # gigatoken caches every word: a new tokenizer after this much text bounds its memory.
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding

@@ -109,7 +109,7 @@ class HubSource(Source):
         return info.num_examples or 0 if info else 0
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
-        """See `Source.blocks`. A cursor is [index of the split, state of its stream, documents read in it, in all]."""
+        """See `Source.blocks`. A cursor is [index of the split, stream state, documents read in it, documents read]."""
         first, state, row, total_read = cursor or (0, None, 0, 0)
         for number in range(first, len(self._streams)):
             hub_split, split = self._dataset.splits[number]

@@ -205,7 +205,7 @@ class BatchSource:
 
 
 def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
-    """Iterates over the batches of updates `start` … `stop` − 1. A Grain thread prefetches two. Close it after use."""
+    """Iterates over the batches of updates `start` … `stop` − 1. A Grain thread prefetches two. Close the iterator."""
     import grain
 
     records = grain.MapDataset.source(source)[start:stop]
@@ -220,7 +220,7 @@ def eval_batches(
     A process reads only its own windows. The last batch is padded with windows of `IGNORE` to the shape of the others.
 
     Args:
-        windows: to evaluate.
+        windows: the windows to evaluate.
         batch_size: global sequences per batch.
         limit: stop after this many targets, rounded up to a window; 0 for all.
         local_rows: selects this process's sequences of a batch; by default all.

@@ -67,7 +67,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
 
 
 def _n_cores() -> int:
-    """The number of cores that this process may use; on macOS, of all cores."""
+    """The number of cores that this process may use; on macOS, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -239,7 +239,7 @@ def find_token_files(pattern: str, key: str) -> list[Path]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files as far as it may be, if it is too low for `count` token files."""
+    """Raises this process's limit of open files for `count` token files if necessary, as far as the system allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,8 +1,8 @@
 """Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
 A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
-into memory (only one line of JSON, or text without white space, is held whole). Each block has the cursor of the
-position after it, from which a later process resumes.
+into memory (except a single line of JSON, and text without white space). Each block has the cursor of the position
+after it, from which a later process resumes.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Source(abc.ABC):
 class FileSource(Source):
     """Text files (a file is a document), JSON lines and Parquet (a row is a document); the first two also compressed.
 
-    Several text files are split by a hash of their names, and a text that is the only file near its end. Lines and rows
-    are split by a hash of each text.
+    Several text files are split by a hash of their names, a single text file near its end, and lines and rows by a hash
+    of each text.
 
     Args:
         patterns: files and globs, or only "stdlib".

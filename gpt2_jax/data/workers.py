@@ -139,7 +139,7 @@ class BlockTokenizer:
 
 
 def _utf8(text: str) -> bytes:
-    """Encodes UTF-8, replacing unpaired surrogates, which JSON can contain, by U+FFFD. tiktoken does the same."""
+    """Encodes UTF-8. Unpaired surrogates, which JSON can contain, become U+FFFD, as in tiktoken."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:

@@ -53,7 +53,7 @@ class ShardWriter:
         finished: True if the directory already has its manifest.
 
     Args:
-        directory: an existing one.
+        directory: an existing directory.
         settings: the source and the options, in JSON types. They must equal those of the previous writer.
         shard_tokens: tokens in each file except the last of a split.
         end_of_text: the token that precedes each document.
@@ -182,7 +182,7 @@ class ShardWriter:
         return f"{split}_{self._open[split].number:06d}.bin"
 
     def _file(self, split: Split) -> BinaryIO:
-        """The open partial file of a split, cut back to its recorded tokens when it is opened."""
+        """The partial file of a split. Opening it truncates it to its recorded tokens."""
         if split not in self._files:
             shard, path = self._open[split], self.directory / self._name(split)
             partial = path.with_name(path.name + PARTIAL)

@@ -38,7 +38,7 @@ def distributed_session(
     """Connects this process to the others of `cluster` for the `with` block. Does nothing if `cluster` is None.
 
     An exception that leaves the block in any process ends all processes with the same exit code, and one of them
-    prints it. Without one, all processes leave the block together. Processes that cannot connect exit with code 2.
+    prints it. Otherwise all processes leave the block together. Processes that cannot connect exit with code 2.
 
     Args:
         exit_codes: the exit codes of errors that print one line. Any other error prints a traceback and exits with 1.
@@ -54,7 +54,7 @@ def distributed_session(
     try:
         yield
     except BaseException as error:
-        exiting.acquire()  # blocks for good if the watcher is already ending this process
+        exiting.acquire()  # blocks forever if the watcher is already ending this process
         _exit(_publish_exit_code(error, exit_codes), reporter)
     barrier("done")
     if _process_id() == 0:

@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 200
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of `generate`: the fields of `Sampling` of the same names."""
+    """Keyword arguments of `generate`: the fields of `Sampling` with the same names."""
 
     temperature: float
     top_k: int

@@ -70,7 +70,7 @@ def open_nanogpt(path: Path) -> StoredModel:
 
 
 def write_nanogpt(model: StoredModel, directory: Path) -> None:
-    """Writes `ckpt.pt` for nanoGPT's `sample.py`, without optimizer state, and a tokenizer unless it is GPT-2's.
+    """Writes `ckpt.pt` for nanoGPT's `sample.py`, without optimizer state, and the tokenizer unless it is GPT-2's.
 
     A tokenizer of characters is written as `meta.pkl`, which nanoGPT looks for in its directory `data/DATASET`.
 

@@ -92,7 +92,7 @@ class StoredModel:
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
-        return np.array(array, np.float32, order="C")  # The file's may be transposed, and writers copy memory as it is.
+        return np.array(array, np.float32, order="C")  # It may be a transposed view, and writers copy memory in order.
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         """Reads all parameters, in the order of the model: pairs of name and array."""

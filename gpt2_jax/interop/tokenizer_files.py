@@ -200,7 +200,7 @@ def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged into `token`: its byte pairs if only lower-numbered tokens existed."""
+    """The two tokens that merge into `token`: the encoding of its bytes with only lower-numbered tokens."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]

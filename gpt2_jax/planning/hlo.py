@@ -55,8 +55,7 @@ class Collective:
         axes: mesh axes along which the devices communicate.
         devices: number of devices in each group.
         times: calls in one run of the program.
-        n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device of it
-            passes on.
+        n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device sends.
     """
 
     kind: str

@@ -136,7 +136,7 @@ def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
 
 
 def _configure_xla_for_absent_gpus() -> None:
-    """Switches autotuning off, which runs kernels to compare them, and logs off."""
+    """Turns off logs, and autotuning, which would run kernels to compare them."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -21,7 +21,7 @@ class RunCheckpoints:
     """The checkpoints of one run. All processes call the same methods in the same order; each saves its shards.
 
     Args:
-        checkpoints: those in the run directory.
+        checkpoints: the checkpoints in the run directory.
         config: resolved.
         model: the model that is trained.
         mesh: the devices.

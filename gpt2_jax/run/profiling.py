@@ -12,7 +12,7 @@ from gpt2_jax.step import Metrics, TrainState
 
 Update = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
-FIRST = 10  # the first traced update of a process: compilation and warm-up are over
+FIRST = 10  # the first traced update of a process: compilation and warmup are over
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reports of a run: rows of metrics.jsonl, the line or bar at the terminal, the plot, and the check for divergence."""
+"""Reports of a run: rows of metrics.jsonl, the line or bar on the terminal, the plot, and the check for divergence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reporter:
         config: resolved.
         mesh: the devices, for MFU.
         n_params: number of parameters of the model.
-        checkpoints: named when the run diverges.
+        checkpoints: has the step that a diverged run names as the last good checkpoint.
         tokens_after: tokens consumed by the first k updates.
         start: the step that the run resumes after, 0 for a new run.
     """

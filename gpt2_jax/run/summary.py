@@ -72,7 +72,7 @@ def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) ->
 def closing(
     config: TrainConfig, data: Data, out: Path, loss_sum: float, n_targets: int, sample: str | None, best: int | None
 ) -> list[str]:
-    """The lines that say what the finished run reached, where its files are and what to type next.
+    """The lines with the loss of the finished run, its files and a command to type next.
 
     Args:
         loss_sum: nats over `n_targets` held-out tokens.
