@@ -184,7 +184,7 @@ def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     if manifest.skipped:
         print(f"{'skipped':10}{count(manifest.skipped, 'document')}")
     if not val:
-        print(f"{'':10}no validation tokens: no document fell to --val-fraction; training needs some from elsewhere")
+        print(f"{'':10}no validation tokens: --val-fraction held out no document; training needs some from elsewhere")
     first = {split: next((s.file for s in manifest.shards if f"{split}_" in s.file), "") for split in SPLITS}
     globs = {
         split: shlex.quote(f"{glob.escape(str(out))}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"

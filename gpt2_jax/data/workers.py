@@ -184,7 +184,7 @@ def tokenize_blocks(
         if error:
             raise error
     except concurrent.futures.process.BrokenProcessPool as broken:
-        raise UserError("a worker was killed, perhaps for lack of memory; type the same with --workers 1") from broken
+        raise UserError("a worker was killed, perhaps for lack of memory; rerun with --workers 1") from broken
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -42,7 +42,7 @@ def open_nanogpt(path: Path) -> StoredModel:
     config = GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact")
     check_sizes(str(path), config)
     if not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
-        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds other things than tensors")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds values other than tensors")
     state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
     known = {f"transformer.{torch_name(name)}" for name in parameter_shapes(config)} | {"lm_head.weight"}
     # nanoGPT saves the causal mask as a buffer where PyTorch has no fused attention.

@@ -44,8 +44,8 @@ def load_torch(path: Path) -> Any:
                 f"{path} is not a checkpoint that torch can read, or it is damaged; copy it again"
             ) from error
         raise UserError(
-            f"{path} holds Python objects besides tensors, and reading them could run any code; save it again with "
-            "only dicts, lists, numbers and tensors, as nanoGPT does"
+            f"{path} holds Python objects besides tensors, and reading them could run arbitrary code; save it again "
+            "with only dicts, lists, numbers and tensors, as nanoGPT does"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise UserError(
