@@ -125,13 +125,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest restorable step; None if there is none."""
-        step: int | None = self._manager.latest_step()
-        return step
+        return self._manager.latest_step()
 
     def best(self) -> int | None:
         """The restorable step with the lowest validation loss; None if no step has one."""
-        step: int | None = self._manager.best_step()
-        return step
+        return self._manager.best_step()
 
     def steps(self) -> list[int]:
         """All restorable steps, in order."""
@@ -166,8 +164,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        info: dict[str, Any] = self._read(step, info=ocp.args.JsonRestore())
-        return info
+        return self._read(step, info=ocp.args.JsonRestore())
 
     def _read(self, step: int, **item: Any) -> Any:
         advice = "if it is damaged, move it away to resume from an older one"

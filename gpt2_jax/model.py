@@ -308,8 +308,7 @@ def init_params(model: GPT2, key: jax.Array) -> Params:
 @functools.cache
 def abstract_params(model: GPT2) -> Params:
     """Shapes and dtypes of the parameters."""
-    shapes: Params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return shapes
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def n_params(params: Params, config: GPT2Config) -> int:

@@ -78,15 +78,13 @@ def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, para
     """
     init = functools.partial(_new_state, model, config, seed)
     shardings = state_shardings(model, config, mesh)
-    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
-    return state
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(functools.partial(_new_state, model, config, 0), abstract_params(model))
-    state: TrainState = with_shardings(shapes, state_sharding(mesh, shapes))
-    return state
+    return with_shardings(shapes, state_sharding(mesh, shapes))
 
 
 def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:

@@ -89,8 +89,7 @@ def saved_settings(directory: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     table = read_json(directory / MANIFEST) or read_json(directory / PROGRESS) or {}
-    settings: dict[str, Any] = table.get("settings", {})
-    return settings
+    return table.get("settings", {})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

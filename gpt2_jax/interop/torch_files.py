@@ -55,5 +55,4 @@ def load_torch(path: Path) -> Any:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """Converts a torch tensor to NumPy: floating-point dtypes to float32, and float32 without a copy."""
-    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return array
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
