@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -30,8 +30,7 @@ def _reading(checkpoint: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({reason}); {advice}") from error
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({one_line(error)}); {advice}") from error
 
 
 class SavedState:
@@ -74,10 +73,10 @@ class SavedState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in DIRECTORY/STEP. Saves run in the background: `close` it, or use it in a `with`.
+    """The checkpoints of one run, in DIRECTORY/STEP. A context manager, because saves run in the background.
 
     Args:
-        directory: created if missing. Remains of interrupted saves are removed.
+        directory: created if missing. Leftovers of interrupted saves are removed.
         keep: number of newest checkpoints to keep, besides the one with the lowest validation loss.
     """
 
@@ -92,8 +91,8 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                # The policy below decides what to keep. But only with a best_fn does Orbax store the metrics, without
-                # which a resumed run would not know the best checkpoint.
+                # The policy below decides what to keep. best_fn is set because Orbax stores metrics only with it, and a
+                # resumed run needs them to know the best checkpoint.
                 best_fn=_val_loss,
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -126,13 +125,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest restorable step; None if there is none."""
-        step: int | None = self._manager.latest_step()
-        return step
+        return self._manager.latest_step()
 
     def best(self) -> int | None:
         """The restorable step with the lowest validation loss; None if no step has one."""
-        step: int | None = self._manager.best_step()
-        return step
+        return self._manager.best_step()
 
     def steps(self) -> list[int]:
         """All restorable steps, in order."""
@@ -143,8 +140,8 @@ class Checkpoints:
 
         Args:
             state: tree of arrays.
-            info: JSON-serializable.
-            val_loss: at this step, if known; ranks the checkpoint.
+            info: a JSON-serializable dict.
+            val_loss: the validation loss at this step, if known; ranks the checkpoint.
         """
         self._manager.save(
             step,
@@ -167,8 +164,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        info: dict[str, Any] = self._read(step, info=ocp.args.JsonRestore())
-        return info
+        return self._read(step, info=ocp.args.JsonRestore())
 
     def _read(self, step: int, **item: Any) -> Any:
         advice = "if it is damaged, move it away to resume from an older one"

@@ -40,8 +40,8 @@ def run_command(main: Callable[[list[str]], int]) -> None:
 def silence_third_parties() -> None:
     """Silences log lines that repeat what a command prints itself. Only commands call this, never the Python API.
 
-    Orbax logs every phase of a save through absl, and errors that it raises too. huggingface_hub logs warnings about
-    what our one-line errors say.
+    Orbax logs every phase of a save through absl, and also the errors that it raises. huggingface_hub logs warnings
+    that our one-line errors repeat.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when huggingface_hub is imported
     logging.getLogger("absl").setLevel(logging.CRITICAL)

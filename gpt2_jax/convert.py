@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
@@ -83,7 +83,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         source: any MODEL.
         to: the format to write.
         out: the directory to create.
-        dtype: of the parameters, for huggingface and llmc.
+        dtype: the dtype of the parameters, for huggingface and llmc.
 
     Returns:
         `out`, as a path.
@@ -119,11 +119,11 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         for path in (partial, *partial.iterdir()):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # each writer reports a full disk as another
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the writers' errors for a full disk
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
-        for _ in range(50):  # after a failure, Orbax's threads may go on writing for a moment
+        for _ in range(50):  # after a failure, Orbax's threads may still write for a moment
             if not partial or not partial.exists():
                 break
             shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ class Display:
         total: all of the work; 0 if unknown.
         text: shown beside the bar until the first `show`.
         counts: the bar shows "done/total"; otherwise a percentage.
-        quiet: shows nothing, as in all processes but the primary one.
+        quiet: shows nothing, for all processes except process 0.
     """
 
     def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
@@ -55,7 +55,7 @@ class Display:
         self.console.print(text, markup=False)
 
     def show(self, done: float, line: str, parts: Sequence[str]) -> None:
-        """Shows progress: `parts` beside the bar, or a line that starts with `line`. The last one is always shown."""
+        """Shows progress: `parts` beside the bar, or a line that starts with `line`. The end is always shown."""
         now = time.perf_counter()
         if self._bar:
             self._bar.update(self._task, completed=done, text=" · ".join(parts))

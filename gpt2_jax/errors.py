@@ -14,12 +14,17 @@ class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 1."""
 
 
+def one_line(error: Exception, length: int = 200) -> str:
+    """The message of a library's error on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def import_optional(name: str, purpose: str) -> Any:
     """Imports a module of an optional dependency.
 
     Args:
-        name: of the module, in a package of the same name.
-        purpose: what needs it, for the error: "reading a.parquet".
+        name: the module. The package that pip installs has its name, up to the first dot.
+        purpose: the work that needs it, for the error: "reading a.parquet".
 
     Raises:
         UserError: it is not installed.

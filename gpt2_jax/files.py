@@ -47,7 +47,7 @@ def exclusive(directory: Path, purpose: str) -> Iterator[None]:
             raise UserError(
                 f"another process is {purpose} in {directory}; wait for it, stop it, or give another --out"
             ) from None
-        except OSError:  # some network file systems have no locks; there the user has to take care
+        except OSError:  # some network file systems have no locks: there, nothing stops a second process
             pass
         yield
     finally:

@@ -57,7 +57,7 @@ class Flags:
     slide: bool = False
     """Continue past block_size from the last block_size tokens. Each token then costs a forward pass over all."""
     dtype: Dtype = "auto"
-    """Dtype of matmuls: auto is bfloat16 on accelerators and float32 on CPU."""
+    """Dtype of activations and matmuls: auto is bfloat16 on accelerators and float32 on CPU."""
 
 
 def main(args: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ STACKED = "h"
 
 
 def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether the leaf at a `jax.tree_util` key path has a leading layer axis."""
+    """True if the leaf at a `jax.tree_util` key path has a leading layer axis."""
     return any(getattr(key, "key", None) == STACKED for key in path)
 
 

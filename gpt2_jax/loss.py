@@ -48,21 +48,21 @@ def cross_entropy(
     """
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _nats(*part, embedding, vocab_size)[0], None
+        return total + _chunk_loss(*part, embedding, vocab_size)[0], None
 
     parts = _chunks(hidden, targets, chunk)
     return jax.lax.scan(add, _varying_zeros((), targets), parts)[0]
 
 
-def _nats(
+def _chunk_loss(
     hidden: jax.Array, targets: jax.Array, embedding: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One chunk, [tokens, n_embd] and [tokens] -> loss sum [], logits [tokens, vocab], log-normaliser [tokens, 1]."""
+    """One chunk, [tokens, n_embd] and [tokens] -> loss sum [], logits [tokens, vocab], log-normalizer [tokens, 1]."""
     logits = head_logits(hidden, embedding, vocab_size)
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     at_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
-    nats = jnp.where(targets == IGNORE, 0.0, (log_normaliser - at_target)[:, 0])
-    return jnp.sum(nats), logits, log_normaliser
+    nats = jnp.where(targets == IGNORE, 0.0, (log_normalizer - at_target)[:, 0])
+    return jnp.sum(nats), logits, log_normalizer
 
 
 def _forward(
@@ -75,13 +75,13 @@ def _forward(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, d_embedding = carry
         hidden, targets = part
-        nats, logits, log_normaliser = _nats(hidden, targets, embedding, vocab_size)
+        loss_sum, logits, log_normalizer = _chunk_loss(hidden, targets, embedding, vocab_size)
         is_target = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
-        d_logits = jnp.exp(logits - log_normaliser) - is_target.astype(jnp.float32)
+        d_logits = jnp.exp(logits - log_normalizer) - is_target.astype(jnp.float32)
         d_logits = jnp.where(targets[:, None] == IGNORE, 0.0, d_logits).astype(hidden.dtype)
         d_hidden = jnp.einsum("nv,vc->nc", d_logits, embedding.astype(hidden.dtype))
         d_embedding += jnp.einsum("nv,nc->vc", d_logits, hidden, preferred_element_type=jnp.float32)
-        return (total + nats, d_embedding), d_hidden
+        return (total + loss_sum, d_embedding), d_hidden
 
     start = _varying_zeros((), targets), _varying_zeros(embedding.shape, targets)
     (total, d_embedding), d_hidden = jax.lax.scan(add, start, _chunks(hidden, targets, chunk))
@@ -90,9 +90,9 @@ def _forward(
 
 
 def _backward(
-    vocab_size: int, chunk: int, kept: tuple[jax.Array, jax.Array], d_total: jax.Array
+    vocab_size: int, chunk: int, saved: tuple[jax.Array, jax.Array], d_total: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    d_hidden, d_embedding = kept
+    d_hidden, d_embedding = saved
     # Multiply in float32: rounding the factor 1 / tokens to bfloat16 would scale all gradients except the head's.
     return (d_hidden.astype(jnp.float32) * d_total).astype(d_hidden.dtype), d_embedding * d_total, None
 
@@ -113,6 +113,6 @@ def _chunks(hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Arra
 def _varying_zeros(shape: tuple[int, ...], targets: jax.Array) -> jax.Array:
     """Float32 zeros that vary over the same mesh axes as `targets`, to start a scan under `shard_map`.
 
-    A constant does not vary, and the sums that replace it in the carry do. `jax.lax.pcast` would need the axis names.
+    A constant does not vary, but the sums that replace it in the carry do. `jax.lax.pcast` would need the axis names.
     """
     return jnp.broadcast_to((targets.reshape(-1)[0] * 0).astype(jnp.float32), shape)

@@ -42,12 +42,12 @@ class Throughput(NamedTuple):
 
 
 class ThroughputMeter:
-    """Tokens per second and model FLOPs utilisation of training time: the clock can be stopped.
+    """Tokens per second and model FLOPs utilization of training. The clock stops for everything else.
 
     Args:
         flops_per_token: model FLOPs.
         devices: all devices of the mesh.
-        dtype: of matmuls. Known peaks are for bfloat16.
+        dtype: the dtype of matmuls. Known peaks are for bfloat16.
     """
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
@@ -62,7 +62,7 @@ class ThroughputMeter:
         self._since = None
 
     def start(self, tokens: int) -> None:
-        """Starts the clock unless it runs. `tokens` were consumed so far."""
+        """Starts the clock after `tokens` consumed tokens, unless it runs already."""
         if self._since is None:
             self._since, self._tokens = time.perf_counter(), tokens
 
@@ -112,7 +112,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def format_row(row: Row, seconds_left: float | None) -> list[str]:
-    """The parts of a training row that a person wants to see."""
+    """The parts of a training row to show on the terminal."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
     parts = [f"loss {row['loss']:.4f}"]
     parts += [] if speed is None else [f"{si(speed)} tok/s"]

@@ -51,8 +51,8 @@ def padded_vocab_size(config: GPT2Config) -> int:
 def flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any = None, **options: Any) -> jax.Array:
     """A `dot_general` for dense layers, [..., in] and [in, out] -> [..., out], as one matmul of two matrices.
 
-    The gradient of the kernel needs it: summing over batch and time as two axes, XLA's CPU backend first transposes
-    the gradient of the output, a fifth of a training step with 6 layers of 384.
+    One matmul makes the kernel's gradient cheap. To sum over batch and time as two axes, XLA's CPU backend first
+    transposes the gradient of the output, which took a fifth of a training step with 6 layers of width 384.
     """
     y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], -1)
@@ -85,7 +85,7 @@ class QueriesKeysValues(nn.Module):
     """The projection c_attn: one kernel for queries, keys and values, as in the released checkpoints.
 
     Attributes:
-        backend: may bring its own `project_in`.
+        backend: its `project_in`, if it has one, replaces the single matmul.
     """
 
     config: GPT2Config
@@ -117,7 +117,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, deterministic: bool, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` added."""
+        """[batch, time, n_embd] -> the same shape, and the cache, if there is one, with the tokens of `x` added."""
         config = self.config
         dropout = 0.0 if deterministic else config.dropout
         head_dim = config.n_embd // config.n_head
@@ -129,9 +129,12 @@ class Attention(nn.Module):
             y = backend.attend(q, k, v, scale, dropout=dropout, dropout_key=key)
         else:
             y, cache = cached_attention(q, k, v, cache, scale)
-        dot = flat_dot
-        if project_out := backend.project_out:
-            dot = lambda x, kernel, *_, **options: project_out(x, kernel, head_dim)  # noqa: E731
+
+        def dot(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+            if backend.project_out:
+                return backend.project_out(x, kernel, head_dim)
+            return flat_dot(x, kernel, dimensions, **options)
+
         std = INIT_STD / (2 * config.n_layer) ** 0.5  # 2 residual branches per block (GPT-2 paper, section 2.3)
         y = _dense(config, self.dtype, config.n_embd, "c_proj", std, dot)(y.reshape(x.shape))
         return nn.Dropout(dropout)(y, deterministic), cache
@@ -164,7 +167,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, deterministic: bool, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """[batch, time, n_embd] -> the same, and the cache, if there is one, with the tokens of `x` added."""
+        """[batch, time, n_embd] -> the same shape, and the cache, if there is one, with the tokens of `x` added."""
         y, cache = Attention(self.config, self.dtype, name="attn")(
             _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache
         )
@@ -178,8 +181,8 @@ class GPT2(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: of activations and matmul operands. Parameters are float32.
-        gather_params: all-gathers the parameters of a block inside the block; None where they are not sharded. Only
+        dtype: the dtype of activations and matmul operands. Parameters are float32.
+        gather_params: all-gathers the parameters of a block inside the block; None if they are not sharded. Only
             `step.py` sets it.
     """
 
@@ -233,12 +236,12 @@ class GPT2(nn.Module):
             )
             x, _ = layers(config, self.dtype, name="h")(x, deterministic)
         else:
-            kept = []
+            layer_caches = []
             for layer in range(config.n_layer):
                 before = cache and LayerCache(*cache.layers[layer], cache.slot, cache.pad)
                 x, after = block(config, self.dtype, name=f"h_{layer}")(x, deterministic, before)
-                kept.append(after and (after.keys, after.values))
-            cache = cache and KVCache(tuple(kept), cache.slot + tokens.shape[1], cache.pad)
+                layer_caches.append(after and (after.keys, after.values))
+            cache = cache and KVCache(tuple(layer_caches), cache.slot + tokens.shape[1], cache.pad)
         return _layer_norm(config, self.dtype, "ln_f")(x), cache
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -246,7 +249,7 @@ class GPT2(nn.Module):
 
         Args:
             tokens: int [batch, time], `time` at most the number of free slots. Tokens in padding slots are ignored.
-            cache: from `init_cache` or from the previous call.
+            cache: the cache from `init_cache` or from the previous call.
 
         Returns:
             Logits of the token after the last one, float32 [batch, vocab_size], and the cache with the tokens added.
@@ -305,8 +308,7 @@ def init_params(model: GPT2, key: jax.Array) -> Params:
 @functools.cache
 def abstract_params(model: GPT2) -> Params:
     """Shapes and dtypes of the parameters."""
-    shapes: Params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return shapes
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def n_params(params: Params, config: GPT2Config) -> int:

@@ -1,7 +1,7 @@
 """The optimizer: MultiSteps accumulation → clip by global norm → AdamW with masked decay → warmup-cosine.
 
 AdamW is Loshchilov and Hutter 2019. The hyperparameters and the decay mask are GPT-3's (Brown et al. 2020, appendix B),
-as read by nanoGPT and llm.c.
+as nanoGPT and llm.c implement them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate of update 0, 1, …; `decay_steps` must be resolved.
 
-    Update s of the warm-up has peak · (s + 1) / warmup_steps, so the first update is not lost to a rate of 0. Then a
+    Update s of warmup has peak · (s + 1) / warmup_steps, so the first update is not lost to a rate of 0. Then a
     half cosine falls to the final rate at update `decay_steps`.
     """
     warmup = max(config.warmup_steps, 1)
@@ -44,7 +44,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
         init_value=config.learning_rate / warmup,
         peak_value=config.learning_rate,
         warmup_steps=warmup - 1,
-        decay_steps=config.decay_steps,  # optax includes the warm-up
+        decay_steps=config.decay_steps,  # optax includes the warmup
         end_value=config.final_learning_rate,
     )
 

@@ -44,9 +44,9 @@ class PlanFlags:
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    words, rest = take_flags(PlanFlags, args)
-    flags = parse_flags(PlanFlags, words, prog=PROG, description=DESCRIPTION)
-    config = parse_args(PROG, DESCRIPTION, rest)
+    plan_args, config_args = take_flags(PlanFlags, args)
+    flags = parse_flags(PlanFlags, plan_args, prog=PROG, description=DESCRIPTION)
+    config = parse_args(PROG, DESCRIPTION, config_args)
     devices = devices_of(flags.topology) if flags.topology else jax.devices()
     where = flags.topology or f"this machine's {len(devices)} × {devices[0].device_kind}"
     best: Change | None = None
@@ -91,7 +91,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hardware_flops": plan.hardware_flops,
         "traffic": plan.hbm_bytes,
         "cycles": plan.cycles,
-        "collectives": [{**dataclasses.asdict(one), "sent": one.sent()} for one in plan.collectives],
+        "collectives": [{**dataclasses.asdict(each), "sent": each.sent()} for each in plan.collectives],
         "estimate": None,
         "tokens": plan.tokens,
     }
@@ -125,24 +125,24 @@ def format_plan(plan: Plan) -> str:
         ("FLOPs", f"{plan.model_flops:.3g} per update by 6 N + 12 L C T, {plan.hardware_flops:.3g} in the program"),
     ]  # fmt: skip
     collectives = [
-        f"{one.kind} over {' and '.join(one.axes)}: {si(one.n_bytes)}B per update in {count(one.times, 'call')} among "
-        f"{one.devices} devices; each sends {si(int(one.sent()))}B"
-        for one in plan.collectives
+        f"{each.kind} over {' and '.join(each.axes)}: {si(each.n_bytes)}B per update in {count(each.times, 'call')} "
+        f"among {each.devices} devices; each sends {si(int(each.sent()))}B"
+        for each in plan.collectives
     ]
-    lines += _labelled("collectives", collectives or ["none"])
-    lines += _labelled("parameters", _grouped(plan.parameters))
+    lines += _labeled("collectives", collectives or ["none"])
+    lines += _labeled("parameters", _grouped(plan.parameters))
     if plan.estimate:
-        lines += _labelled("estimate", _estimate_lines(plan, plan.estimate))
+        lines += _labeled("estimate", _estimate_lines(plan, plan.estimate))
     return "\n".join(f"{name:12}{text}" for name, text in lines)
 
 
-def _labelled(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Labels the first line of several."""
+def _labeled(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of label and line; only the first line has the label."""
     return [("" if index else label, text) for index, text in enumerate(texts)]
 
 
 def _grouped(parameters: Sequence[tuple[str, tuple[int, ...], str]]) -> list[str]:
-    """One line for the same parameter of all layers that place it alike."""
+    """One line for the same parameter in all layers with the same placement."""
     counts = Counter(
         (f"{re.sub(r'h_[0-9]+/', 'h_*/', name)} {list(shape)} ", placement) for name, shape, placement in parameters
     )

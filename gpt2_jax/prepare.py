@@ -54,7 +54,7 @@ class Flags:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """Tokenizer."""
     val_fraction: float | None = None
-    """Share to hold out: documents, or the end of a single text. Default: 0.1 for files, else the dataset's own."""
+    """Share to hold out: documents, or the end of a single text. Default: 0.1 for files, else the source's own."""
     shard_tokens: int = 100_000_000
     """Tokens per file."""
     workers: int = 0
@@ -151,7 +151,7 @@ def _open_source(flags: Flags, out: Path) -> Source:
 
 
 def _is_named(source: str) -> bool:
-    """Whether a source is one of the names and not an existing file."""
+    """True if a source is one of the names and not an existing file."""
     return source in {*NAMES, *DATASETS} and not Path(source).is_file()
 
 
@@ -184,7 +184,7 @@ def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     if manifest.skipped:
         print(f"{'skipped':10}{count(manifest.skipped, 'document')}")
     if not val:
-        print(f"{'':10}no validation tokens: no document fell to --val-fraction; training needs some from elsewhere")
+        print(f"{'':10}no validation tokens: --val-fraction held out no document; training needs some from elsewhere")
     first = {split: next((s.file for s in manifest.shards if f"{split}_" in s.file), "") for split in SPLITS}
     globs = {
         split: shlex.quote(f"{glob.escape(str(out))}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"

@@ -29,7 +29,7 @@ def resolve(config: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, Choic
 
 
 def matmul_dtype(dtype: Dtype, platform: Platform) -> Dtype:
-    """The dtype of matmuls: "auto" is float32 on CPU and bfloat16 elsewhere."""
+    """The dtype of activations and matmuls: "auto" is float32 on CPU and bfloat16 elsewhere."""
     if dtype == "auto":
         return "float32" if platform == "cpu" else "bfloat16"
     return dtype

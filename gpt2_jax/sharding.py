@@ -57,8 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """One `NamedSharding` per array of a tree of shapes: parameters, moments or a whole state.
 
-    The largest dimension that `fsdp` divides is sharded. An array without one is replicated. So are vectors: gathering
-    one costs more than its memory. The leading axis of stacked layers is neither counted nor sharded.
+    The largest dimension that `fsdp` divides is sharded. An array without such a dimension is replicated. So are
+    vectors: gathering them costs more than their memory. The layer axis of stacked layers is not sharded or counted.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -73,6 +73,11 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` from a tree of shapes and dtypes and a tree of shardings."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+
 def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
     """All-gathers parameters over `fsdp`, in a function that is manual over it.
 
@@ -81,8 +86,8 @@ def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
     Args:
         params: tree of shards.
         specs: tree of `PartitionSpec` from `state_sharding`.
-        dtype: compute dtype. Values are rounded to it and sent in it. The gathered arrays keep the dtype of the shards,
-            so that the model and its gradients are those of a single device.
+        dtype: compute dtype. Values are rounded to it before they are sent. The gathered arrays keep the dtype of the
+            shards, so that the model and its gradients are those of a single device.
     """
     return jax.tree.map(
         lambda part, spec: _gather(part, spec.index("fsdp"), dtype) if "fsdp" in spec else part, params, specs
@@ -129,11 +134,11 @@ def micro_batch_size(batch_size: int, limit: int, n_devices: int) -> int:
 
 
 def num_micro_batches(batch_size: int, limit: int, mesh: Mesh) -> int:
-    """Micro-batches that each device runs one after the other in one update.
+    """The number of micro-batches that each device runs, one after the other, in an update.
 
     Args:
         batch_size: global sequences.
-        limit: sequences per device and forward pass at most, `micro_batch_size` in a config; 0 for no limit.
+        limit: the most sequences per device and forward pass, `micro_batch_size` in a config; 0 for no limit.
 
     Raises:
         UserError: the batch does not divide over devices and micro-batches.

@@ -5,8 +5,8 @@ all-reduce over `data` averages them, and the optimizer runs once.
 
 Inside, `fsdp` shards each micro-batch and the parameters. The devices gather a block's parameters where the block uses
 them (again in the backward pass under `remat`) and reduce-scatter its gradients (ZeRO stage 3, Rajbhandari et al.
-2020). `data` is manual everywhere. `fsdp` is manual in the gradient, so that we place the gathers, and automatic in the
-optimizer, so that Optax's global norm stays the unmodified one: XLA inserts its reduction over the shards.
+2020). `data` is manual everywhere. `fsdp` is manual in the gradient, so that we place the gathers. It is automatic in
+the optimizer, so that Optax's global norm needs no change: XLA inserts the reduction over the shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
 from gpt2_jax.optimizer import gradient_accumulator, learning_rate_schedule, make_optimizer
-from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding
+from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding, with_shardings
 
 
 class TrainState(NamedTuple):
@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Metrics of one update over the whole batch and all devices: float32 scalars."""
 
-    loss: jax.Array  # nats per token
+    loss: jax.Array  # mean nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
     learning_rate: jax.Array
 
@@ -78,18 +78,13 @@ def init_state(model: GPT2, config: OptimizerConfig, mesh: Mesh, seed: int, para
     """
     init = functools.partial(_new_state, model, config, seed)
     shardings = state_shardings(model, config, mesh)
-    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
-    return state
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract_state(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(functools.partial(_new_state, model, config, 0), abstract_params(model))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_sharding(mesh, shapes),
-    )
+    return with_shardings(shapes, state_sharding(mesh, shapes))
 
 
 def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -140,9 +135,10 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
 def _mean_over_micro_batches(
     loss_and_grads: LossAndGrads, params: Params, tokens: jax.Array, key: jax.Array, data: tuple[str, ...], fsdp: int
 ) -> tuple[jax.Array, Params]:
-    """The mean loss, float32 [], and the mean gradient of [micro_batches, sequences, time + 1] on one device of `data`.
+    """The mean loss, float32 [], and the mean gradient on one device of `data`.
 
     Args:
+        tokens: int32 [micro_batches, sequences, time + 1].
         data: the mesh axis `data`, if it has several devices.
         fsdp: the number of devices on the mesh axis `fsdp`.
     """
@@ -242,7 +238,10 @@ def _shard_map(
 
 
 def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
-    """The axis, if it has several devices. XLA refuses a reduction over an axis of one beside one that it places."""
+    """The axis as a tuple, which is empty for a single device.
+
+    XLA refuses a reduction over an axis of one device together with an axis that it shards itself.
+    """
     return (name,) if mesh.shape[name] > 1 else ()
 
 
@@ -251,7 +250,7 @@ def _param_specs(model: GPT2, mesh: Mesh) -> Any:
 
 
 def _gather_params(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
-    """A model that gathers each block's parameters inside the block, and parameters with all others gathered."""
+    """A model that gathers each block's parameters inside the block. The parameters outside the blocks are gathered."""
     if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
         return model, params
     block = jax.tree.map(lambda spec: P(*spec[1:]), specs[STACKED]) if STACKED in specs else specs["h_0"]

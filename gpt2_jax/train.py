@@ -3,8 +3,9 @@
 The same command resumes a run from its newest checkpoint, bit for bit. Started once on every host, it trains one model
 over all of them (`distributed/cluster.py` says how the processes find each other).
 
-Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint
-to resume from; 2 for bad input; anything else is a crash, and the same command resumes from the last checkpoint.
+Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C (with several
+processes also 143), with a checkpoint to resume from; 2 for bad input. Anything else is a crash, and the same command
+resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ time to connect. --heartbeat-timeout SECONDS (100) is the silence after which a 
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    words, args = take_flags(ClusterFlags, args)
-    if {"--help", "-h"} & set(args) or not any(word.split("=")[0] == "--config" for word in args):
+    cluster_args, args = take_flags(ClusterFlags, args)
+    if {"--help", "-h"} & set(args) or not any(arg.split("=")[0] == "--config" for arg in args):
         parse_args(summary.TRAIN, DESCRIPTION, args)  # prints the help or the presets, and exits
-    flags = parse_flags(ClusterFlags, words, prog=summary.TRAIN, description=DESCRIPTION)
+    flags = parse_flags(ClusterFlags, cluster_args, prog=summary.TRAIN, description=DESCRIPTION)
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     try:
@@ -74,7 +75,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
 
     Args:
         config: validated.
-        devices: to train on; all by default.
+        devices: the devices to train on; all by default.
 
     Returns:
         0, or 128 + the number of the signal that stopped the run; then the same call resumes it.
@@ -136,8 +137,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                     pending = step, metrics
                     if step == config.steps or is_due(step, config.eval.every):
                         reporter.catch_up(pending)
-                        nats, n_targets = evaluate(state.params, config.eval.tokens)
-                        val_loss = nats / n_targets
+                        loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
+                        val_loss = loss_sum / n_targets
                         reporter.evaluation(step, val_loss, n_targets)
                     if step == config.steps or is_due(step, config.checkpoint.every):
                         reporter.catch_up(pending)
@@ -153,10 +154,10 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                 checkpoints.wait()
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
-        nats, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
+        loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
         sample = summary.sample_text(model, state.params, data, config)
         if is_primary():
-            for line in summary.closing(config, data, out, nats, n_targets, sample, checkpoints.best()):
+            for line in summary.closing(config, data, out, loss_sum, n_targets, sample, checkpoints.best()):
                 print_line(line)
     return 0
 

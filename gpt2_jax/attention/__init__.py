@@ -27,7 +27,7 @@ BACKENDS: dict[AttentionBackend, Backend] = {"splash": splash.BACKEND, "cudnn": 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The chosen backend, and for each rejected one the reason."""
+    """The chosen backend, and the reason for each rejected one."""
 
     backend: AttentionBackend
     rejected: dict[str, str]
@@ -52,7 +52,7 @@ def choose(wanted: AttentionBackend, problem: Problem) -> Choice:
 
 
 def get_backend(name: AttentionBackend, *, dtype: jnp.dtype, time: int, head_dim: int, dropout: float) -> Backend:
-    """The record of a backend. "auto" chooses for the default device; the other arguments are those of `Problem`."""
+    """The record of a backend. "auto" chooses it for the default device and a `Problem` with the other arguments."""
     if name == "auto":
         name = choose("auto", Problem(current_hardware(), dtype, time, head_dim, dropout)).backend
     return BACKENDS[name]

@@ -32,7 +32,7 @@ class Attend(Protocol):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, dropout: float, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """[batch, time, heads, head_dim], three times, -> the same. A backend without dropout is never given any."""
+        """q, k, v [batch, time, heads, head_dim] -> the same shape. `dropout` is 0 for backends without dropout."""
 
 
 class Backend(NamedTuple):

@@ -32,7 +32,7 @@ def cached_attention(
     """
     batch, time, n_head, head_dim = q.shape
 
-    # Batch and heads are one axis, in the cache too. With two axes, XLA's CPU backend reshapes the updated cache for
+    # Batch and heads are one axis, also in the cache. With two axes, XLA's CPU backend reshapes the updated cache for
     # the matmuls, which copies all of it for every token.
     def flat(x: jax.Array) -> jax.Array:
         return x.swapaxes(1, 2).reshape(batch * n_head, time, head_dim)

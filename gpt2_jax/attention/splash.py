@@ -48,7 +48,7 @@ def splash_attention(
 
     _, time, n_head, _ = q.shape
     block = next(size for size in (512, 256, BLOCK) if time % size == 0)
-    # Time along the lanes of a register: head dimension 64 would fill half of them. The projections write this layout.
+    # Time is along the lanes of a register: a head dimension of 64 would fill half of them. The projections write this.
     layout = splash_kernel.QKVLayout.SEQ_MINOR
     kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((time, time))] * n_head),
@@ -74,7 +74,7 @@ def project_in(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) 
     """The projection c_attn as three matmuls, each of which writes the layout that the attention kernel reads.
 
     XLA would copy the parts of one matmul into that layout. The queries are scaled by 1/√head_dim through their
-    weights: scaling them beside the attention kernel costs a pass over their gradient.
+    weights: scaling them separately costs a pass over their gradient.
 
     Args:
         x: [batch, time, n_embd].
@@ -93,9 +93,9 @@ def project_in(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) 
 def to_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, head_dim: int) -> jax.Array:
     """`x @ kernel + bias`, as input to the attention kernel: [batch, time, in] -> [batch, time, heads · head_dim].
 
-    The kernel's gradients are [batch, heads, time, head_dim], rows of 64 padded to 128. XLA copies them into another
-    layout unless the matmuls of the backward pass take them in this one. The gradient of the bias is a matmul with ones
-    too: as a sum it took as long as two of the other matmuls. It needs eight rows of ones, because XLA turns one row
+    The attention kernel returns gradients of shape [batch, heads, time, head_dim], rows of 64 padded to 128. XLA copies
+    them into another layout unless the matmuls of the backward pass read this one. The gradient of the bias is a matmul
+    with ones, because a sum took as long as two of the other matmuls. It needs eight rows of ones: XLA turns one row
     back into a sum.
     """
     return x @ kernel + bias[None, None]

@@ -100,8 +100,8 @@ def _blockwise_backward(dropout: float, saved: Saved, dy: jax.Array) -> tuple[ja
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _dropped(weights: jax.Array, masks: jax.Array | None, dropout: float) -> jax.Array:
-    return weights if masks is None else jnp.where(masks, weights / (1.0 - dropout), 0)
+def _dropped(weights: jax.Array, mask: jax.Array | None, dropout: float) -> jax.Array:
+    return weights if mask is None else jnp.where(mask, weights / (1.0 - dropout), 0)
 
 
 BACKEND = Backend(xla_attention, unsupported_reason=lambda problem: None)

@@ -47,14 +47,14 @@ class GPT2Config:
     scan_layers: bool = False
     """Scan over the layers instead of unrolling them: faster to compile and a smaller program, but slower updates."""
     remat: Literal["none", "dots", "full"] = "none"
-    """Rematerialisation saves memory: the backward pass recomputes activations instead of storing them.
+    """Rematerialization saves memory: the backward pass recomputes activations instead of storing them.
     dots recomputes everything except matmuls, full recomputes whole blocks.
     Both also gather the parameters sharded over mesh.fsdp a second time, instead of storing them."""
     loss_chunk: int = 4096
     """Tokens whose logits are in memory at the same time in the training loss; 0 for all."""
 
     def unrolled(self, attention: AttentionBackend = "xla") -> GPT2Config:
-        """The same architecture without scan and rematerialisation, by default with attention that runs everywhere.
+        """The same architecture without scan and rematerialization, by default with attention that runs everywhere.
 
         Its parameters have one entry per layer, as in checkpoints and exports.
         """
@@ -85,7 +85,7 @@ class DataConfig:
     val: str = ""
     """Glob of token files to validate on: needed with token files, not allowed with text."""
     tokenizer: TokenizerName = "gpt2"
-    """How text becomes tokens: gpt2 for GPT-2's byte pairs, bytes for raw bytes, chars for the text's characters."""
+    """Tokenizer of the text: gpt2 for GPT-2's byte pairs, bytes for raw bytes, chars for the text's characters."""
     val_fraction: float = 0.1
     """Fraction of text to hold out: whole files, chosen by a hash of their names, or the end of a single file."""
     characters: str = ""
@@ -160,7 +160,7 @@ class LogConfig:
     every: int = 10
     """Updates between training rows."""
     profile_steps: int = 0
-    """Updates to trace with jax.profiler, from update 10 on, into OUT/profile; 0 for none."""
+    """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,8 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the initial parameters, the data order and dropout."""
     dtype: Dtype = "auto"
-    """Dtype of matmuls: auto is bfloat16 on accelerators and float32 on CPU. Everything else is float32."""
+    """Dtype of activations and matmuls: auto is bfloat16 on accelerators and float32 on CPU.
+    Parameters, optimizer state, softmax, layer norm statistics and the loss are always float32."""
     compilation_cache: str = "auto"
     """Directory that caches compiled programs for the next start.
     auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off."""

@@ -70,7 +70,7 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
         UserError: an unknown flag, or a bad value.
     """
     known = flatten(config)
-    del known["data.sources"]  # The list is no flag, but the keys of the tables in it are.
+    del known["data.sources"]  # The list itself is not a flag, but the keys of its tables are.
     for index, source in enumerate(config.data.sources):
         known |= flatten(source, f"data.sources.{index}.")
 
@@ -125,7 +125,7 @@ def parse_flags(kind: type[Flags], args: Sequence[str], *, prog: str, descriptio
 
 
 def _raise_user_errors(parse: Callable[[], Parsed], prog: str) -> Parsed:
-    """Calls `parse`. Where tyro prints an error and exits, raises a `UserError` of one line instead."""
+    """Calls `parse`. If tyro prints an error and exits, raises a one-line `UserError` instead."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed), redirect_stdout(printed):

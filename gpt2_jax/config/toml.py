@@ -75,7 +75,7 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
 
     Args:
         where: the file, for errors.
-        prefix: of the table's keys, such as "model.".
+        prefix: the section of the table, such as "model.".
     """
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}

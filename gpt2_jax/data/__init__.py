@@ -31,11 +31,12 @@ class Data:
 
     Attributes:
         train: the endless sequence of training windows.
-        train_tokens: in all training sources.
+        train_tokens: the number of tokens in all training sources.
         val: the validation windows.
         tokenizer: None if the run decodes no tokens.
         val_text: the held-out bytes that `val` predicts; None for token files.
-        fingerprint: of all tokens, for token files of their sizes and ends. A run is only resumed with the same data.
+        fingerprint: a checksum of all tokens of a text, or of the sizes and ends of token files. A run is only resumed
+            with the same data.
     """
 
     train: ShuffledWindows
@@ -79,11 +80,11 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     key = "data.sources" if data.sources else "data.train"
     files = [find_token_files(source.train, key) for source in sources]
     val_files = find_token_files(data.val, "data.val")
-    for path in {path.parent: path for paths in [*files, val_files] for path in paths}.values():
-        manifest = read_manifest(path.parent)
+    for directory in dict.fromkeys(path.parent for paths in [*files, val_files] for path in paths):
+        manifest = read_manifest(directory)
         if manifest and manifest.settings["tokenizer"] != data.tokenizer:
             raise UserError(
-                f"{path.parent} was made with the tokenizer {manifest.settings['tokenizer']!r}, but data.tokenizer is "
+                f"{directory} was made with the tokenizer {manifest.settings['tokenizer']!r}, but data.tokenizer is "
                 f"{data.tokenizer!r}; type --data.tokenizer {manifest.settings['tokenizer']}, and do not mix the two"
             )
     meta = files[0][0].parent / "meta.pkl"
@@ -96,10 +97,10 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     # Only samples need the tokenizer, and loading it may download it.
     tokenizer = get_tokenizer(data.tokenizer, data.characters) if config.eval.sample_tokens else None
     crc = 0
-    for stream in (stream for windows in (*train, val) for stream in windows.streams):
-        # Only the size and the ends: fast for files of any size.
-        ends = stream[:EDGE_TOKENS].tobytes() + stream[-EDGE_TOKENS:].tobytes()
-        crc = zlib.crc32(b"%d" % len(stream) + ends, crc)
+    for windows in (*train, val):
+        for stream in windows.streams:  # only the size and the ends: fast for files of any size
+            ends = stream[:EDGE_TOKENS].tobytes() + stream[-EDGE_TOKENS:].tobytes()
+            crc = zlib.crc32(b"%d" % len(stream) + ends, crc)
     n_tokens = sum(windows.n_tokens for windows in train)
     shares = "".join(
         f", {source.weight} × {windows.n_tokens}" for source, windows in zip(data.sources, train, strict=False)

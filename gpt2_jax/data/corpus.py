@@ -55,7 +55,7 @@ class TokenizedCorpus:
         train: uint16 [tokens].
         val: uint16 [tokens].
         val_text: the held-out bytes that `val` predicts.
-        tokenizer: that made the tokens.
+        tokenizer: made the tokens.
     """
 
     train: np.ndarray
@@ -89,7 +89,7 @@ def read_corpus(config: DataConfig) -> Corpus:
 
 
 def match_files(pattern: str) -> list[str]:
-    """Finds the files that match a glob. A path of an existing file matches only itself, whatever is in its name."""
+    """Finds the files that match a glob. The path of an existing file matches only that file, even with `*` in it."""
     pattern = os.path.expanduser(pattern)
     if os.path.isfile(pattern):
         return [pattern]

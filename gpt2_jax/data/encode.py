@@ -35,7 +35,7 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
 
 
 def uses_gigatoken(tokenizer: str) -> bool:
-    """Whether gigatoken encodes for the tokenizer of this name: it must be GPT-2's, and gigatoken installed."""
+    """True if gigatoken encodes for the tokenizer of this name: it has to be GPT-2's, and gigatoken installed."""
     return tokenizer == "gpt2" and importlib.util.find_spec("gigatoken") is not None
 
 
@@ -43,9 +43,9 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
     """Encodes one document, uint16 [tokens], with end-of-text before it if the tokenizer has one.
 
     Args:
-        tokenizer: to encode with.
+        tokenizer: encodes the document.
         document: UTF-8, or any bytes for the byte encoding.
-        name: of the document, for errors.
+        name: the name of the document, for errors.
 
     Raises:
         UserError: the document is not UTF-8, and the tokenizer needs UTF-8.
@@ -63,8 +63,8 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
 def last_safe_cut(data: bytes) -> int:
     """Finds the last offset where UTF-8 text can be cut without changing its GPT-2 tokens; 0 if there is none.
 
-    Such a cut is after a character that is not white space and before a white-space character. No match of GPT-2's
-    splitting pattern contains such a pair, and the pattern's only lookahead is inside white space.
+    A safe cut is between a character that is not white space and a white-space character. No match of GPT-2's splitting
+    pattern contains such a pair, and the pattern's only lookahead is inside white space.
     """
     size = 1 << 10
     while True:  # searches the last kilobyte, then more
@@ -88,7 +88,7 @@ class _Gigatoken:
     """gigatoken's tokenizer with GPT-2's byte pairs. It gets no special tokens, because it would find them in text."""
 
     CHUNK_BYTES = 1 << 16  # With longer texts gigatoken is slower and holds a hundred megabytes.
-    RENEW_BYTES = 1 << 29  # gigatoken caches every word; a new tokenizer after this much text bounds its memory.
+    RENEW_BYTES = 1 << 29  # gigatoken caches every word: a new tokenizer after this much text bounds its memory.
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -130,5 +130,5 @@ _gigatoken = functools.cache(_Gigatoken)
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Whether each code point is unassigned in Python's version of Unicode, bool [0x110000]."""
+    """True for each code point that Python's version of Unicode does not assign, bool [0x110000]."""
     return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])

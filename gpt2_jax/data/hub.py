@@ -22,7 +22,7 @@ from gpt2_jax.data.manifest import Manifest, Shard, Split, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
-from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.errors import UserError, import_optional, one_line
 from gpt2_jax.files import replace_text
 
 OFFLINE = (
@@ -38,8 +38,8 @@ class Dataset:
     Attributes:
         repository: its name on the hub.
         subset: its configuration; None if it has only one.
-        description: for --help.
-        splits: the names of its splits, each with ours for its documents; None to choose by a hash of each document.
+        description: text for --help.
+        splits: pairs of a split on the hub and ours for its documents; None to choose by a hash of each document.
         val_fraction: the share of the documents that is held out, where a hash decides.
     """
 
@@ -79,7 +79,7 @@ class HubSource(Source):
         name: a key of `DATASETS`.
         field: the column with the text.
         val_fraction: None for the default of the dataset.
-        revision: of the run to resume; None for the newest.
+        revision: the revision that an unfinished run reads; None for the newest.
 
     Raises:
         UserError: the hub cannot be reached, or `datasets` is not installed.
@@ -104,12 +104,12 @@ class HubSource(Source):
 
     @staticmethod
     def _n_documents(stream: Any, hub_split: str) -> int:
-        """The number of documents in a split, 0 if the dataset does not tell."""
+        """The number of documents in a split; 0 if unknown."""
         info = (stream.info.splits or {}).get(hub_split)
         return info.num_examples or 0 if info else 0
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
-        """See `Source.blocks`. A cursor is [index of the split, state of its stream, documents read in it, in all]."""
+        """See `Source.blocks`. A cursor is [index of the split, stream state, documents read in it, documents read]."""
         first, state, row, total_read = cursor or (0, None, 0, 0)
         for number in range(first, len(self._streams)):
             hub_split, split = self._dataset.splits[number]
@@ -154,8 +154,7 @@ def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
 
 
 def _hub_error(repository: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{repository} cannot be read from the hub ({type(error).__name__}: {reason}); {OFFLINE}")
+    return UserError(f"{repository} cannot be read from the hub ({type(error).__name__}: {one_line(error)}); {OFFLINE}")
 
 
 def download_shakespeare(directory: Path) -> Path:
@@ -185,15 +184,15 @@ def download_shakespeare(directory: Path) -> Path:
     return path
 
 
-def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) -> Manifest:
+def download_tokenized(directory: Path, limit: int, print_line: Callable[[str], None]) -> Manifest:
     """Downloads FineWeb's token files, which have llm.c's format: the validation file and training files.
 
     Existing files are not downloaded again. Every file is compared with its checksum on the hub.
 
     Args:
-        directory: for the files.
+        directory: where the files go.
         limit: stop after the training file that reaches this many tokens; 0 for all.
-        say: called with the name of each file.
+        print_line: called with the name of each file.
 
     Raises:
         UserError: the hub cannot be reached, a file is damaged, or the directory has other token files.
@@ -213,7 +212,7 @@ def download_tokenized(directory: Path, limit: int, say: Callable[[str], None]) 
         path = directory / name
         if "_val_" not in name and limit and tokens >= limit and not path.exists():
             continue
-        say(name)
+        print_line(name)
         expected = files[name].lfs.sha256
         if not path.exists():
             options = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}

@@ -41,7 +41,7 @@ class Manifest:
 
     Attributes:
         settings: the source, the tokenizer and the options that it was made with.
-        text_bytes: of the documents that were read, in UTF-8; 0 if the source was tokens.
+        text_bytes: the number of bytes in the documents; 0 if the source was tokens.
         skipped: the number of damaged documents that were left out.
         shards: the token files, training first.
     """
@@ -89,8 +89,7 @@ def saved_settings(directory: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     table = read_json(directory / MANIFEST) or read_json(directory / PROGRESS) or {}
-    settings: dict[str, Any] = table.get("settings", {})
-    return settings
+    return table.get("settings", {})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -96,7 +96,7 @@ class Mixture:
     least one. So a table of one period is enough to look up the source of any sequence.
 
     Args:
-        weights: of the sources, above 0, in any unit.
+        weights: one weight above 0 per source, in any unit.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

@@ -28,7 +28,7 @@ class TokenWindows:
 
     Args:
         streams: the tokens.
-        names: of the streams, for errors.
+        names: the names of the streams, for errors.
         block_size: predicted tokens per window.
         vocab_size: all tokens must be below it.
         document_start: the token that precedes each document. If given, a window moves forward to the first document
@@ -104,7 +104,7 @@ class TokenWindows:
         return np.where(moved + self.block_size < len(stream), moved, starts)
 
     def positions(self, limit: int = 0) -> Iterator[tuple[int, int]]:
-        """Yields (stream, start) of windows that have every token but the first of each stream as a target once.
+        """Yields (stream, start) of windows in order. Every token except the first of a stream is a target once.
 
         Args:
             limit: stop after this many targets, rounded up to a window; 0 for all.
@@ -135,7 +135,7 @@ class ShuffledWindows:
 
     Args:
         sources: each is visited epoch after epoch, each epoch in a different order.
-        weights: of the sources.
+        weights: one weight per source.
         seed: selects the orders.
     """
 
@@ -205,7 +205,7 @@ class BatchSource:
 
 
 def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:
-    """Iterates over the batches of updates `start` … `stop` − 1. A Grain thread prefetches two. Close it after use."""
+    """Iterates over the batches of updates `start` … `stop` − 1. A Grain thread prefetches two. Close the iterator."""
     import grain
 
     records = grain.MapDataset.source(source)[start:stop]
@@ -220,7 +220,7 @@ def eval_batches(
     A process reads only its own windows. The last batch is padded with windows of `IGNORE` to the shape of the others.
 
     Args:
-        windows: to evaluate.
+        windows: the windows to evaluate.
         batch_size: global sequences per batch.
         limit: stop after this many targets, rounded up to a window; 0 for all.
         local_rows: selects this process's sequences of a batch; by default all.

@@ -25,8 +25,8 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
 
     Args:
         source: the documents.
-        writer: of the directory; its cursor is the position to resume from.
-        options: for the workers.
+        writer: writes the directory; its cursor is the position to resume from.
+        options: how to tokenize.
         limit: stop after this many tokens in the directory; 0 for all.
         workers: processes that tokenize; 0 for one per core.
 
@@ -42,7 +42,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
     with meter.display as display:
         display.print(f"{'tokenizer':10}{options.tokenizer}{engine}, {count(workers, 'worker')}")
         if cursor is not None:
-            display.print(f"continues after {writer.tokens():,} tokens")
+            display.print(f"resumes after {writer.tokens():,} tokens")
         saved = time.perf_counter()
         try:
             for block, tokenized in tokenize_blocks(source.blocks(cursor), options, workers):
@@ -67,7 +67,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
 
 
 def _n_cores() -> int:
-    """The number of cores that this process may use; on macOS, of all cores."""
+    """The number of cores that this process may use; on macOS, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -75,7 +75,7 @@ class _Meter:
     """Shows documents, tokens, and the speed and the time left since this process started.
 
     Args:
-        writer: of the directory.
+        writer: writes the directory.
         total: the size of the source in its units; 0 if unknown.
         limit: stop after this many tokens; 0 for no limit.
     """

@@ -3,7 +3,7 @@
     llm.c, modded-nanogpt  .bin  256 int32: magic 20240520, version 1, number of tokens, zeros; then uint16
     llm.c for Llama 3      .bin  the same with magic 20240801, version 7; then uint32
     nanoGPT                .bin  uint16
-    build-nanogpt          .npy  NumPy's format, uint16
+    build-nanogpt          .npy  NumPy's format, uint16 or uint32
 
 Files may be larger than memory, and training reads small windows all over them. They are read, not memory-mapped: a
 page fault per window costs more than a read, mapped pages count as memory of the process, and a failing disk would
@@ -48,7 +48,7 @@ class Tokens(abc.ABC):
 
         Args:
             starts: int [n], the first token of each row.
-            out: `dtype` [any, tokens], C-contiguous; row `rows[i]` receives the tokens from `starts[i]` on.
+            out: `dtype` [any, tokens], C-contiguous; `out[rows[i]]` receives the tokens from `starts[i]` on.
             rows: int [n].
         """
 
@@ -81,13 +81,13 @@ class TokenArray(Tokens):
 
 
 class TokenFile(Tokens):
-    """Tokens in a file. It stays open, and nothing of it stays in memory.
+    """Tokens in a file, which stays open. No tokens are kept in memory.
 
     Args:
         path: the file.
-        n_tokens: their number.
+        n_tokens: the number of tokens.
         offset: bytes before the first token.
-        dtype: of the tokens.
+        dtype: the type of a token.
 
     Raises:
         UserError: the file cannot be opened.
@@ -164,7 +164,7 @@ def open_tokens(path: str | Path) -> TokenFile:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether a file that starts with `head` is text: tokens below 256 have a zero byte, and text has none."""
+    """True if a file that starts with `head` is text: tokens below 256 have a zero byte, and text has none."""
     if b"\0" in head:
         return False
     try:
@@ -181,7 +181,7 @@ def _open_npy(path: Path) -> TokenFile:
         raise UserError(f"{path} is not a NumPy file of tokens, or is cut off ({error}); copy it again") from error
     if not isinstance(mapped, np.memmap) or mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         found = f"{mapped.dtype} {list(mapped.shape)}" if isinstance(mapped, np.ndarray) else "several arrays"
-        raise UserError(f"{path} holds {found}; expected uint16 [tokens]")
+        raise UserError(f"{path} holds {found}; expected uint16 or uint32 [tokens]")
     return TokenFile(path, mapped.size, int(mapped.offset), mapped.dtype)
 
 
@@ -239,7 +239,7 @@ def find_token_files(pattern: str, key: str) -> list[Path]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files as far as it may be, if it is too low for `count` token files."""
+    """Raises this process's limit of open files for `count` token files if necessary, as far as the system allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

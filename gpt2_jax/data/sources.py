@@ -1,8 +1,8 @@
 """Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
 A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
-into memory (only one line of JSON, or text without white space, is held whole). Each block has the cursor of the
-position after it, from which a later process resumes.
+into memory (except a single line of JSON, and text without white space). Each block has the cursor of the position
+after it, from which a later process resumes.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Block:
         content: bytes of text or lines, or their place in a file; for "texts" a list.
         origin: the file or dataset, for errors.
         first: the number of the first line or document, for errors.
-        split: of the documents; None to choose by a hash of each.
+        split: where the documents go; None to choose by a hash of each document.
         cursor: where the source resumes after this block, in JSON types.
         progress: how much of `Source.total` has been read after this block.
-        starts_document: whether a text starts a document, not continues one.
+        starts_document: True if a text starts a document, False if it continues one.
         skipped: the number of documents that were left out before it.
     """
 
@@ -107,12 +107,12 @@ class Source(abc.ABC):
 class FileSource(Source):
     """Text files (a file is a document), JSON lines and Parquet (a row is a document); the first two also compressed.
 
-    Several text files are split by a hash of their names, and a text that is the only file near its end. Lines and rows
-    are split by a hash of each text.
+    Several text files are split by a hash of their names, a single text file near its end, and lines and rows by a hash
+    of each text.
 
     Args:
         patterns: files and globs, or only "stdlib".
-        field: of the JSON objects, and column of the Parquet tables.
+        field: the field of JSON objects, and the column of Parquet tables, that has the text.
         val_fraction: by default 0.1, and for the standard library 0.05, as in the preset quickstart.
         tokenizer: "bytes" takes any bytes, the others need UTF-8.
         skip_errors: leaves out text that is not UTF-8, instead of raising an error.
@@ -272,7 +272,7 @@ def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
 
 
 def _first_invalid_utf8(path: Path) -> int | None:
-    """The offset of the first byte of a file that is not UTF-8, None if the whole file is."""
+    """The offset of the first byte of a file that is not UTF-8; None if the file is UTF-8."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     with open_decompressed(path) as (file, _):
         while True:
@@ -291,7 +291,7 @@ def _validation_start(path: Path, val_fraction: float, tokenizer: TokenizerName)
     """The offset where the held-out end of a single text starts. Text is split by characters, as in nanoGPT."""
 
     def character_starts() -> Iterator[np.ndarray]:
-        """Whether each byte starts a character (for the bytes tokenizer: every byte does), bool [bytes] per block."""
+        """Yields, per block, bool [bytes]: True where a character starts (for the bytes tokenizer, at every byte)."""
         with open_decompressed(path) as (file, _):
             while data := file.read(BLOCK_BYTES):
                 values = np.frombuffer(data, np.uint8)

@@ -158,7 +158,7 @@ class TextStream:
     """Decodes a stream of tokens to text. Bytes of an unfinished UTF-8 character wait for the rest.
 
     Args:
-        tokenizer: of the tokens.
+        tokenizer: decodes the tokens.
         stop: the token that ends the text; None if there is none.
     """
 

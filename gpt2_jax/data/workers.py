@@ -22,7 +22,7 @@ from gpt2_jax.data.encode import encoder
 from gpt2_jax.data.manifest import SPLITS, Split
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
 
@@ -33,9 +33,9 @@ class TokenizeOptions:
 
     Attributes:
         tokenizer: its name.
-        field: of the JSON objects, with the text.
+        field: the field of JSON objects that has the text.
         val_fraction: the share of the documents that is held out, where a hash decides.
-        skip_errors: whether a damaged document is left out, instead of raising an error.
+        skip_errors: leaves out a damaged document, instead of raising an error.
     """
 
     tokenizer: TokenizerName
@@ -51,7 +51,7 @@ class Tokenized:
     Attributes:
         train: uint16 [tokens].
         val: uint16 [tokens].
-        text_bytes: of the documents.
+        text_bytes: the number of bytes in the documents.
         skipped: the number of documents that were left out.
     """
 
@@ -105,7 +105,7 @@ class BlockTokenizer:
         try:
             return self._encode(document)
         except ValueError as error:  # not UTF-8, or more white space than tiktoken's pattern takes
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             return UserError(f"{name} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
 
     def _documents(self, block: Block, content: bytes | list[Any]) -> Iterator[tuple[str, bytes | UserError]]:
@@ -139,7 +139,7 @@ class BlockTokenizer:
 
 
 def _utf8(text: str) -> bytes:
-    """Encodes UTF-8, replacing unpaired surrogates, which JSON can contain, by U+FFFD. tiktoken does the same."""
+    """Encodes UTF-8. Unpaired surrogates, which JSON can contain, become U+FFFD, as in tiktoken."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
@@ -184,14 +184,14 @@ def tokenize_blocks(
         if error:
             raise error
     except concurrent.futures.process.BrokenProcessPool as broken:
-        raise UserError("a worker was killed, perhaps for lack of memory; type the same with --workers 1") from broken
+        raise UserError("a worker was killed, perhaps for lack of memory; rerun with --workers 1") from broken
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Blocks Ctrl-C in processes started inside, also while they import. This process handles it."""
+    """Starts processes with Ctrl-C blocked, even while they import. This process handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

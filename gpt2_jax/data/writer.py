@@ -47,15 +47,15 @@ class ShardWriter:
 
     Attributes:
         cursor: the position in the source after the last saved token; None at the start.
-        text_bytes: of the documents so far.
+        text_bytes: the number of bytes in the documents so far.
         skipped: the number of documents left out so far.
         shards: the finished files.
-        finished: whether the directory already has its manifest.
+        finished: True if the directory already has its manifest.
 
     Args:
-        directory: an existing one.
-        settings: the source and the options, in JSON types. They must equal those of the writer before.
-        shard_tokens: in each file except the last of a split.
+        directory: an existing directory.
+        settings: the source and the options, in JSON types. They must equal those of the previous writer.
+        shard_tokens: tokens in each file except the last of a split.
         end_of_text: the token that precedes each document.
 
     Raises:
@@ -81,7 +81,7 @@ class ShardWriter:
             raise UserError(f"{directory} has {foreign[0]}, which this command did not write; give another --out")
 
     def _resume(self, table: dict[str, Any], finished: bool) -> None:
-        """Restores the state of the writer before from its progress file or manifest."""
+        """Restores the state of the previous writer from its progress file or manifest."""
         theirs, ours = _flatten(table["settings"]), _flatten(self.settings)
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if changed:
@@ -182,7 +182,7 @@ class ShardWriter:
         return f"{split}_{self._open[split].number:06d}.bin"
 
     def _file(self, split: Split) -> BinaryIO:
-        """The open partial file of a split, cut back to its recorded tokens when it is opened."""
+        """The partial file of a split. Opening it truncates it to its recorded tokens."""
         if split not in self._files:
             shard, path = self._open[split], self.directory / self._name(split)
             partial = path.with_name(path.name + PARTIAL)

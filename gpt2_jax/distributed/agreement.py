@@ -37,7 +37,7 @@ def coordination_client() -> Any:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the only one that writes files and prints."""
+    """True in process 0, the only process that writes files and prints."""
     return jax.process_index() == 0
 
 

@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
     Attributes:
         processes: number of processes.
         coordinator: the address they connect to, for messages.
-        arguments: of `jax.distributed.initialize`. Those that JAX detects itself are missing.
+        arguments: arguments of `jax.distributed.initialize`, without those that JAX detects itself.
     """
 
     processes: int
@@ -135,26 +135,26 @@ def _port(job: int, environ: Mapping[str, str]) -> int:
     return int(environ.get("JAX_COORDINATOR_PORT") or 65536 - 4096 + job % 4096)
 
 
-def _own_device(rank: int, neighbours: int, environ: Mapping[str, str]) -> int | None:
-    """The one GPU that this process uses, of those that all processes of this host see; None to use all of them.
+def _own_device(rank: int, shares_host: bool, environ: Mapping[str, str]) -> int | None:
+    """The index of this process's GPU if several processes of a host see all of its GPUs; None to use all visible GPUs.
 
-    JAX would always take one per process, and leave seven of eight GPUs idle with one process per host.
+    JAX would always take one GPU per process, and leave seven of eight idle with one process per host.
     """
     bound = "SLURM_GPUS_PER_TASK" in environ or environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
-    return None if neighbours == 1 or bound or "JAX_LOCAL_DEVICE_IDS" in environ else rank
+    return None if not shares_host or bound or "JAX_LOCAL_DEVICE_IDS" in environ else rank
 
 
 def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Cluster:
-    processes, neighbours = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
+    processes, local_size = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
     # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the job number times 2**12, and the addresses of mpirun's host.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     if not coordinator and (found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)):
         coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(int(found[1]) >> 12, environ)}"
-    if not coordinator and processes != neighbours:
+    if not coordinator and processes != local_size:
         raise UserError("Open MPI does not report where process 0 runs; give --coordinator HOST:PORT")
     if not coordinator:
         coordinator = f"localhost:{_port(os.getppid(), environ)}"
-    device = _own_device(_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), neighbours, environ)
+    device = _own_device(_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), local_size != 1, environ)
     return _cluster(coordinator, processes, _number(environ, "OMPI_COMM_WORLD_RANK"), device)
 
 
@@ -168,8 +168,7 @@ def _slurm(coordinator: str, environ: Mapping[str, str]) -> Cluster:
         coordinator = (
             f"{''.join(part or '' for part in first.groups())}:{_port(_number(environ, 'SLURM_JOB_ID'), environ)}"
         )
-    neighbours = 1 if hosts == processes else processes
-    device = _own_device(_number(environ, "SLURM_LOCALID"), neighbours, environ)
+    device = _own_device(_number(environ, "SLURM_LOCALID"), hosts != processes, environ)
     return _cluster(coordinator, processes, _number(environ, "SLURM_PROCID"), device)
 
 

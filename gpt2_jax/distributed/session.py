@@ -22,7 +22,7 @@ from jax._src import distributed
 
 from gpt2_jax.distributed.agreement import FOREVER, barrier, coordination_client
 from gpt2_jax.distributed.cluster import Cluster, ClusterFlags
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 EXIT_KEY = "gpt2_jax/exit"  # The key that ends all processes. Its value is an exit code, or DONE.
 DONE = "done"
@@ -38,7 +38,7 @@ def distributed_session(
     """Connects this process to the others of `cluster` for the `with` block. Does nothing if `cluster` is None.
 
     An exception that leaves the block in any process ends all processes with the same exit code, and one of them
-    prints it. Without one, all processes leave the block together. Processes that cannot connect exit with code 2.
+    prints it. Otherwise all processes leave the block together. Processes that cannot connect exit with code 2.
 
     Args:
         exit_codes: the exit codes of errors that print one line. Any other error prints a traceback and exits with 1.
@@ -48,13 +48,13 @@ def distributed_session(
         return
     _initialize(cluster, flags)
     reporter = _start_crash_reporter()
-    exiting = threading.Lock()  # Taken once, by the thread that ends this process.
+    exiting = threading.Lock()  # Acquired once, by the thread that ends this process.
     watcher = threading.Thread(target=_watch_for_exit, args=(exiting, reporter), daemon=True)
     watcher.start()
     try:
         yield
     except BaseException as error:
-        exiting.acquire()  # blocks for good if the watcher is already ending this process
+        exiting.acquire()  # blocks forever if the watcher is already ending this process
         _exit(_publish_exit_code(error, exit_codes), reporter)
     barrier("done")
     if _process_id() == 0:
@@ -85,7 +85,7 @@ def _initialize(cluster: Cluster, flags: ClusterFlags) -> None:
         print(f"error: {problem}{reason}", file=sys.stderr, flush=True)
         os._exit(2)  # a normal exit would hang in JAX's half-started threads
 
-    # After its own timeout JAX aborts, and for the other hosts of a TPU slice it waits forever. So JAX gets a longer
+    # JAX aborts after its own timeout, and waits forever for the other hosts of a TPU slice. So JAX gets a longer
     # timeout, and a thread enforces ours: JAX releases the GIL while it waits.
     timer = threading.Timer(flags.coordinator_timeout, give_up)
     timer.daemon = True
@@ -99,7 +99,7 @@ def _initialize(cluster: Cluster, flags: ClusterFlags) -> None:
         )
         jax.devices()
     except (RuntimeError, ValueError, OSError) as error:
-        give_up(f": {' '.join(str(error).split())[:200]}")
+        give_up(f": {one_line(error)}")
     timer.cancel()
 
 

@@ -24,7 +24,7 @@ from gpt2_jax.layers import unstack_layers
 from gpt2_jax.model import GPT2, KVCache, Params, init_cache
 from gpt2_jax.resolve import matmul_precision
 
-CHUNK = 64  # tokens at most that the loop draws before the host sees them
+CHUNK = 64  # the most tokens that the loop draws before the host sees them
 CHUNK_SECONDS = 0.2  # a loop that took less draws twice as many tokens the next time
 DEFAULT = Sampling()  # the model's own distribution
 
@@ -35,9 +35,9 @@ def generate(
     """Continues prompts of tokens.
 
     Args:
-        params: of `model`, stacked or not.
-        prompts: at least one token each, of any lengths.
-        max_new_tokens: at most, after each prompt.
+        params: the parameters of `model`, stacked or not.
+        prompts: lists of at least one token, which may differ in length.
+        max_new_tokens: the most tokens to draw after each prompt.
 
     Returns:
         `sampling.samples` continuations of the first prompt, then those of the second, …: int32
@@ -56,7 +56,7 @@ def generate(
 def stream(
     model: GPT2, params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = DEFAULT
 ) -> Iterator[np.ndarray]:
-    """`generate`, as the tokens are drawn.
+    """`generate` as an iterator: yields tokens while they are drawn.
 
     Yields:
         The next tokens of every sequence, int32 [len(prompts) · samples, n]. A sequence that has met `stop` is padded
@@ -138,7 +138,7 @@ def bucket(length: int) -> int:
 def cache_slots(length: int, max_new_tokens: int, block_size: int) -> int:
     """Slots for the tokens read and drawn until `block_size` is full, equal for all prompts padded to `length`.
 
-    Up to 15 slots of the smallest bucket are padding, and less than a third of the others.
+    Padding takes up to 15 slots of the smallest bucket, and less than a third of any other.
     """
     return bucket(min(length + max_new_tokens - 1, block_size + max(length // 3, 15)))
 
@@ -229,7 +229,7 @@ def _prefill(
     if not slots:
         return _State(None, token, ended, n_drawn + 1)
     room = ((0, 0), (0, slots - length), (0, 0))
-    layers = jax.tree.map(lambda kept: repeat(jnp.pad(kept, room)), cache.layers)
+    layers = jax.tree.map(lambda leaf: repeat(jnp.pad(leaf, room)), cache.layers)
     return _State(KVCache(layers, cache.slot, repeat(pad)), token, ended, n_drawn + 1)
 
 

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, and a random draw."""
+"""Draws tokens from logits: temperature, top-k, top-p, and a random choice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Sampling:
         top_p: keeps the most probable tokens whose probabilities reach this sum, and ties with the last of them:
             nucleus sampling (Holtzman et al. 2020).
         samples: continuations of each prompt.
-        seed: of the random numbers. Sample i of a prompt depends on the seed, on i and on the prompt alone.
+        seed: seeds the random numbers. Sample i of a prompt depends only on the seed, on i and on the prompt.
         stop: a token that ends a sequence, such as end-of-text; None for none.
         vocab_size: draws only tokens below it; a model may have room for more tokens than its tokenizer has.
-        slide: past `block_size`, draws each token from the last `block_size` tokens. Every position changes with every
-            token then, so each token costs a forward pass over the whole window.
+        slide: past `block_size`, draws each token from the last `block_size` tokens. Each token then shifts all
+            positions, and so costs a forward pass over the whole window.
 
     Raises:
         UserError: a value is out of range.
@@ -76,8 +76,8 @@ def mask_top_k_top_p(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Arra
 def _mask_below(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     """Keeps each logit with less than `limit` of the row's weight above it, and sets the others to −inf.
 
-    A bisection over the bits of the logits finds the threshold in 32 sums, on a CPU in at most a tenth of the time of a
-    sort.
+    A bisection over the bits of the logits finds the threshold in 32 sums. On a CPU they take at most a tenth of the
+    time of a sort.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -97,8 +97,8 @@ def sample_categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
     """One token from each row's distribution: random keys [rows] and logits [rows, vocab] -> int32 [rows].
 
     Draws a block of tokens, then a token in the block, both by Gumbel noise. That takes some 450 random numbers instead
-    of 50,257. Inverting the distribution function would take one, but a rounding of one logit would move the boundaries
-    of all tokens after it. Gumbel noise draws the same token in spite of roundings.
+    of 50,257. Inverting the distribution function would take one, but rounding one logit would move the boundaries of
+    all later tokens. With Gumbel noise, rounding rarely changes the token.
     """
     rows, vocab = logits.shape
     blocks = -(-vocab // BLOCK)

@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 200
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of `generate`: the fields of `Sampling` of the same names."""
+    """Keyword arguments of `generate`: the fields of `Sampling` with the same names."""
 
     temperature: float
     top_k: int
@@ -58,8 +58,8 @@ class LanguageModel:
 
         Args:
             prompt: the text to continue; "" starts a new text from the end-of-text token.
-            max_new_tokens: at most; the model may end the text earlier. By default 200, or as many as fit into
-                `block_size`.
+            max_new_tokens: the most tokens to write; the model may end the text earlier. By default 200, or as many
+                as fit into `block_size`.
             **options: temperature, top_k, top_p, seed and slide, as in `Sampling`.
 
         Returns:
@@ -118,7 +118,7 @@ class LanguageModel:
         return [stop]
 
     @staticmethod
-    def _decode(chunks: Iterator[np.ndarray], writers: list[TextStream]) -> Iterator[list[str]]:
+    def _decode(chunks: Iterator[np.ndarray], decoders: list[TextStream]) -> Iterator[list[str]]:
         for chunk in chunks:
-            yield [writer.add(row) for writer, row in zip(writers, chunk, strict=True)]
-        yield [writer.end() for writer in writers]
+            yield [decoder.add(row) for decoder, row in zip(decoders, chunk, strict=True)]
+        yield [decoder.end() for decoder in decoders]

@@ -71,8 +71,8 @@ def load(name: str, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike = j
 
     Args:
         name: any MODEL.
-        mesh: from `sharding.make_mesh`, to shard or replicate the parameters over; one device by default.
-        dtype: of activations and matmuls. Parameters are float32.
+        mesh: shards or replicates the parameters (`sharding.make_mesh` makes one); one device by default.
+        dtype: the dtype of activations and matmuls. Parameters are float32.
 
     Returns:
         The model with the fastest attention backend for its device, its parameters and its tokenizer.

@@ -2,7 +2,7 @@
 
     256 int32: magic 20240326, version (3: float32, 5: bfloat16), max_seq_len, vocab_size, num_layers, num_heads,
                channels, padded_vocab_size, zeros
-    the tensors in `ORDER`, those of the blocks stacked over the layers, matrices [out, in]
+    the tensors in `ORDER`: a tensor of the blocks is stacked over the layers, and matrices are [out, in]
 
 A model in llm.c always has biases and the tanh GELU.
 """
@@ -47,7 +47,7 @@ ORDER = (
 
 
 def _shape(name: str, config: GPT2Config, padded_vocab: int) -> tuple[int, ...]:
-    """The shape of a tensor in the file; of one layer, if it is stacked."""
+    """The shape of a tensor in the file; of one layer if the tensor is stacked."""
     width = config.n_embd
     outputs = {"c_attn": 3 * width, "c_fc": 4 * width}
     inputs = 4 * width if "mlp/c_proj" in name else width
@@ -56,10 +56,10 @@ def _shape(name: str, config: GPT2Config, padded_vocab: int) -> tuple[int, ...]:
             return (padded_vocab, width)
         case ["wpe", _]:
             return (config.block_size, width)
-        case [layer, "kernel"]:
-            return (outputs.get(layer, width), inputs)
-        case [layer, _]:
-            return (outputs.get(layer, width),)
+        case [module, "kernel"]:
+            return (outputs.get(module, width), inputs)
+        case [module, _]:
+            return (outputs.get(module, width),)
     raise AssertionError(name)
 
 
@@ -109,7 +109,7 @@ def open_llmc(path: Path) -> StoredModel:
 
 
 def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
-    """Writes `model_STEP.bin`, with zeros as the padding of the vocabulary, and a tokenizer unless it is GPT-2's.
+    """Writes `model_STEP.bin`, with the vocabulary padded with zeros, and the tokenizer unless it is GPT-2's.
 
     Raises:
         UserError: llm.c cannot represent the model.
@@ -129,7 +129,7 @@ def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
     header[:8] = MAGIC, version, *sizes
     with open(directory / f"model_{model.step:08d}.bin", "wb") as file:
         header.tofile(file)
-        arrays = dict(model.parameters())  # all in memory: the file has the layers of one tensor after each other
+        arrays = dict(model.parameters())  # all in memory: the file stores all layers of a tensor together
         for name in ORDER:
             for layer in range(config.n_layer if "*" in name else 1):
                 array = arrays[name.replace("*", str(layer))]

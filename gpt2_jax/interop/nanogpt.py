@@ -19,10 +19,7 @@ from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer_unl
 from gpt2_jax.interop.torch_files import import_torch, load_torch, to_numpy
 
 COMPILED = "_orig_mod."  # the prefix that torch.compile adds
-GPT2_VOCABS = (
-    GPT2_VOCAB_SIZE,
-    50304,
-)  # nanoGPT pads the vocabulary when it trains from scratch, and trains the padding
+GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)  # nanoGPT pads to 50304 when it trains from scratch, and trains the padding
 DATASET = "converted"  # the name that a checkpoint written here gives to its dataset
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
@@ -45,7 +42,7 @@ def open_nanogpt(path: Path) -> StoredModel:
     config = GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact")
     check_sizes(str(path), config)
     if not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
-        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds other things than tensors")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds values other than tensors")
     state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
     known = {f"transformer.{torch_name(name)}" for name in parameter_shapes(config)} | {"lm_head.weight"}
     # nanoGPT saves the causal mask as a buffer where PyTorch has no fused attention.
@@ -73,7 +70,7 @@ def open_nanogpt(path: Path) -> StoredModel:
 
 
 def write_nanogpt(model: StoredModel, directory: Path) -> None:
-    """Writes `ckpt.pt` for nanoGPT's `sample.py`, without optimizer state, and a tokenizer unless it is GPT-2's.
+    """Writes `ckpt.pt` for nanoGPT's `sample.py`, without optimizer state, and the tokenizer unless it is GPT-2's.
 
     A tokenizer of characters is written as `meta.pkl`, which nanoGPT looks for in its directory `data/DATASET`.
 

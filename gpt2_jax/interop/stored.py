@@ -24,7 +24,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
-from gpt2_jax.sharding import state_sharding
+from gpt2_jax.sharding import state_sharding, with_shardings
 
 FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
 
@@ -92,7 +92,7 @@ class StoredModel:
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
-        return np.array(array, np.float32, order="C")  # The file's may be transposed, and writers copy memory as it is.
+        return np.array(array, np.float32, order="C")  # It may be a transposed view, and writers copy memory in order.
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         """Reads all parameters, in the order of the model: pairs of name and array."""
@@ -105,10 +105,8 @@ class StoredModel:
         shapes = abstract_params(model)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        )
-        return LanguageModel(model, self.place(abstract), self.open_tokenizer, self.end_of_text)
+        params = self.place(with_shardings(shapes, shardings))
+        return LanguageModel(model, params, self.open_tokenizer, self.end_of_text)
 
     def place(self, abstract: Params) -> Params:
         """Loads the parameters onto devices: reads, places and frees one after the other.

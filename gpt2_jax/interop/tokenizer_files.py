@@ -46,7 +46,7 @@ def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
 
     Args:
         find: finds the files of the model.
-        vocab_size: of the model. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
+        vocab_size: the model's. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
 
     Raises:
         UserError: a file is damaged.
@@ -55,16 +55,16 @@ def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
     if vocab and merges:
         lines = _read(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        with _damage_reported(vocab):
+        with _report_damage(vocab):
             return _byte_pair_encoding(_parse(vocab), pairs)
     if path := find("tokenizer.json"):
-        with _damage_reported(path):
+        with _report_damage(path):
             return _from_tokenizer_json(_parse(path))
     return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
 
 
 @contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
+def _report_damage(path: Path) -> Iterator[None]:
     """Turns the exceptions of a file with an unexpected structure into a `UserError`."""
     try:
         yield
@@ -114,7 +114,7 @@ def _byte_pair_encoding(vocab: Mapping[str, int], merges: Iterable[list[str]]) -
 
 
 def _has_no_gaps(vocab: Mapping[str, int]) -> bool:
-    """Whether the token numbers are 0, 1, 2, … without gaps."""
+    """True if the token numbers are 0, 1, 2, … without gaps."""
     return sorted(vocab.values()) == list(range(len(vocab)))
 
 
@@ -148,7 +148,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end:
     """Writes the files from which `AutoTokenizer` reads the same tokenizer.
 
     Args:
-        block_size: of the model.
+        block_size: the longest text that the model reads, in tokens.
         end: the token that ends a text, if there is one.
     """
     settings: dict[str, Any] = {"model_max_length": block_size}
@@ -200,7 +200,7 @@ def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged into `token`: its byte pairs if only lower-numbered tokens existed."""
+    """The two tokens that merge into `token`: the encoding of its bytes with only lower-numbered tokens."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]

@@ -1,4 +1,4 @@
-"""Reads files that torch saved. Only these need torch. Only containers and tensors are unpickled."""
+"""Reads files that torch saved. torch is imported only here. Only containers and tensors are unpickled."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, import_optional, one_line
 
 SAFE_TORCH = (2, 6)  # In older versions, a file can run code in spite of weights_only (CVE-2025-32434).
 
 
 def import_torch(purpose: str) -> Any:
-    """The module `torch`.
+    """Imports `torch`.
 
     Args:
-        purpose: what it is needed for, for errors.
+        purpose: as in `import_optional`.
 
     Raises:
         UserError: it is not installed, or too old to read files safely.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{purpose} needs torch, which is not installed; type pip install torch") from error
+    torch = import_optional("torch", purpose)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise UserError(f"{purpose} needs torch 2.6 or newer, found {torch.__version__}; type pip install -U torch")
     return torch
@@ -47,17 +44,15 @@ def load_torch(path: Path) -> Any:
                 f"{path} is not a checkpoint that torch can read, or it is damaged; copy it again"
             ) from error
         raise UserError(
-            f"{path} holds Python objects besides tensors, and reading them could run any code; save it again with "
-            "only dicts, lists, numbers and tensors, as nanoGPT does"
+            f"{path} holds Python objects besides tensors, and reading them could run arbitrary code; save it again "
+            "with only dicts, lists, numbers and tensors, as nanoGPT does"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path} cannot be read ({reason}); it is cut off, damaged or not torch's; copy it again"
+            f"{path} cannot be read ({one_line(error, 120)}); it is cut off, damaged or not torch's; copy it again"
         ) from error
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """Converts a torch tensor to NumPy: floating-point dtypes to float32, and float32 without a copy."""
-    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return array
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

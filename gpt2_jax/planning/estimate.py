@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the capacity suffices. An unknown one does."""
+        """True if the capacity suffices or is unknown."""
         return self.available is None or self.required <= self.available
 
     def __str__(self) -> str:
@@ -91,9 +91,9 @@ class Plan:
         attention_copies: copies around those kernels that change an array's layout, on each device.
         parameters: name, shape and placement of each parameter.
         micro_batches: number of micro-batches.
-        memory: of one device.
-        model_flops: 6 N + 12 L C T per token, on all devices together.
-        hardware_flops: of the matmuls in the program, on all devices together.
+        memory: required and available on one device.
+        model_flops: by 6 N + 12 L C T per token, on all devices together.
+        hardware_flops: FLOPs of the matmuls in the program, on all devices together.
         hbm_bytes: bytes that one device reads from and writes to its main memory.
         cycles: TPU cycles outside attention kernels, as the compiler estimates them; 0 for other chips.
         estimate: None if the chip's figures are unknown.
@@ -268,7 +268,7 @@ def _estimate(
     return Estimate(
         compute=sum(parts.values()) / mesh.size / chip.flops,
         memory=hbm_bytes / chip.bandwidth,
-        communication=sum(one.sent() / _link_speed(chip, one.axes, mesh) for one in collectives),
+        communication=sum(collective.sent() / _link_speed(chip, collective.axes, mesh) for collective in collectives),
         compiler_estimate=cycles / chip.clock + kernels if cycles else None,
     )
 

@@ -23,7 +23,7 @@ REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Values that replace those of a config. None leaves a value as it is. `str` gives the flags to type."""
+    """New values for keys of a config; None leaves a key unchanged. `str` gives the flags to type."""
 
     micro_batch_size: int | None = None
     remat: Literal["none", "dots", "full"] | None = None

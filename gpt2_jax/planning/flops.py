@@ -18,7 +18,7 @@ def flops(jaxpr: ClosedJaxpr) -> dict[Part, float]:
     """FLOPs of the matmuls in one run of a traced function, on all its devices together, recomputation included.
 
     "attention" counts the attention kernels, which compute the causal half of their matmuls. "matmuls" counts all
-    others. Of the branches of a conditional, the largest counts.
+    others. A conditional counts as its largest branch.
 
     Raises:
         ValueError: a `while` loop, whose number of iterations is unknown, contains matmuls.
@@ -71,7 +71,7 @@ def _inner(values: Iterable[Any]) -> Iterator[Jaxpr]:
 def _attention_kernel(eqn: Any) -> float:
     """FLOPs of an attention kernel, 0 for any other equation.
 
-    Blocks on the diagonal are computed whole. Their upper halves do not count.
+    Kernels compute whole blocks on the diagonal, but the masked halves do not count.
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "pallas_call":

@@ -55,8 +55,7 @@ class Collective:
         axes: mesh axes along which the devices communicate.
         devices: number of devices in each group.
         times: calls in one run of the program.
-        n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device of it
-            passes on.
+        n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device sends.
     """
 
     kind: str
@@ -84,9 +83,9 @@ class HloModule:
     def __init__(self, text: str) -> None:
         self._computations, self._entry = _parse(text)
         self._runs: dict[str, int] = {}
-        self._count(self._entry, 1)
+        self._add_runs(self._entry, 1)
 
-    def _count(self, name: str, times: int) -> None:
+    def _add_runs(self, name: str, times: int) -> None:
         """Adds up how often each computation outside fusions runs. Every branch counts as often as its conditional."""
         self._runs[name] = self._runs.get(name, 0) + times
         for instruction in self._computations[name].values():
@@ -94,10 +93,10 @@ class HloModule:
                 condition, body = (
                     re.findall(rf"{role}=%?([\w.\-]+)", instruction.attributes)[0] for role in ("condition", "body")
                 )
-                self._count(body, times * self._trip_count(instruction, condition))
+                self._add_runs(body, times * self._trip_count(instruction, condition))
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 for called in _called(instruction):
-                    self._count(called, times)
+                    self._add_runs(called, times)
 
     def _trip_count(self, loop: Instruction, condition: str) -> int:
         """Iterations of a loop: XLA's annotation, or the bound in the condition of JAX's counted loops."""
@@ -182,7 +181,7 @@ class HloModule:
         return sum(sizes) + result
 
     def _moved_by_fusion(self, fused: dict[str, Instruction], sizes: list[int], result: int) -> int:
-        """A parameter that is only sliced counts as its slices, one that is only updated in place as the update."""
+        """Counts a parameter that is only sliced as its slices, and a parameter that is only updated as the update."""
         total = 0
         updated = 0
         for instruction in fused.values():
@@ -310,9 +309,8 @@ def _groups(instruction: Instruction, n_devices: int) -> np.ndarray:
         ids = _iota(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape(list(sizes.values()))
         along = re.findall(r"'(\w+)'", mesh[4])
         names = [*(name for name in sizes if name not in along), *along]
-        return ids.transpose([list(sizes).index(name) for name in names]).reshape(
-            -1, math.prod(sizes[n] for n in along)
-        )
+        ids = ids.transpose([list(sizes).index(name) for name in names])
+        return ids.reshape(-1, math.prod(sizes[name] for name in along))
     if groups := re.search(r"replica_groups=\{(.*?\})\}", attributes):
         return _table(groups[1])
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:

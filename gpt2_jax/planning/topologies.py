@@ -46,7 +46,7 @@ KNOWN = "; ".join(
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology. Programs can be compiled for them, but run only on those of "cpu".
+    """The devices of a topology, to compile programs for. Only the devices of "cpu" can run them.
 
     Call it before anything else initializes JAX's backends: it restricts JAX to the CPU.
 
@@ -94,10 +94,10 @@ def _tpu_devices(name: str, shape: str) -> Sequence[jax.Device]:
 
 
 def _configure_libtpu() -> None:
-    """Sets the environment in which libtpu compiles without a TPU. Settings of the user stay.
+    """Sets environment variables with which libtpu compiles without a TPU, except those that the user has set.
 
-    libtpu neither searches for a TPU nor queries the metadata server, tolerates other processes that have it loaded,
-    and logs only errors.
+    They keep libtpu from searching for a TPU and from querying the metadata server. They let several processes load it
+    at the same time, and limit its logs to errors.
     """
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                 "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
@@ -107,8 +107,8 @@ def _configure_libtpu() -> None:
 
 
 def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
-    _require("jax_cuda12_plugin" if importlib.util.find_spec("jax_cuda12_plugin") else "jax_cuda13_plugin", "cuda12",
-             f"compiling for {gpu.kind}")  # fmt: skip
+    plugin = "jax_cuda13_plugin" if importlib.util.find_spec("jax_cuda13_plugin") else "jax_cuda12_plugin"
+    _require(plugin, "cuda12", f"compiling for {gpu.kind}")
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         whole = count // GPUS_PER_HOST * GPUS_PER_HOST
         raise UserError(
@@ -136,7 +136,7 @@ def _gpu_devices(gpu: _GPU, count: int) -> Sequence[jax.Device]:
 
 
 def _configure_xla_for_absent_gpus() -> None:
-    """Switches autotuning off, which runs kernels to compare them, and logs off."""
+    """Turns off logs, and autotuning, which would run kernels to compare them."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -21,11 +21,11 @@ class RunCheckpoints:
     """The checkpoints of one run. All processes call the same methods in the same order; each saves its shards.
 
     Args:
-        checkpoints: those in the run directory.
+        checkpoints: the checkpoints in the run directory.
         config: resolved.
         model: the model that is trained.
         mesh: the devices.
-        fingerprint: of the data; a checkpoint is only resumed with the data that it was trained on.
+        fingerprint: identifies the data. A checkpoint is only resumed with the data that it was trained on.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RunCheckpoints:
         """Saves the state in the background, unless the newest checkpoint is of this step.
 
         Args:
-            val_loss: at this step, if it was evaluated; ranks the checkpoint.
+            val_loss: the validation loss at this step, if it was evaluated; ranks the checkpoint.
         """
         if step == self.newest:
             return

@@ -14,7 +14,7 @@ from gpt2_jax.files import replace_text
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:
-    """The config of the run in `config.out`, or None if that has no checkpoint yet.
+    """The config of the run in `config.out`; None if the directory has no checkpoint yet.
 
     Raises:
         UserError: the directory has checkpoints but no config of a run, or cannot be read.
@@ -37,7 +37,7 @@ def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Path:
     """Creates the run directory, or checks that it belongs to this config and can be written.
 
     Args:
-        saved: from `saved_config`.
+        saved: the config from `saved_config`.
 
     Raises:
         UserError: it belongs to another config, cannot be written, or is not shared by all processes.

@@ -26,5 +26,5 @@ def validation_loss(
     sharding, rows = batch_sharding(mesh, leading_axis=False), functools.partial(local_rows, mesh)
     batches = eval_batches(windows, batch_size, limit, rows)
     sums = [eval_step(params, put_batch(batch, sharding)) for batch in batches]
-    nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-    return float(nats), int(n_targets)
+    loss_sum, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
+    return float(loss_sum), int(n_targets)

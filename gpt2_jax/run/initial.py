@@ -17,11 +17,11 @@ def open_initial(config: TrainConfig, saved: TrainConfig | None = None) -> tuple
     """Opens the model of `config.init_from`, and fills in the config's open keys from it.
 
     Args:
-        saved: the config of the run to resume, if there is one. It has the open keys, so the model is not opened: it
+        saved: the config of the run to resume, if there is one. It has the open keys, so the model is not opened and
             may be gone.
 
     Returns:
-        The model, None for random initial parameters and for a run to resume, and the config.
+        The model, or None for random initial parameters and for a run to resume; and the config.
 
     Raises:
         UserError: there is no such model, or the config does not match it.

@@ -12,7 +12,7 @@ from gpt2_jax.step import Metrics, TrainState
 
 Update = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
-FIRST = 10  # the first traced update of a process: compilation and warm-up are over
+FIRST = 10  # the first traced update of a process: compilation and warmup are over
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def traced(update: Update, directory: Path, start: int, count: int) -> Iterator[
     traces: the others run the same program.
 
     Args:
-        directory: of the traces; each gets a subdirectory named after its time.
+        directory: where traces go; each gets a subdirectory named after its time.
         start: updates done before the first call. The trace names each update by its number in the run.
     """
     if not count or jax.process_index():

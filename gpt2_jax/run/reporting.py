@@ -1,4 +1,4 @@
-"""Reports of a run: rows of metrics.jsonl, the line or bar at the terminal, the plot, and the check for divergence."""
+"""Reports of a run: rows of metrics.jsonl, the line or bar on the terminal, the plot, and the check for divergence."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gpt2_jax.step import Metrics
 
 
 class Reporter:
-    """Logs updates and evaluations. All processes call it; only the first writes, plots and shows.
+    """Logs updates and evaluations. All processes call it; only process 0 writes, plots and prints.
 
     Args:
         out: the run directory.
         config: resolved.
         mesh: the devices, for MFU.
-        n_params: of the model.
-        checkpoints: named when the run diverges.
+        n_params: number of parameters of the model.
+        checkpoints: has the step that a diverged run names as the last good checkpoint.
         tokens_after: tokens consumed by the first k updates.
         start: the step that the run resumes after, 0 for a new run.
     """
@@ -51,15 +51,15 @@ class Reporter:
         """Waits for the metrics of an update and logs a row if one is due.
 
         Args:
-            pending: the step and its metrics. None and an update that was reported already do nothing.
+            pending: the step and its metrics. None, or an update that was already reported, does nothing.
 
         Raises:
             DivergedError: the loss or the gradient norm is not finite.
         """
         if pending is None or pending[0] <= self._reported:
             return
-        self._reported, metrics = pending
-        step = self._reported
+        step, metrics = pending
+        self._reported = step
         loss, grad_norm, learning_rate = map(float, jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             saved = self._checkpoints.newest
@@ -102,5 +102,5 @@ class Reporter:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is a multiple of `every`. 0 is never."""
+    """True if `step` is a multiple of `every`; never for 0."""
     return every > 0 and step % every == 0

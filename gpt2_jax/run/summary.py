@@ -26,7 +26,7 @@ TRAIN = "python -m gpt2_jax.train"
 def banner(
     config: TrainConfig, data: Data, mesh: Mesh, attention: Choice, n_params: int, out: Path, start: int
 ) -> list[str]:
-    """The lines that say what is trained on what and where; `start` is the update that the run resumes after."""
+    """The lines that name the model, the data and the devices; `start` is the update that the run resumes after."""
     model = config.model
     kind = mesh.devices.flat[0].device_kind
     versions = " · ".join(f"{name} {importlib.metadata.version(name)}" for name in ("gpt2_jax", "jax"))
@@ -52,7 +52,7 @@ def banner(
 
 
 def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) -> str | None:
-    """Text of `config.eval.sample_tokens` tokens; None if there are none or in all processes but the first.
+    """Text of `config.eval.sample_tokens` tokens; None if that is 0, and in all processes except process 0.
 
     All processes call it together. Characters that cannot be printed become replacement characters.
     """
@@ -70,21 +70,21 @@ def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) ->
 
 
 def closing(
-    config: TrainConfig, data: Data, out: Path, nats: float, n_targets: int, sample: str | None, best: int | None
+    config: TrainConfig, data: Data, out: Path, loss_sum: float, n_targets: int, sample: str | None, best: int | None
 ) -> list[str]:
-    """The lines that say what the finished run reached, where its files are and what to type next.
+    """The lines with the loss of the finished run, its files and a command to type next.
 
     Args:
-        nats: loss sum over `n_targets` held-out tokens.
-        sample: from `sample_text`.
+        loss_sum: nats over `n_targets` held-out tokens.
+        sample: the text from `sample_text`.
         best: the step of the best checkpoint.
     """
-    lines = ["", f"{'loss':10}{nats / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
+    lines = ["", f"{'loss':10}{loss_sum / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
     if data.val_text:
         n_bytes = len(data.val_text)
         zipped = 8 * len(gzip.compress(data.val_text, 9)) / n_bytes
         lines.append(
-            f"{'':10}{nats / math.log(2) / n_bytes:.3f} bits per byte; gzip -9 needs {zipped:.3f} for the same "
+            f"{'':10}{loss_sum / math.log(2) / n_bytes:.3f} bits per byte; gzip -9 needs {zipped:.3f} for the same "
             f"{n_bytes:,} bytes"
         )
     if sample is not None:

@@ -394,7 +394,7 @@ def test_a_run_that_was_killed_writes_the_same_bytes(many_lines, uninterrupted, 
         saved.append(progress.read_text())
     assert len(set(saved)) > kills // 2  # the runs progressed
     output, _ = start(tmp_path, many_lines, *SHARDS, "--out", out, "--workers", "1").communicate(timeout=120)
-    assert "continues after" in output
+    assert "resumes after" in output
     assert contents(out) == uninterrupted
 
 

@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(theirs_exact, tmp_path):
 
     checkpoint = nanogpt_checkpoint(theirs_exact, EXACT)
     torch.save(checkpoint | {"config": Trap(tmp_path / "sprung")}, path)
-    refused("holds Python objects besides tensors, and reading them could run any code")
+    refused("holds Python objects besides tensors, and reading them could run arbitrary code")
     assert not (tmp_path / "sprung").exists()
     torch.save(checkpoint, path)
     path.write_bytes(path.read_bytes()[:-1000])
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(theirs_exact, tmp_path):
     torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"n_head": 5}}, path)
     refused("is not a multiple of n_head = 5")
     torch.save(checkpoint | {"model": {"a": 1}}, path)
-    refused("its model holds other things than tensors")
+    refused("its model holds values other than tensors")
     integers = {name: tensor.int() for name, tensor in checkpoint["model"].items()}
     torch.save(checkpoint | {"model": integers}, path)
     refused("holds int32; expected float32")
