@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from record import arguments, slug, timed, write
+from record import Figures, Rows, arguments, duration, take_turns, timed, write
 
 from gpt2_jax.attention import BACKENDS, causal_attention
 from gpt2_jax.attention.backend import Problem
@@ -39,7 +39,6 @@ except ImportError:
 else:
     flags.FLAGS(sys.argv[:1])  # or it would parse our flags
 
-CHUNKS = (0, 1024, 4096)  # of our loss: tokens whose logits exist at the same time
 SHAPE = GPT2Config()
 
 Function = Callable[..., jax.Array]
@@ -58,12 +57,12 @@ def with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
 
 def compare(
     candidates: Mapping[str, Function], exact: Function, inputs: list[jax.Array], cotangent: jax.Array, repeat: int
-) -> dict[str, Any]:
+) -> Figures:
     """Milliseconds and largest relative error of each candidate."""
     with jax.default_matmul_precision("highest"):
         right = [np.asarray(x) for x in with_gradients(exact)(cotangent, *(x.astype(jnp.float32) for x in inputs))]
-    runs: dict[str, Callable[[], Any]] = {}
-    figures: dict[str, Any] = {}
+    actions: dict[str, Callable[[], float]] = {}
+    figures: Figures = {}
     for name, function in candidates.items():
         run = functools.partial(with_gradients(function), cotangent, *inputs)
         try:
@@ -74,16 +73,14 @@ def compare(
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         errors = [float(np.linalg.norm(value - x) / np.linalg.norm(x)) for value, x in zip(values, right, strict=True)]
-        runs[name], figures[name] = run, {"error_of_values": max(errors), "ms": []}
-    for _ in range(repeat):
-        for name, run in runs.items():
-            figures[name]["ms"].append(1000 * timed(lambda run=run: jax.block_until_ready(run())))
-    for name in runs:
-        figures[name]["median_ms"] = statistics.median(figures[name]["ms"])
+        figures[name] = {"error_of_values": max(errors)}
+        actions[name] = lambda run=run: 1000 * timed(lambda: jax.block_until_ready(run()))
+    for name, runs in take_turns(actions, repeat).items():
+        figures[name] |= {"ms": runs, "median_ms": statistics.median(runs)}
     return figures
 
 
-def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
+def attention(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
     """All our backends that run here, and those of tokamax."""
     head_dim = SHAPE.n_embd // SHAPE.n_head
     keys = jax.random.split(jax.random.key(0), 4)
@@ -96,16 +93,15 @@ def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any
     }
     if tokamax:
         kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())
+        theirs = functools.partial(tokamax.dot_product_attention, is_causal=True)
         for name in ("xla", "xla_chunked", *kernels):
-            candidates[f"tokamax {name}"] = functools.partial(
-                tokamax.dot_product_attention, is_causal=True, implementation=name
-            )
+            candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
     exact = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     return compare(candidates, exact, inputs, cotangent, repeat)
 
 
-def loss(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
-    """Ours by chunks, and tokamax's, which gets the embedding transposed, in `dtype` and without padding."""
+def loss(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
+    """Ours by tokens whose logits exist together, and tokamax's, with the embedding in `dtype` and without padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (batch, length, SHAPE.n_embd), dtype)
     embedding = 0.02 * jax.random.normal(keys[1], (padded_vocab_size(SHAPE), SHAPE.n_embd))
@@ -114,60 +110,65 @@ def loss(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
     def ours(hidden: jax.Array, embedding: jax.Array, chunk: int) -> jax.Array:
         return cross_entropy(hidden, embedding, targets, SHAPE.vocab_size, chunk)
 
-    def theirs(hidden: jax.Array, embedding: jax.Array, implementation: str) -> jax.Array:
+    def theirs(hidden: jax.Array, embedding: jax.Array, name: str) -> jax.Array:
         flat, weights = hidden.reshape(-1, SHAPE.n_embd), embedding[: SHAPE.vocab_size].T.astype(hidden.dtype)
-        return tokamax.linear_softmax_cross_entropy_loss(
-            flat, targets.reshape(-1), weights, implementation=implementation
-        )
+        return tokamax.linear_softmax_cross_entropy_loss(flat, targets.reshape(-1), weights, implementation=name)
 
     def exact(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         logits = hidden @ embedding[: SHAPE.vocab_size].T
         return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets))
 
-    candidates: dict[str, Function] = {f"chunks of {n or 'all'}": functools.partial(ours, chunk=n) for n in CHUNKS}
+    chunks = {"all": 0, "1024": 1024, "4096": 4096}
+    candidates: dict[str, Function] = {
+        f"chunks of {name}": functools.partial(ours, chunk=chunk) for name, chunk in chunks.items()
+    }
     if tokamax:
         for name in ("xla", "mosaic_tpu") if current_hardware().platform == "tpu" else ("xla",):
-            candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
+            candidates[f"tokamax {name}"] = functools.partial(theirs, name=name)
     return compare(candidates, exact, [hidden, embedding], jnp.ones(()), repeat)
 
 
-def matmul(size: int, dtype: Any, repeat: int) -> dict[str, Any]:
+def matmul(size: int, dtype: Any, repeat: int) -> Figures:
     """Ten matmuls of two square matrices in a row."""
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
-    runs = [timed(lambda: jax.block_until_ready([product(a, b) for _ in range(10)])) for _ in range(repeat + 1)]
-    milliseconds = [100 * seconds for seconds in runs[1:]]
+    action = functools.partial(timed, lambda: jax.block_until_ready([product(a, b) for _ in range(10)]))
+    milliseconds = [100 * seconds for seconds in take_turns({"matmul": action}, repeat)["matmul"]]
     median = statistics.median(milliseconds)
-    rate = 2 * size**3 / (median / 1000)
-    return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": rate}}
+    return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": 2e3 * size**3 / median}}
+
+
+def rows(figures: Figures) -> Rows:
+    """The seconds of each candidate, and its error or the FLOP/s."""
+    results: Rows = {}
+    for part in ("attention", "loss", "matmul"):
+        for name, case in figures.get(part, {}).items():
+            if "error" in case:
+                results[f"{part}, {name}"] = None, case["error"]
+                continue
+            seconds, rate = case["median_ms"] / 1000, case.get("flops_per_second", 0) / 1e12
+            quality = f"{rate:.3g} TFLOP/s" if rate else f"error {case['error_of_values']:.1e}"
+            results[f"{part}, {name}"] = seconds, f"{duration(seconds)}, {quality}"
+    return results
 
 
 def main() -> None:
-    """Measures, prints the table and writes the file."""
-    parser = arguments(__doc__)
-    parser.add_argument("--parts", nargs="+", choices=["attention", "loss", "matmul"], help="by default all")
+    """Measures and writes the file."""
+    parser = arguments(__doc__, repeat=20)
     parser.add_argument("--batch", type=int, default=16, help="sequences")
     parser.add_argument("--time", type=int, default=SHAPE.block_size, help="tokens of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--size", type=int, help="of the matmul; by default 8192, on CPUs 1024")
-    parser.add_argument("--repeat", type=int, default=20)
     args = parser.parse_args()
-    size = args.size or (1024 if current_hardware().platform == "cpu" else 8192)
-    dtype = jnp.dtype(args.dtype)
-    parts = {
-        "attention": lambda: attention(args.batch, args.time, dtype, args.repeat),
-        "loss": lambda: loss(args.batch, args.time, dtype, args.repeat),
-        "matmul": lambda: matmul(size, dtype, args.repeat),
+    dtype, size = jnp.dtype(args.dtype), 1024 if current_hardware().platform == "cpu" else 8192
+    figures = {
+        "batch": args.batch,
+        "time": args.time,
+        "dtype": args.dtype,
+        "attention": attention(args.batch, args.time, dtype, args.repeat),
+        "loss": loss(args.batch, args.time, dtype, args.repeat),
+        "matmul": matmul(size, dtype, args.repeat),
     }
-    figures = {name: parts[name]() for name in args.parts or parts}
-    for part, candidates in figures.items():
-        for name, case in candidates.items():
-            result = case.get("error") or f"{case['median_ms']:9.2f} ms"
-            error = f"   error {case['error_of_values']:.1e}" if "error_of_values" in case else ""
-            rate = f"   {case['flops_per_second'] / 1e12:.3g} TFLOP/s" if "flops_per_second" in case else ""
-            print(f"{part:10}{name:22}{result}{error}{rate}")
-    shape = {"batch": args.batch, "time": args.time, "dtype": args.dtype}
-    print(write(f"kernels-{slug(jax.devices()[0].device_kind)}", {**shape, **figures}, results=args.results))
+    write("kernels", figures, rows(figures), args.results)
 
 
 if __name__ == "__main__":
