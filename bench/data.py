@@ -48,7 +48,7 @@ def start_up(directory: Path) -> Figures:
     """Seconds from the start of a process to its first batch, and memory growth after it."""
     start = time.time()
     command = [sys.executable, str(Path(__file__).with_name("first_batch.py")), str(directory)]
-    printed = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": python_path()})
+    printed = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": python_path()})
     first, ahead, grown = map(float, printed.split())
     return {"first_batch_s": first - start, "first_batch_read_ahead_s": ahead - start,
             "resident_growth_mb": grown / 2**20}  # fmt: skip

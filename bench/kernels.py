@@ -5,9 +5,9 @@
 tokamax (openxla/tokamax) cannot be installed beside this project: it needs typeguard 2, and our tyro needs typeguard 4.
 Install it with `pip install --target DIR tokamax` and set PYTHONPATH=DIR; otherwise it is left out.
 
-Shapes are those of 124M. The candidates take turns. A tokamax kernel that the device cannot run has its reason instead
-of figures. Errors are those of the output and of all gradients against JAX's attention and Optax's cross-entropy in
-float32, each relative to its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
+Shapes are those of 124M. A tokamax kernel that the device cannot run has its reason instead of figures. Errors are
+those of the output and of all gradients against JAX's attention and Optax's cross-entropy in float32, each relative to
+its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from record import Figures, Rows, arguments, duration, take_turns, timed, write
 
@@ -44,43 +43,48 @@ SHAPE = GPT2Config()
 Function = Callable[..., jax.Array]
 
 
-def with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
-    """The jitted (cotangent, *inputs) -> (output, *gradients)."""
+def with_gradients(function: Function, inputs: Sequence[jax.Array], cotangent: jax.Array) -> Callable[[], list[Any]]:
+    """A call of the jitted function and its gradients: the output, then the gradient of each input."""
 
     @jax.jit
-    def run(cotangent: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    def run(cotangent: jax.Array, *inputs: jax.Array) -> list[jax.Array]:
         output, pullback = jax.vjp(function, *inputs)
-        return output, *pullback(cotangent.astype(output.dtype))
+        return [output, *pullback(cotangent.astype(output.dtype))]
 
-    return run
+    return lambda: jax.block_until_ready(run(cotangent, *inputs))
 
 
 def compare(
-    candidates: Mapping[str, Function], exact: Function, inputs: list[jax.Array], cotangent: jax.Array, repeat: int
+    candidates: Mapping[str, Function], exact: Function, inputs: Sequence[jax.Array], cotangent: jax.Array, repeat: int
 ) -> Figures:
     """Milliseconds and largest relative error of each candidate."""
     with jax.default_matmul_precision("highest"):
-        right = [np.asarray(x) for x in with_gradients(exact)(cotangent, *(x.astype(jnp.float32) for x in inputs))]
+        right = with_gradients(exact, [x.astype(jnp.float32) for x in inputs], cotangent)()
     actions: dict[str, Callable[[], float]] = {}
     figures: Figures = {}
     for name, function in candidates.items():
-        run = functools.partial(with_gradients(function), cotangent, *inputs)
+        run = with_gradients(function, inputs, cotangent)
         try:
-            values = [np.asarray(x, np.float32) for x in run()]
+            differences = zip(run(), right, strict=True)
+            errors = [float(jnp.linalg.norm(value - x) / jnp.linalg.norm(x)) for value, x in differences]
         except Exception as error:  # a tokamax kernel that does not support the device or the shape
             if not name.startswith("tokamax"):
                 raise
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        errors = [float(np.linalg.norm(value - x) / np.linalg.norm(x)) for value, x in zip(values, right, strict=True)]
         figures[name] = {"error_of_values": max(errors)}
-        actions[name] = lambda run=run: 1000 * timed(lambda: jax.block_until_ready(run()))
+        actions[name] = functools.partial(timed, run)
     for name, runs in take_turns(actions, repeat).items():
-        figures[name] |= {"ms": runs, "median_ms": statistics.median(runs)}
+        figures[name] |= milliseconds(runs)
     return figures
 
 
-def attention(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
+def milliseconds(seconds: Sequence[float]) -> Figures:
+    """The repetitions and their median."""
+    return {"ms": [1000 * one for one in seconds], "median_ms": 1000 * statistics.median(seconds)}
+
+
+def attention(batch: int, length: int, dtype: jnp.dtype, repeat: int) -> Figures:
     """All our backends that run here, and those of tokamax."""
     head_dim = SHAPE.n_embd // SHAPE.n_head
     keys = jax.random.split(jax.random.key(0), 4)
@@ -92,25 +96,25 @@ def attention(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
         if not backend.unsupported_reason(problem)
     }
     if tokamax:
-        kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())
         theirs = functools.partial(tokamax.dot_product_attention, is_causal=True)
+        kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())
         for name in ("xla", "xla_chunked", *kernels):
             candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
     exact = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     return compare(candidates, exact, inputs, cotangent, repeat)
 
 
-def loss(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
+def loss(batch: int, length: int, dtype: jnp.dtype, repeat: int) -> Figures:
     """Ours by tokens whose logits exist together, and tokamax's, with the embedding in `dtype` and without padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (batch, length, SHAPE.n_embd), dtype)
     embedding = 0.02 * jax.random.normal(keys[1], (padded_vocab_size(SHAPE), SHAPE.n_embd))
     targets = jax.random.randint(keys[2], (batch, length), 0, SHAPE.vocab_size)
 
-    def ours(hidden: jax.Array, embedding: jax.Array, chunk: int) -> jax.Array:
+    def ours(chunk: int, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         return cross_entropy(hidden, embedding, targets, SHAPE.vocab_size, chunk)
 
-    def theirs(hidden: jax.Array, embedding: jax.Array, name: str) -> jax.Array:
+    def theirs(name: str, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         flat, weights = hidden.reshape(-1, SHAPE.n_embd), embedding[: SHAPE.vocab_size].T.astype(hidden.dtype)
         return tokamax.linear_softmax_cross_entropy_loss(flat, targets.reshape(-1), weights, implementation=name)
 
@@ -118,24 +122,22 @@ def loss(batch: int, length: int, dtype: Any, repeat: int) -> Figures:
         logits = hidden @ embedding[: SHAPE.vocab_size].T
         return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets))
 
-    chunks = {"all": 0, "1024": 1024, "4096": 4096}
     candidates: dict[str, Function] = {
-        f"chunks of {name}": functools.partial(ours, chunk=chunk) for name, chunk in chunks.items()
+        f"chunks of {chunk or 'all'}": functools.partial(ours, chunk) for chunk in (0, 1024, 4096)
     }
     if tokamax:
         for name in ("xla", "mosaic_tpu") if current_hardware().platform == "tpu" else ("xla",):
-            candidates[f"tokamax {name}"] = functools.partial(theirs, name=name)
+            candidates[f"tokamax {name}"] = functools.partial(theirs, name)
     return compare(candidates, exact, [hidden, embedding], jnp.ones(()), repeat)
 
 
-def matmul(size: int, dtype: Any, repeat: int) -> Figures:
-    """Ten matmuls of two square matrices in a row."""
+def matmul(size: int, dtype: jnp.dtype, repeat: int) -> Figures:
+    """A matmul of two square matrices, the mean of ten in a row."""
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
-    action = functools.partial(timed, lambda: jax.block_until_ready([product(a, b) for _ in range(10)]))
-    milliseconds = [100 * seconds for seconds in take_turns({"matmul": action}, repeat)["matmul"]]
-    median = statistics.median(milliseconds)
-    return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": 2e3 * size**3 / median}}
+    ten = functools.partial(timed, lambda: jax.block_until_ready([product(a, b) for _ in range(10)]))
+    figures = milliseconds([seconds / 10 for seconds in take_turns({"ten": ten}, repeat)["ten"]])
+    return {f"{size} × {size}": {**figures, "flops_per_second": 2e3 * size**3 / figures["median_ms"]}}
 
 
 def rows(figures: Figures) -> Rows:

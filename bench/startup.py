@@ -26,11 +26,9 @@ def first_update(flags: list[str], cache: Path) -> float:
     out = Path(tempfile.mkdtemp(dir=cache.parent))
     command = [sys.executable, "-m", "gpt2_jax.train", *flags, "--log.every", "1", "--out", str(out),
                "--compilation_cache", str(cache)]  # fmt: skip
-    # Variables that would override the flag are left out.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
-    environment["PYTHONPATH"] = python_path()
     rows = out / "metrics.jsonl"
     start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": python_path()}
     with open(out / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:

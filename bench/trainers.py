@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from record import Figures, arguments, take_turns
+from record import Figures, take_turns
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.config.flags import parse_args
@@ -45,21 +45,13 @@ class TrainerError(Exception):
     """A trainer failed. The text is its name and the reason."""
 
 
-def block_arguments(doc: str, repeat: int) -> argparse.ArgumentParser:
-    """The parser of a benchmark that calls `measure`."""
-    parser = arguments(doc, repeat)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a block of updates, at least")
-    parser.add_argument("--updates", type=int, default=5, help="of a block, at least")
-    return parser
-
-
 def measure(names: Sequence[str], flags: Sequence[str], args: argparse.Namespace, nanogpt: str = "") -> Figures:
     """The figures of trainers that take turns, by name.
 
     Args:
         names: "ours", "transformers", "nanogpt", or with " compiled" the last two with torch.compile.
         flags: of a training config, with --config.
-        args: from the parser of `block_arguments`.
+        args: with the repetitions `repeat`, each of at least `seconds` and `updates`.
         nanogpt: directory of the nanoGPT checkout.
 
     Raises:
@@ -84,13 +76,15 @@ def measure(names: Sequence[str], flags: Sequence[str], args: argparse.Namespace
     figures: Figures = {}
     for name in names:
         seconds_per_update = [block["seconds"] for block in runs[name]]
-        median = statistics.median(seconds_per_update)
+        median, peak = statistics.median(seconds_per_update), about[name].get("peak_flops")
+        speed = about[name]["tokens"] / median
         figures[name] = {
             **about[name],
             "loss": runs[name][-1]["loss"],
             "peak_bytes": runs[name][-1]["peak_bytes"],
             "median_s": median,
-            "tokens_per_second": about[name]["tokens"] / median,
+            "tokens_per_second": speed,
+            "mfu": peak and speed * about[name]["flops_per_token"] / peak,
             "updates_per_block": blocks[name],
             "seconds_per_update": seconds_per_update,
         }

@@ -69,7 +69,7 @@ def test_the_report_says_whether_a_goal_is_reached(bench, tmp_path):
     for name, row, value in (
         ("peers-char-cpu", "time over nanogpt or nanogpt compiled", 0.6),
         ("peers-char-gpu-cpu", "time over nanogpt compiled", 0.6),  # alone it may not be the faster one
-        ("train_step-gpt2-124m-nvidia-h200", "best MFU", 0.49),
+        ("peers-sweep-124m-nvidia-h200", "best MFU", 0.49),
         ("data-cpu", "seconds to the first batch", 0.1),
     ):
         rows = {row: {"value": value, "details": "why"}}
@@ -105,10 +105,10 @@ def test_a_trainer_trains_or_says_why_not(bench):
 
 
 def test_sweeps_change_one_key_or_all(bench):
-    train_step = bench("train_step")
+    peers = bench("peers")
     sweeps = {"a": ["1", "2"], "b": ["3"]}
-    assert train_step.variants(sweeps, False) == [{}, {"a": "1"}, {"a": "2"}, {"b": "3"}]
-    assert train_step.variants(sweeps, True) == [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]
+    assert peers.variants(sweeps, False) == [{}, {"a": "1"}, {"a": "2"}, {"b": "3"}]
+    assert peers.variants(sweeps, True) == [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]
 
 
 def test_a_gpu_is_measured_piece_by_piece(tmp_path):
@@ -131,12 +131,12 @@ echo "$name" >> "$STAND_IN/called"
         code = subprocess.run(words, capture_output=True, text=True, env=environment).returncode
         return code, (tmp_path / "called").read_text().split()
 
-    assert run("headline") == (0, ["train_step", "peers"])
+    assert run("headline") == (0, ["peers", "peers"])
     (tmp_path / "fails").write_text("kernels")
     code, called = run()  # skips what is done, and the measurements after a failure run
     assert code == 1
     assert called[:2] == ["pytest", "gpt2_jax.train"]
-    assert called[2:] == [*["train_step"] * 11, *["gpt2_jax.plan"] * 4, "kernels", "decode", "startup", "checkpoint"]
+    assert called[2:] == [*["peers"] * 11, *["gpt2_jax.plan"] * 4, "kernels", "decode", "startup", "checkpoint"]
     (tmp_path / "fails").unlink()
     assert run() == (0, ["kernels"])
     assert run("headlines") == (2, [])
