@@ -5,7 +5,7 @@
 tokamax (openxla/tokamax) cannot be installed beside this project: it needs typeguard 2, and our tyro needs typeguard 4.
 Install it with `pip install --target DIR tokamax` and set PYTHONPATH=DIR; otherwise it is left out.
 
-Shapes are those of 124M. A tokamax kernel that the device cannot run has its reason instead of figures. Errors are
+Shapes are those of 124M. A kernel that the device cannot run has its reason instead of figures. Errors are
 those of the output and of all gradients against JAX's attention and Optax's cross-entropy in float32, each relative to
 its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
 """
@@ -60,22 +60,18 @@ def compare(
     """Milliseconds and largest relative error of each candidate."""
     with jax.default_matmul_precision("highest"):
         right = with_gradients(exact, [x.astype(jnp.float32) for x in inputs], cotangent)()
-    actions: dict[str, Callable[[], float]] = {}
+    runs = {name: with_gradients(function, inputs, cotangent) for name, function in candidates.items()}
     figures: Figures = {}
-    for name, function in candidates.items():
-        run = with_gradients(function, inputs, cotangent)
+    for name, run in runs.items():
         try:
-            differences = zip(run(), right, strict=True)
-            errors = [float(jnp.linalg.norm(value - x) / jnp.linalg.norm(x)) for value, x in differences]
-        except Exception as error:  # a tokamax kernel that does not support the device or the shape
-            if not name.startswith("tokamax"):
-                raise
+            pairs = zip(run(), right, strict=True)
+            errors = [float(jnp.linalg.norm(value - x) / jnp.linalg.norm(x)) for value, x in pairs]
+            figures[name] = {"error_of_values": max(errors)}
+        except Exception as error:  # a kernel that does not support the device or the shape
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            continue
-        figures[name] = {"error_of_values": max(errors)}
-        actions[name] = functools.partial(timed, run)
-    for name, runs in take_turns(actions, repeat).items():
-        figures[name] |= milliseconds(runs)
+    working = {name: functools.partial(timed, run) for name, run in runs.items() if "error" not in figures[name]}
+    for name, seconds in take_turns(working, repeat).items():
+        figures[name] |= milliseconds(seconds)
     return figures
 
 
@@ -147,10 +143,10 @@ def rows(figures: Figures) -> Rows:
         for name, case in figures.get(part, {}).items():
             if "error" in case:
                 results[f"{part}, {name}"] = None, case["error"]
-                continue
-            seconds, rate = case["median_ms"] / 1000, case.get("flops_per_second", 0) / 1e12
-            quality = f"{rate:.3g} TFLOP/s" if rate else f"error {case['error_of_values']:.1e}"
-            results[f"{part}, {name}"] = seconds, f"{duration(seconds)}, {quality}"
+            else:
+                seconds, rate = case["median_ms"] / 1000, case.get("flops_per_second", 0) / 1e12
+                quality = f"{rate:.3g} TFLOP/s" if rate else f"error {case['error_of_values']:.1e}"
+                results[f"{part}, {name}"] = seconds, f"{duration(seconds)}, {quality}"
     return results
 
 

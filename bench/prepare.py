@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -93,18 +94,13 @@ def tokenizing(directory: Path, documents: Sequence[str], repeat: int, megabytes
     def speed(n_bytes: int, action: Callable[[], object]) -> dict[str, float]:
         return {"mb_per_second": n_bytes / timed(action) / 1e6}
 
-    def command(source: Path, engine: str, workers: int) -> Callable[[], dict[str, float]]:
-        start_up = statistics.median(prepare(tiny, engine, workers)["seconds"] for _ in range(5))
-
-        def once_started() -> dict[str, float]:
-            run = prepare(source, engine, workers)
-            speed = run["mb_per_second"] * run["seconds"] / (run["seconds"] - start_up)
-            return {**run, "mb_per_second": speed, "start_up_s": start_up}
-
-        return once_started
+    def once_started(source: Path, engine: str, workers: int) -> dict[str, float]:
+        start_up, run = (prepare(path, engine, workers) for path in (tiny, source))
+        share = (run["seconds"] - start_up["seconds"]) / run["seconds"]
+        return {**run, "mb_per_second": run["mb_per_second"] / share, "start_up_s": start_up["seconds"]}
 
     actions = {
-        f"{engine}, {workers} worker{'s' * (workers > 1)}": command(source, engine, workers)
+        f"{engine}, {workers} worker{'s' * (workers > 1)}": functools.partial(once_started, source, engine, workers)
         for engine, source in (("tiktoken", lines), ("gigatoken", more))
         for workers in (1, 2)
     }
