@@ -99,7 +99,7 @@ def tokenizing(directory: Path, documents: Sequence[str], repeat: int, megabytes
         share = (run["seconds"] - start_up["seconds"]) / run["seconds"]
         return {**run, "mb_per_second": run["mb_per_second"] / share, "start_up_s": start_up["seconds"]}
 
-    actions = {
+    actions: dict[str, Callable[[], dict[str, float]]] = {
         f"{engine}, {workers} worker{'s' * (workers > 1)}": functools.partial(once_started, source, engine, workers)
         for engine, source in (("tiktoken", lines), ("gigatoken", more))
         for workers in (1, 2)

@@ -259,7 +259,7 @@ def transformers_model(config: TrainConfig, device: Any) -> tuple[Any, Any, Any]
     if not shape.bias:
         raise UserError("the GPT-2 of transformers always has biases; type --model.bias true")
     same = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")}
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": PADDED.get(shape.vocab_size, shape.vocab_size),
         "n_positions": shape.block_size,
         "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[shape.gelu],
