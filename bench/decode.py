@@ -8,16 +8,16 @@ the same tokens. They take turns in one process; compilation and first allocatio
 
 from __future__ import annotations
 
-import statistics
+import functools
+import itertools
 import tempfile
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from record import arguments, median_ratio, slug, write
+from record import Figures, Rows, arguments, median_of, take_turns, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_jax import load
@@ -50,17 +50,24 @@ def theirs(model: Any, prompts: list[list[int]], n_tokens: int) -> Timed:
     return call(1)[0], *call(n_tokens)
 
 
+def rows(figures: Figures) -> Rows:
+    """The smallest ratio for up to eight prompts."""
+    cases = [case for case in figures["cases"] if case["batch"] <= 8]
+    ratios = ", ".join(f"{case['speed_ratio']:.2f} ({case['batch']} × {case['prompt']})" for case in cases)
+    first = ", ".join(f"{case['first_token_ratio']:.2f}" for case in cases)
+    details = f"by prompts × their tokens {ratios}; time to the first token over that of transformers {first}"
+    return {"tokens/s over transformers": (min(case["speed_ratio"] for case in cases), details)}
+
+
 def main() -> None:
-    """Measures, prints the table and writes the file."""
-    parser = arguments(__doc__)
+    """Measures and writes the file."""
+    parser = arguments(__doc__, repeat=5)
     parser.add_argument("--model", default="", help="directory or hub name; by default random weights of 124M's shape")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts")
     parser.add_argument("--prompt", type=int, nargs="+", default=[64, 100], help="tokens in each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
-    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-
     with tempfile.TemporaryDirectory() as directory:
         if not args.model:
             torch.manual_seed(0)
@@ -71,35 +78,29 @@ def main() -> None:
     if torch.cuda.is_available():
         peer = peer.cuda()
 
-    cases = []
-    print("batch prompt       ours  transformers  ratio  first: ours   theirs")
-    for batch in args.batch:
-        for length in args.prompt:
-            prompts = np.random.default_rng(length).integers(0, 50257, (batch, length)).tolist()
-            runs: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
-            for repetition in range(args.repeat + 1):  # the first warms up
-                results = {"ours": ours(gpt2, prompts, args.new), "transformers": theirs(peer, prompts, args.new)}
-                if args.dtype == "float32" and not np.array_equal(results["ours"][2], results["transformers"][2]):
-                    raise SystemExit("error: the two wrote different tokens, so their speeds cannot be compared")
-                for name, (to_first, total, _) in results.items():
-                    if repetition:
-                        runs[name].append({"first_s": to_first, "tokens_per_second": batch * args.new / total})
-            speeds, firsts = (
-                [[run[key] for run in runs[name]] for name in runs] for key in ("tokens_per_second", "first_s")
-            )
-            case = {"batch": batch, "prompt": length, "new": args.new, "speed_ratio": median_ratio(*speeds),
-                    "first_token_ratio": median_ratio(*firsts), "runs": runs}  # fmt: skip
-            cases.append(case)
-            (one, two), (first, second) = map(statistics.median, speeds), map(statistics.median, firsts)
-            print(f"{batch:5} {length:6} {one:8.1f}/s {two:11.1f}/s {case['speed_ratio']:6.2f} {1000 * first:9.0f} ms "
-                  f"{1000 * second:5.0f} ms", flush=True)  # fmt: skip
-    figures = {
-        "model": args.model or "124M, random weights",
-        "dtype": args.dtype,
-        "torch_threads": torch.get_num_threads(),
-        "cases": cases,
-    }
-    print(write(f"decode-{slug(jax.devices()[0].device_kind)}", figures, results=args.results))
+    cases: list[Figures] = []
+    for batch, length in itertools.product(args.batch, args.prompt):
+        prompts = np.random.default_rng(length).integers(0, 50257, (batch, length)).tolist()
+        actions = {
+            "ours": functools.partial(ours, gpt2, prompts, args.new),
+            "transformers": functools.partial(theirs, peer, prompts, args.new),
+        }
+        turns = take_turns(actions, args.repeat)
+        if args.dtype == "float32" and not np.array_equal(turns["ours"][0][2], turns["transformers"][0][2]):
+            raise SystemExit("error: the two wrote different tokens, so their speeds cannot be compared")
+        runs = {
+            name: [{"first_s": first, "tokens_per_second": batch * args.new / total} for first, total, _ in results]
+            for name, results in turns.items()
+        }
+        speed, first = (
+            median_of(runs["ours"], key) / median_of(runs["transformers"], key)
+            for key in ("tokens_per_second", "first_s")
+        )
+        shape = {"batch": batch, "prompt": length, "new": args.new}
+        cases.append({**shape, "speed_ratio": speed, "first_token_ratio": first, "runs": runs})
+    model, threads = args.model or "124M, random weights", torch.get_num_threads()
+    figures = {"model": model, "dtype": args.dtype, "torch_threads": threads, "cases": cases}
+    write("decode", figures, rows(figures), args.results)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ Each measurement writes a JSON file (or a trace) into OUT and its output into OU
 the same command resumes. One that fails is reported, the others run, and the exit code is 1.
 
 Environment: PYTHON (python3) with this project, JAX for CUDA, torch and transformers; NANOGPT, a checkout of nanoGPT;
-LLMC, one of llm.c with a built train_gpt2cu; TOKAMAX, a directory with tokamax (see bench/kernels.py); MICRO_BATCH
-(32), sequences at a time beside the peers; TOPOLOGY (h100), the chip's name for gpt2_jax.plan.
+TOKAMAX, a directory with tokamax (see bench/kernels.py); MICRO_BATCH (32), sequences at a time beside the peers;
+TOPOLOGY (h100), the chip's name for gpt2_jax.plan.
 END
     exit 0
     ;;
@@ -41,7 +41,7 @@ run() {
   fi
 }
 bench() { run "$1" "bench/$2.py" --results "$out" "${@:3}"; }
-step() { bench "$1" train_step --name "$1" --repeat 3 --seconds 1 "${@:2}"; }
+step() { bench "$1" peers --name "$1" --repeat 3 --seconds 1 "${@:2}"; }
 
 small=(--config gpt2-124m --batch_size 64 --micro_batch_size 32)
 for piece in "${pieces[@]}"; do
@@ -50,10 +50,10 @@ for piece in "${pieces[@]}"; do
       run right -m pytest -m gpu tests/gpu -rA
       ;;
     headline) # 124M: tokens/s, MFU and memory by micro-batch; then beside the compiled peers
-      step train_step-gpt2-124m --config gpt2-124m --batch_size 128 --micro_batch_size 16 \
+      step peers-sweep-124m --config gpt2-124m --batch_size 128 --micro_batch_size 16 \
         --sweep micro_batch_size=8,32,64,128
-      bench peers-124m peers --case 124m --transformers ${NANOGPT:+--nanogpt "$NANOGPT"} ${LLMC:+--llmc "$LLMC"} \
-        --compile yes --batch 128 --micro-batch "${MICRO_BATCH:-32}" --repeat 5
+      bench peers-124m peers --case 124m --transformers ${NANOGPT:+--nanogpt "$NANOGPT"} --compile yes \
+        --batch_size 128 --micro_batch_size "${MICRO_BATCH:-32}" --repeat 5
       ;;
     profile) # a trace for XProf
       run profile -m gpt2_jax.train "${small[@]}" --steps 20 --optimizer.warmup_steps 2 --log.profile_steps 5 \
@@ -61,19 +61,21 @@ for piece in "${pieces[@]}"; do
         --checkpoint.every 0 --out "$out/profile-run"
       ;;
     variants) # one setting at a time
-      step variants-model "${small[@]}" --sweep loss_chunk=0,1024,16384 scan_layers=true attention=xla
+      step peers-variants-model "${small[@]}" \
+        --sweep model.loss_chunk=0,1024,16384 model.scan_layers=true model.attention=xla
       for flag in xla_gpu_enable_latency_hiding_scheduler=true xla_gpu_enable_command_buffer= \
         xla_gpu_enable_triton_gemm=false xla_gpu_autotune_level=0 xla_gpu_deterministic_ops=true; do
-        XLA_FLAGS="${XLA_FLAGS:-} --$flag" step "variants-${flag%%=*}" "${small[@]}"
+        XLA_FLAGS="${XLA_FLAGS:-} --$flag" step "peers-variants-${flag%%=*}" "${small[@]}"
       done
-      JAX_OPTIMIZATION_LEVEL=O1 step variants-jax_optimization_level "${small[@]}"
-      CUDA_DEVICE_MAX_CONNECTIONS=1 step variants-cuda_device_max_connections "${small[@]}"
+      JAX_OPTIMIZATION_LEVEL=O1 step peers-variants-jax_optimization_level "${small[@]}"
+      CUDA_DEVICE_MAX_CONNECTIONS=1 step peers-variants-cuda_device_max_connections "${small[@]}"
       ;;
     sizes) # the larger models by micro-batch, with and without rematerialisation
-      step train_step-gpt2-1558m --config gpt2-1558m --batch_size 32 --grid \
-        --sweep remat=dots,none micro_batch_size=16,8,4
-      step train_step-gpt2-774m --config gpt2-774m --batch_size 32 --grid --sweep remat=none,dots micro_batch_size=16,8
-      step train_step-gpt2-355m --config gpt2-355m --batch_size 64 --grid --sweep remat=none micro_batch_size=32,16
+      for sweep in 1558m:32:dots,none:16,8,4 774m:32:none,dots:16,8 355m:64:none:32,16; do
+        IFS=: read -r size batch remat micro <<< "$sweep"
+        step "peers-sweep-$size" --config "gpt2-$size" --batch_size "$batch" --grid \
+          --sweep "model.remat=$remat" "micro_batch_size=$micro"
+      done
       ;;
     memory) # what the compiler predicts, to compare with the peak memory in the headline and in sizes
       for size in 124m:16 355m:16 774m:8 1558m:4; do

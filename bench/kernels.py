@@ -5,9 +5,9 @@
 tokamax (openxla/tokamax) cannot be installed beside this project: it needs typeguard 2, and our tyro needs typeguard 4.
 Install it with `pip install --target DIR tokamax` and set PYTHONPATH=DIR; otherwise it is left out.
 
-Shapes are those of 124M. The candidates take turns. A tokamax kernel that the device cannot run has its reason instead
-of figures. Errors are those of the output and of all gradients against JAX's attention and Optax's cross-entropy in
-float32, each relative to its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
+Shapes are those of 124M. A kernel that the device cannot run has its reason instead of figures. Errors are
+those of the output and of all gradients against JAX's attention and Optax's cross-entropy in float32, each relative to
+its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from record import arguments, slug, timed, write
+from record import Figures, Rows, arguments, duration, take_turns, timed, write
 
 from gpt2_jax.attention import BACKENDS, causal_attention
 from gpt2_jax.attention.backend import Problem
@@ -39,51 +38,49 @@ except ImportError:
 else:
     flags.FLAGS(sys.argv[:1])  # or it would parse our flags
 
-CHUNKS = (0, 1024, 4096)  # of our loss: tokens whose logits exist at the same time
 SHAPE = GPT2Config()
 
 Function = Callable[..., jax.Array]
 
 
-def with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
-    """The jitted (cotangent, *inputs) -> (output, *gradients)."""
+def with_gradients(function: Function, inputs: Sequence[jax.Array], cotangent: jax.Array) -> Callable[[], list[Any]]:
+    """A call of the jitted function and its gradients: the output, then the gradient of each input."""
 
     @jax.jit
-    def run(cotangent: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    def run(cotangent: jax.Array, *inputs: jax.Array) -> list[jax.Array]:
         output, pullback = jax.vjp(function, *inputs)
-        return output, *pullback(cotangent.astype(output.dtype))
+        return [output, *pullback(cotangent.astype(output.dtype))]
 
-    return run
+    return lambda: jax.block_until_ready(run(cotangent, *inputs))
 
 
 def compare(
-    candidates: Mapping[str, Function], exact: Function, inputs: list[jax.Array], cotangent: jax.Array, repeat: int
-) -> dict[str, Any]:
+    candidates: Mapping[str, Function], exact: Function, inputs: Sequence[jax.Array], cotangent: jax.Array, repeat: int
+) -> Figures:
     """Milliseconds and largest relative error of each candidate."""
     with jax.default_matmul_precision("highest"):
-        right = [np.asarray(x) for x in with_gradients(exact)(cotangent, *(x.astype(jnp.float32) for x in inputs))]
-    runs: dict[str, Callable[[], Any]] = {}
-    figures: dict[str, Any] = {}
-    for name, function in candidates.items():
-        run = functools.partial(with_gradients(function), cotangent, *inputs)
+        right = with_gradients(exact, [x.astype(jnp.float32) for x in inputs], cotangent)()
+    runs = {name: with_gradients(function, inputs, cotangent) for name, function in candidates.items()}
+    figures: Figures = {}
+    for name, run in runs.items():
         try:
-            values = [np.asarray(x, np.float32) for x in run()]
-        except Exception as error:  # a tokamax kernel that does not support the device or the shape
-            if not name.startswith("tokamax"):
-                raise
+            pairs = zip(run(), right, strict=True)
+            errors = [float(jnp.linalg.norm(value - x) / jnp.linalg.norm(x)) for value, x in pairs]
+            figures[name] = {"error_of_values": max(errors)}
+        except Exception as error:  # a kernel that does not support the device or the shape
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            continue
-        errors = [float(np.linalg.norm(value - x) / np.linalg.norm(x)) for value, x in zip(values, right, strict=True)]
-        runs[name], figures[name] = run, {"error_of_values": max(errors), "ms": []}
-    for _ in range(repeat):
-        for name, run in runs.items():
-            figures[name]["ms"].append(1000 * timed(lambda run=run: jax.block_until_ready(run())))
-    for name in runs:
-        figures[name]["median_ms"] = statistics.median(figures[name]["ms"])
+    working = {name: functools.partial(timed, run) for name, run in runs.items() if "error" not in figures[name]}
+    for name, seconds in take_turns(working, repeat).items():
+        figures[name] |= milliseconds(seconds)
     return figures
 
 
-def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
+def milliseconds(seconds: Sequence[float]) -> Figures:
+    """The repetitions and their median."""
+    return {"ms": [1000 * one for one in seconds], "median_ms": 1000 * statistics.median(seconds)}
+
+
+def attention(batch: int, length: int, dtype: jnp.dtype, repeat: int) -> Figures:
     """All our backends that run here, and those of tokamax."""
     head_dim = SHAPE.n_embd // SHAPE.n_head
     keys = jax.random.split(jax.random.key(0), 4)
@@ -95,79 +92,81 @@ def attention(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any
         if not backend.unsupported_reason(problem)
     }
     if tokamax:
+        theirs = functools.partial(tokamax.dot_product_attention, is_causal=True)
         kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())
         for name in ("xla", "xla_chunked", *kernels):
-            candidates[f"tokamax {name}"] = functools.partial(
-                tokamax.dot_product_attention, is_causal=True, implementation=name
-            )
+            candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
     exact = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     return compare(candidates, exact, inputs, cotangent, repeat)
 
 
-def loss(batch: int, length: int, dtype: Any, repeat: int) -> dict[str, Any]:
-    """Ours by chunks, and tokamax's, which gets the embedding transposed, in `dtype` and without padding."""
+def loss(batch: int, length: int, dtype: jnp.dtype, repeat: int) -> Figures:
+    """Ours by tokens whose logits exist together, and tokamax's, with the embedding in `dtype` and without padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (batch, length, SHAPE.n_embd), dtype)
     embedding = 0.02 * jax.random.normal(keys[1], (padded_vocab_size(SHAPE), SHAPE.n_embd))
     targets = jax.random.randint(keys[2], (batch, length), 0, SHAPE.vocab_size)
 
-    def ours(hidden: jax.Array, embedding: jax.Array, chunk: int) -> jax.Array:
+    def ours(chunk: int, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         return cross_entropy(hidden, embedding, targets, SHAPE.vocab_size, chunk)
 
-    def theirs(hidden: jax.Array, embedding: jax.Array, implementation: str) -> jax.Array:
+    def theirs(name: str, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         flat, weights = hidden.reshape(-1, SHAPE.n_embd), embedding[: SHAPE.vocab_size].T.astype(hidden.dtype)
-        return tokamax.linear_softmax_cross_entropy_loss(
-            flat, targets.reshape(-1), weights, implementation=implementation
-        )
+        return tokamax.linear_softmax_cross_entropy_loss(flat, targets.reshape(-1), weights, implementation=name)
 
     def exact(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         logits = hidden @ embedding[: SHAPE.vocab_size].T
         return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets))
 
-    candidates: dict[str, Function] = {f"chunks of {n or 'all'}": functools.partial(ours, chunk=n) for n in CHUNKS}
+    candidates: dict[str, Function] = {
+        f"chunks of {chunk or 'all'}": functools.partial(ours, chunk) for chunk in (0, 1024, 4096)
+    }
     if tokamax:
         for name in ("xla", "mosaic_tpu") if current_hardware().platform == "tpu" else ("xla",):
-            candidates[f"tokamax {name}"] = functools.partial(theirs, implementation=name)
+            candidates[f"tokamax {name}"] = functools.partial(theirs, name)
     return compare(candidates, exact, [hidden, embedding], jnp.ones(()), repeat)
 
 
-def matmul(size: int, dtype: Any, repeat: int) -> dict[str, Any]:
-    """Ten matmuls of two square matrices in a row."""
+def matmul(size: int, dtype: jnp.dtype, repeat: int) -> Figures:
+    """A matmul of two square matrices, the mean of ten in a row."""
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
-    runs = [timed(lambda: jax.block_until_ready([product(a, b) for _ in range(10)])) for _ in range(repeat + 1)]
-    milliseconds = [100 * seconds for seconds in runs[1:]]
-    median = statistics.median(milliseconds)
-    rate = 2 * size**3 / (median / 1000)
-    return {f"{size} × {size}": {"ms": milliseconds, "median_ms": median, "flops_per_second": rate}}
+    ten = functools.partial(timed, lambda: jax.block_until_ready([product(a, b) for _ in range(10)]))
+    figures = milliseconds([seconds / 10 for seconds in take_turns({"ten": ten}, repeat)["ten"]])
+    return {f"{size} × {size}": {**figures, "flops_per_second": 2e3 * size**3 / figures["median_ms"]}}
+
+
+def rows(figures: Figures) -> Rows:
+    """The seconds of each candidate, and its error or the FLOP/s."""
+    results: Rows = {}
+    for part in ("attention", "loss", "matmul"):
+        for name, case in figures.get(part, {}).items():
+            if "error" in case:
+                results[f"{part}, {name}"] = None, case["error"]
+            else:
+                seconds, rate = case["median_ms"] / 1000, case.get("flops_per_second", 0) / 1e12
+                quality = f"{rate:.3g} TFLOP/s" if rate else f"error {case['error_of_values']:.1e}"
+                results[f"{part}, {name}"] = seconds, f"{duration(seconds)}, {quality}"
+    return results
 
 
 def main() -> None:
-    """Measures, prints the table and writes the file."""
-    parser = arguments(__doc__)
-    parser.add_argument("--parts", nargs="+", choices=["attention", "loss", "matmul"], help="by default all")
+    """Measures and writes the file."""
+    parser = arguments(__doc__, repeat=20)
     parser.add_argument("--batch", type=int, default=16, help="sequences")
     parser.add_argument("--time", type=int, default=SHAPE.block_size, help="tokens of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--size", type=int, help="of the matmul; by default 8192, on CPUs 1024")
-    parser.add_argument("--repeat", type=int, default=20)
     args = parser.parse_args()
-    size = args.size or (1024 if current_hardware().platform == "cpu" else 8192)
-    dtype = jnp.dtype(args.dtype)
-    parts = {
-        "attention": lambda: attention(args.batch, args.time, dtype, args.repeat),
-        "loss": lambda: loss(args.batch, args.time, dtype, args.repeat),
-        "matmul": lambda: matmul(size, dtype, args.repeat),
+    dtype, size = jnp.dtype(args.dtype), 1024 if current_hardware().platform == "cpu" else 8192
+    figures = {
+        "batch": args.batch,
+        "time": args.time,
+        "dtype": args.dtype,
+        "attention": attention(args.batch, args.time, dtype, args.repeat),
+        "loss": loss(args.batch, args.time, dtype, args.repeat),
+        "matmul": matmul(size, dtype, args.repeat),
     }
-    figures = {name: parts[name]() for name in args.parts or parts}
-    for part, candidates in figures.items():
-        for name, case in candidates.items():
-            result = case.get("error") or f"{case['median_ms']:9.2f} ms"
-            error = f"   error {case['error_of_values']:.1e}" if "error_of_values" in case else ""
-            rate = f"   {case['flops_per_second'] / 1e12:.3g} TFLOP/s" if "flops_per_second" in case else ""
-            print(f"{part:10}{name:22}{result}{error}{rate}")
-    shape = {"batch": args.batch, "time": args.time, "dtype": args.dtype}
-    print(write(f"kernels-{slug(jax.devices()[0].device_kind)}", {**shape, **figures}, results=args.results))
+    write("kernels", figures, rows(figures), args.results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Speed of `python -m gpt2_jax.prepare`, beside a bare loop of tiktoken's `encode_ordinary`.
 
-    python bench/prepare.py [--text FILE ...]
+    python bench/prepare.py
 
-The command runs with gigatoken as installed, and with tiktoken in a virtual environment that has every package but
-gigatoken. The text repeats the standard library, or the files of --text, with lines in other orders. It takes 4 GB of
-disk in the temporary directory.
+The command runs with gigatoken, and with tiktoken, where gigatoken is hidden from Python. The text repeats the standard
+library with lines in other orders. It takes 4 GB of disk in the temporary directory. On a shared machine cores change
+their speed within seconds. So each speed is relative to that of the loop just before and just after it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -19,41 +20,23 @@ import random
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tiktoken
-from record import arguments, python_path, timed, write
+from first_batch import resident
+from record import Figures, Rows, arguments, median_of, python_path, timed, write
 
 from gpt2_jax.data.corpus import stdlib_files
 from gpt2_jax.data.sources import FileSource
 from gpt2_jax.data.workers import BlockTokenizer, TokenizeOptions
 
-BIG = 2_000_000_000  # bytes of the text for which memory is measured
+HIDE_GIGATOKEN = "import sys; sys.modules['gigatoken'] = None"
 
 
-def environment_without(package: str, directory: Path) -> str:
-    """Creates a virtual environment that has every installed package but one, by links, and returns its Python."""
-    venv.create(directory)
-    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
-    for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if not path.name.startswith(package) and path.name != "__pycache__":
-            (site / path.name).symlink_to(path)
-    return str(directory / "bin" / "python")
-
-
-def read_texts(files: Sequence[str]) -> list[str]:
-    """The documents to tokenize."""
-    paths = [Path(file) for file in files] or list(stdlib_files().values())
-    return [text for path in paths if (text := path.read_text(encoding="utf-8", errors="replace"))]
-
-
-def write_text(path: Path, documents: Sequence[str], size: int) -> Path:
+def write_text(path: Path, documents: Sequence[str], size: float) -> Path:
     """Writes about `size` bytes, JSON lines or one text: the documents repeatedly, their lines in other orders."""
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
@@ -66,140 +49,115 @@ def write_text(path: Path, documents: Sequence[str], size: int) -> Path:
     return path
 
 
-def resident(pid: int | str) -> int:
-    """Bytes that a process has in memory."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def prepare(source: Path, python: str, workers: int) -> dict[str, float]:
+def prepare(source: Path, engine: str, workers: int) -> dict[str, float]:
     """Runs the command: MB of text per second from start to end, and the peak memory of all its processes."""
+    # The directory of the source has a sitecustomize.py, which every Python runs at its start.
+    path = os.pathsep.join([str(source.parent)] * (engine == "tiktoken") + [python_path()])
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
-        command = [python, "-m", "gpt2_jax.prepare", str(source), "--out", out, "--workers", str(workers)]
+        command = [sys.executable, "-m", "gpt2_jax.prepare", str(source), "--out", out, "--workers", str(workers)]
         peak, start = 0, time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": python_path()})
-        while True:
-            try:
-                code = process.wait(0.05)
-                break
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(OSError):
-                    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                    peak = max(peak, sum(map(resident, [process.pid, *children])))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                peak = max(peak, sum(map(resident, [process.pid, *children])))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
         seconds = time.perf_counter() - start
-        if code:
-            raise SystemExit(f"{' '.join(command)} failed with exit code {code}")
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
         size = json.loads((Path(out) / "manifest.json").read_text())["text_bytes"]
     return {"mb_per_second": size / seconds / 1e6, "seconds": seconds, "peak_mb": peak / 2**20}
 
 
-def tokenizing(directory: Path, documents: Sequence[str], plain: str, repeat: int, megabytes: int) -> dict[str, Any]:
-    """The command and a worker beside a loop of `encode_ordinary` on one core.
-
-    On a shared machine cores change their speed within seconds. So a worker is compared block by block, and each run of
-    the command with the loop just before and just after it.
-
-    Args:
-        plain: the Python of an environment without gigatoken.
-    """
-    lines = write_text(directory / "text.jsonl", documents, megabytes * 1_000_000)
-    encoding = tiktoken.get_encoding("gpt2")
-    # By its name gpt2_jax chooses gigatoken. Another name keeps tiktoken.
-    renamed = tiktoken.Encoding(
-        "gpt2-with-tiktoken",
-        pat_str=encoding._pat_str,
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=encoding._special_tokens,
-    )
-    worker = BlockTokenizer(TokenizeOptions("gpt2", "text", 0.1, False), renamed)
-    blocks = list(itertools.islice(FileSource([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
-    sample = [[json.loads(line)["text"] for line in block.content.read().splitlines()] for block in blocks]
-    size = sum(len(document.encode()) for part in sample for document in part)
-
-    def loop(part: Sequence[str]) -> float:
-        return timed(lambda: collections.deque(map(encoding.encode_ordinary, part), maxlen=0))
-
-    def loop_speed() -> float:
-        return size / sum(map(loop, sample)) / 1e6
-
-    pairs = [(loop(part), timed(lambda block=block: worker(block))) for part, block in zip(sample, blocks, strict=True)]
-    looped, worked = map(sum, zip(*pairs, strict=True))
+def tokenizing(directory: Path, documents: Sequence[str], repeat: int, megabytes: int) -> Figures:
+    """The command and a worker beside a loop of `encode_ordinary` on one core."""
+    lines = write_text(directory / "text.jsonl", documents, 1e6 * megabytes)
     # gigatoken gets eight times the text, or it would be done before it is at full speed.
-    more = write_text(directory / "more.jsonl", documents, 8 * megabytes * 1_000_000)
+    more = write_text(directory / "more.jsonl", documents, 8e6 * megabytes)
     tiny = write_text(directory / "tiny.jsonl", ["a document\n"], 1)
-    cases = {
-        f"{engine}, {workers} worker{'s' * (workers > 1)}": (source, python, workers)
-        for engine, source, python in (("tiktoken", lines, plain), ("gigatoken", more, sys.executable))
+    (directory / "sitecustomize.py").write_text(HIDE_GIGATOKEN)
+    sys.modules["gigatoken"] = None  # hidden from the worker in this process too
+    encoding = tiktoken.get_encoding("gpt2")
+    worker = BlockTokenizer(TokenizeOptions("gpt2", "text", 0.1, False), encoding)
+    blocks = list(itertools.islice(FileSource([str(lines)], "text", 0.1, "gpt2", False).blocks(None), 30))
+    sample = [json.loads(line)["text"] for block in blocks for line in block.content.read().splitlines()]
+    size = sum(len(document.encode()) for document in sample)
+
+    def loop() -> None:
+        collections.deque(map(encoding.encode_ordinary, sample), maxlen=0)
+
+    def two_loops() -> None:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # `encode_ordinary` releases Python's lock
+            list(pool.map(lambda _: loop(), range(2)))
+
+    def speed(n_bytes: int, action: Callable[[], object]) -> dict[str, float]:
+        return {"mb_per_second": n_bytes / timed(action) / 1e6}
+
+    def once_started(source: Path, engine: str, workers: int) -> dict[str, float]:
+        start_up, run = (prepare(path, engine, workers) for path in (tiny, source))
+        share = (run["seconds"] - start_up["seconds"]) / run["seconds"]
+        return {**run, "mb_per_second": run["mb_per_second"] / share, "start_up_s": start_up["seconds"]}
+
+    actions: dict[str, Callable[[], dict[str, float]]] = {
+        f"{engine}, {workers} worker{'s' * (workers > 1)}": functools.partial(once_started, source, engine, workers)
+        for engine, source in (("tiktoken", lines), ("gigatoken", more))
         for workers in (1, 2)
     }
-    start_up = {
-        name: statistics.median(prepare(tiny, python, workers)["seconds"] for _ in range(5))
-        for name, (_, python, workers) in cases.items()
-    }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    together = []
-    before = loop_speed()
+    actions["encode_ordinary, 2 at once"] = lambda: speed(2 * size, two_loops)
+    actions["a worker's blocks"] = lambda: speed(size, lambda: list(map(worker, blocks)))
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in actions}
+    before = speed(size, loop)["mb_per_second"]
     for _ in range(repeat):
-        for name, (source, python, workers) in cases.items():
-            run = prepare(source, python, workers)
-            run["mb_per_second"] *= run["seconds"] / (run["seconds"] - start_up[name])
-            after = loop_speed()
+        for name, action in actions.items():
+            run, after = action(), speed(size, loop)["mb_per_second"]
             runs[name].append({**run, "encode_ordinary_mb_per_second": (before + after) / 2})
             before = after
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # `encode_ordinary` releases Python's lock
-            both = timed(lambda pool=pool: list(pool.map(lambda _: loop_speed(), range(2))))
-        after = loop_speed()
-        together.append({"two": 2 * size / both / 1e6, "one": (before + after) / 2})
-        before = after
     # Medians of the speeds, each relative to the loop around it.
     relative = {
         name: statistics.median(run["mb_per_second"] / run["encode_ordinary_mb_per_second"] for run in runs[name])
-        for name in cases
+        for name in actions
     }
     return {
         "megabytes": megabytes,
-        "start_up_s": start_up,
         "runs": runs,
-        "encode_ordinary_mb_per_second": together,
-        "a worker's blocks over encode_ordinary": looped / worked,
+        "a worker's blocks over encode_ordinary": relative["a worker's blocks"],
         "tiktoken, 1 worker over encode_ordinary": relative["tiktoken, 1 worker"],
         "tiktoken, 2 workers over 1": relative["tiktoken, 2 workers"] / relative["tiktoken, 1 worker"],
-        "encode_ordinary, 2 at once over 1": statistics.median(pair["two"] / pair["one"] for pair in together),
+        "encode_ordinary, 2 at once over 1": relative["encode_ordinary, 2 at once"],
         "gigatoken, 1 worker over tiktoken's": relative["gigatoken, 1 worker"] / relative["tiktoken, 1 worker"],
     }
 
 
-def main() -> None:
-    """Measures, prints the figures and writes the file."""
-    parser = arguments(__doc__)
-    parser.add_argument("--text", nargs="*", default=[], help="text files instead of the standard library")
-    parser.add_argument("--repeat", type=int, default=11)
-    parser.add_argument(
-        "--megabytes", type=int, default=40, help="of text for tiktoken; gigatoken gets 8 times as much"
+def rows(figures: Figures) -> Rows:
+    """The speeds of both engines."""
+    text = figures["text"]
+    peak = max(figures[name]["peak_mb"] for name in ("2 GB in one text", "2 GB of lines"))
+    speeds = {name: f"{median_of(runs, 'mb_per_second'):.0f} MB/s" for name, runs in text["runs"].items()}
+    tiktoken, gigatoken = (
+        f"{speeds[f'{engine}, 1 worker']}, with two workers {speeds[f'{engine}, 2 workers']}"
+        for engine in ("tiktoken", "gigatoken")
     )
-    parser.add_argument("--big", type=int, default=BIG, help="bytes of the text for which memory is measured")
+    memory = f"at most {peak:.0f} MB of memory for a text of 2 GB"
+    ratios = ("tiktoken, 1 worker over encode_ordinary", "gigatoken, 1 worker over tiktoken's")
+    return {ratios[0]: (text[ratios[0]], tiktoken), ratios[1]: (text[ratios[1]], f"{gigatoken}; {memory}")}
+
+
+def main() -> None:
+    """Measures and writes the file."""
+    parser = arguments(__doc__, repeat=11)
+    parser.add_argument("--megabytes", type=int, default=40, help="of text for tiktoken; 8 times as much for gigatoken")
+    parser.add_argument("--big", type=float, default=2e9, help="bytes of the text for which memory is measured")
     args = parser.parse_args()
-    documents = read_texts(args.text)
+    documents = [path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files().values()]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        plain = environment_without("gigatoken", directory / "plain")
-        text = tokenizing(directory, documents, plain, args.repeat, args.megabytes)
-        big = {}
+        figures: Figures = {"text": tokenizing(directory, documents, args.repeat, args.megabytes)}
         for name, file in (("2 GB in one text", "big.txt"), ("2 GB of lines", "big.jsonl")):
             path = write_text(directory / file, documents, args.big)
-            big[name] = prepare(path, sys.executable, 2)
+            figures[name] = prepare(path, "gigatoken", 2)
             path.unlink()
-    for name, runs in text["runs"].items():
-        print(f"{name:40}{statistics.median(run['mb_per_second'] for run in runs):.1f} MB/s once started")
-    for name, value in text["start_up_s"].items():
-        print(f"{'start-up, ' + name:40}{value:.2f} s")
-    for name, value in text.items():
-        if isinstance(value, float):
-            print(f"{name:40}{value:.2f}")
-    for name, figures in big.items():
-        print(f"{name:40}{figures['mb_per_second']:.0f} MB/s, at most {figures['peak_mb']:.0f} MB")
-    print(write("prepare-cpu", {"text": text, **big, "big_bytes": args.big}, results=args.results))
+    write("prepare", {**figures, "big_bytes": args.big}, rows(figures), args.results, "cpu")
 
 
 if __name__ == "__main__":

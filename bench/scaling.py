@@ -1,8 +1,9 @@
-"""Compiles the four sizes for TPU slices with `gpt2_jax.plan` and writes docs/scaling.md. Nothing runs on a chip.
+"""Compiles the four sizes for TPUs and GPUs with `gpt2_jax.plan` and fills docs/scaling.md. Nothing runs on a chip.
 
-    python bench/scaling.py [--topologies v5e v5p v6e] [--sizes gpt2-124m ...]
+    python bench/scaling.py
 
-Compiles the rows that bench/results/scaling.json lacks at this version of JAX, one to three minutes each.
+Compiles the rows that bench/results/scaling.json lacks at this version of JAX, up to three minutes each. It can be
+stopped and started again. It needs the extras `plan` and `cuda12`.
 """
 
 from __future__ import annotations
@@ -14,32 +15,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from record import RESULTS, Figures, replace_rows
 
 from gpt2_jax.config.toml import read_config
-from gpt2_jax.hardware import CHIPS
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "scaling.json"
-DOCUMENT = ROOT / "docs" / "scaling.md"
-
-# Google's names of the slices. For v5p they count cores, two per chip.
-SLICES = {"v5e:2x4": "v5e-8", "v5e:4x4": "v5e-16", "v5e:4x8": "v5e-32", "v5e:8x8": "v5e-64", "v5e:16x16": "v5e-256",
-          "v5p:2x2x4": "v5p-32", "v5p:4x4x4": "v5p-128", "v6e:2x4": "v6e-8", "v6e:4x4": "v6e-16"}  # fmt: skip
-KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}  # keys of CHIPS
-# Flags for the presets that do not fit the memory of a chip without them.
-FLAGS = {
-    ("gpt2-774m", "v5e"): ["--mesh.fsdp", "8"],
-    ("gpt2-1558m", "v5e"): ["--mesh.fsdp", "8", "--micro_batch_size", "4"],
-    ("gpt2-1558m", "v6e"): ["--mesh.fsdp", "4"],
-}
+RECORD = RESULTS / "scaling.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
 class Row(NamedTuple):
-    """One row of the table. A `batch_size` of 0 is the preset's."""
+    """One row of the table.
+
+    Attributes:
+        chips: the number of GPUs, or Google's name of the slice. For v5p it counts cores, two per chip.
+        sharding: flags without which the preset does not fit the memory of a chip.
+        batch_size: 0 for the preset's.
+    """
 
     size: str
     topology: str
+    chips: str
+    sharding: str = ""
     batch_size: int = 0
 
     @property
@@ -50,83 +48,46 @@ class Row(NamedTuple):
     @property
     def flags(self) -> list[str]:
         """Flags of the command besides `--config` and `--topology`."""
-        batch = ["--batch_size", str(self.batch_size)] if self.batch_size else []
-        return FLAGS.get((self.size, self.topology.split(":")[0]), []) + batch
+        return self.sharding.split() + ["--batch_size", str(self.batch_size)] * bool(self.batch_size)
 
 
 # In the order of the table. tests/planning compares its own compiles with four of them.
 ROWS = [
-    Row("gpt2-124m", "v5e:2x4"),
-    Row("gpt2-124m", "v5e:4x8"),
-    Row("gpt2-124m", "v5e:16x16"),
-    Row("gpt2-124m", "v5e:4x8", batch_size=4 * 512),
-    Row("gpt2-124m", "v5e:16x16", batch_size=32 * 512),
-    Row("gpt2-124m", "v5p:2x2x4"),
-    Row("gpt2-124m", "v6e:2x4"),
-    Row("gpt2-355m", "v5e:2x4"),
-    Row("gpt2-355m", "v5e:8x8"),
-    Row("gpt2-355m", "v5p:4x4x4"),
-    Row("gpt2-774m", "v5e:2x4"),
-    Row("gpt2-774m", "v5p:4x4x4"),
-    Row("gpt2-774m", "v6e:2x4"),
-    Row("gpt2-1558m", "v5e:4x4"),
-    Row("gpt2-1558m", "v5p:4x4x4"),
-    Row("gpt2-1558m", "v6e:4x4"),
+    Row("gpt2-124m", "v5e:2x4", "v5e-8"),
+    Row("gpt2-124m", "v5e:4x8", "v5e-32"),
+    Row("gpt2-124m", "v5e:16x16", "v5e-256"),
+    Row("gpt2-124m", "v5e:4x8", "v5e-32", batch_size=4 * 512),
+    Row("gpt2-124m", "v5e:16x16", "v5e-256", batch_size=32 * 512),
+    Row("gpt2-124m", "v5p:2x2x4", "v5p-32"),
+    Row("gpt2-124m", "v6e:2x4", "v6e-8"),
+    Row("gpt2-124m", "h100:8", "8 × H100"),
+    Row("gpt2-124m", "h100:64", "64 × H100"),
+    Row("gpt2-355m", "v5e:2x4", "v5e-8"),
+    Row("gpt2-355m", "v5e:8x8", "v5e-64"),
+    Row("gpt2-355m", "v5p:4x4x4", "v5p-128"),
+    Row("gpt2-355m", "h100:8", "8 × H100"),
+    Row("gpt2-774m", "v5e:2x4", "v5e-8", "--mesh.fsdp 8"),
+    Row("gpt2-774m", "v5p:4x4x4", "v5p-128"),
+    Row("gpt2-774m", "v6e:2x4", "v6e-8"),
+    Row("gpt2-774m", "h100:8", "8 × H100"),
+    Row("gpt2-1558m", "v5e:4x4", "v5e-16", "--mesh.fsdp 8 --micro_batch_size 4"),
+    Row("gpt2-1558m", "v5p:4x4x4", "v5p-128"),
+    Row("gpt2-1558m", "v6e:4x4", "v6e-16", "--mesh.fsdp 4"),
+    Row("gpt2-1558m", "h100:8", "8 × H100"),
+    Row("gpt2-1558m", "h100:64", "64 × H100"),
 ]
 
 
-def plan(row: Row) -> dict[str, Any]:
+def plan(row: Row) -> Figures:
     """Runs `gpt2_jax.plan` for a row and returns the part of its JSON that the table and the tests use."""
     command = [sys.executable, "-m", "gpt2_jax.plan", "--config", row.size, "--topology", row.topology, "--json"]
     command += row.flags
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    table = json.loads(done.stdout)
+    table = json.loads(subprocess.check_output(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}))
     keep = ("devices", "hosts", "mesh", "n_params", "attention_kernels", "attention_copies", "micro_batches", "memory",
             "model_flops", "hardware_flops", "traffic", "collectives", "estimate", "tokens")  # fmt: skip
     config = table["config"]
     return {"flags": row.flags, "batch_size": config["batch_size"], "steps": config["steps"],
             "attention": table["attention"]["backend"], **{key: table[key] for key in keep}}  # fmt: skip
-
-
-HEADER = """# Scaling: the four sizes on TPU slices
-
-`python bench/scaling.py` writes this page from [bench/results/scaling.json](../bench/results/scaling.json), the output
-of `python -m gpt2_jax.plan` for each row. **The programs are compiled and estimated, not run.** XLA compiles the
-training step for these chips; memory, collectives and FLOPs are read from the program. Times are arithmetic: the
-compute cycles that the TPU compiler estimates, attention kernels at the chip's peak, and collectives at the link speed
-of the data sheet. The first time assumes that everything overlaps, the second that nothing does. Evaluation,
-checkpoints, data loading, stragglers and thermal limits are not included.
-
-| size | chips | sequences per update | data × fsdp | micro-batches × sequences | GiB per chip | sent per chip and update | update | communication | MFU | time for the preset's tokens |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-"""  # noqa: E501
-
-FOOTER = """
-
-"Micro-batches × sequences" is per chip. "Sent" counts bytes that a chip sends with ring algorithms, over each mesh
-axis; collectives under 1 MB are left out. "Communication" is its share of an update in which nothing overlaps.
-
-- Tokens of the presets: {tokens}.
-- Link speeds, all links of a chip together, in one direction: {links}.
-
-## Configs that need sharding
-
-774M does not fit a v5e chip with its preset, and 1558M fits neither v5e nor v6e. Their rows add flags, so that several
-chips share one copy of parameters, gradients and optimizer state:
-
-{flags}
-
-All other rows use the preset as it is, apart from the sequences per update.
-
-## Strong and weak scaling
-
-The batch of a preset is fixed. More chips leave fewer sequences for each, while every chip still sends all gradients
-once per update: communication takes a larger share, and MFU falls. The first three rows of 124M show it. In the next
-two, every chip keeps 64 sequences, and the update takes the same time on every slice. The loss of a run with batches of
-that size is not measured.
-"""
 
 
 def span(low: float, high: float, unit: str) -> str:
@@ -135,7 +96,7 @@ def span(low: float, high: float, unit: str) -> str:
     return f"{low_text}{unit}" if low_text == high_text else f"{low_text} – {high_text}{unit}"
 
 
-def line(row: Row, table: dict[str, Any]) -> str:
+def line(row: Row, table: Figures) -> str:
     """A line of the table."""
     estimate, mesh, memory = table["estimate"], table["mesh"], table["memory"]
     per_device = table["batch_size"] // table["devices"] // table["micro_batches"]
@@ -153,7 +114,7 @@ def line(row: Row, table: dict[str, Any]) -> str:
     )
     cells = [
         row.size.removeprefix("gpt2-").upper(),
-        SLICES[row.topology],
+        row.chips,
         f"{table['batch_size']:,}",
         f"{mesh['data']} × {mesh['fsdp']}",
         f"{table['micro_batches']} × {per_device}",
@@ -167,44 +128,23 @@ def line(row: Row, table: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def document(results: dict[str, dict[str, Any]]) -> str:
-    """The text of docs/scaling.md."""
-    presets = {row.size: read_config(row.size) for row in ROWS}
-    tokens = {
-        size: config.steps * config.batch_size * config.model.block_size / 1e9 for size, config in presets.items()
-    }
-    name = {size: size.removeprefix("gpt2-").upper() for size in presets}
-    return (
-        HEADER
-        + "\n".join(line(row, results[row.key]) for row in ROWS if row.key in results)
-        + FOOTER.format(
-            tokens=", ".join(f"{name[size]} {count:.1f} G" for size, count in tokens.items()),
-            links=", ".join(f"{chip} {CHIPS[kind].link / 1e9:.0f} GB/s" for chip, kind in KINDS.items()),
-            flags="\n".join(f"- {name[size]} on {chip}: `{' '.join(flags)}`" for (size, chip), flags in FLAGS.items()),
-        )
-    )
+def document(page: str, results: Figures) -> str:
+    """docs/scaling.md with these results in its table."""
+    return replace_rows(page, "| size |", [line(row, results[row.key]) for row in ROWS])
 
 
 def main() -> None:
     """Compiles the missing rows, and writes the results and the document."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--topologies", nargs="*", default=list(KINDS))
-    parser.add_argument("--sizes", nargs="*", default=sorted({row.size for row in ROWS}))
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     version = importlib.metadata.version("jax")
-    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known = recorded["results"] if recorded.get("jax") == version else {}
-    results: dict[str, dict[str, Any]] = {}
+    recorded = json.loads(RECORD.read_text())
+    known = recorded["results"] if recorded["jax"] == version else {}
     for row in ROWS:
-        wanted = row.size in args.sizes and row.topology.split(":")[0] in args.topologies
-        if row.key in known and known[row.key]["flags"] == row.flags:
-            results[row.key] = known[row.key]
-        elif wanted:
+        if row.key not in known or known[row.key]["flags"] != row.flags:
             print(row.key, flush=True)
-            results[row.key] = plan(row)
-        RESULTS.write_text(json.dumps({"jax": version, "results": {**known, **results}}, indent=1) + "\n")
-    RESULTS.write_text(json.dumps({"jax": version, "results": results}, indent=1) + "\n")
-    DOCUMENT.write_text(document(results))
+            known[row.key] = plan(row)
+            RECORD.write_text(json.dumps({"jax": version, "results": known}, indent=1) + "\n")
+    DOCUMENT.write_text(document(DOCUMENT.read_text(), known))
 
 
 if __name__ == "__main__":

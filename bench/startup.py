@@ -16,22 +16,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import arguments, median_ratio, python_path, slug, write
+from record import Figures, Rows, arguments, python_path, take_turns, write
 
 LIMIT = 600.0  # seconds until the first row
 
 
-def first_update(flags: list[str], cache: Path, directory: Path) -> float:
+def first_update(flags: list[str], cache: Path) -> float:
     """Seconds from the start of the command to its first row."""
-    out = Path(tempfile.mkdtemp(dir=directory))
+    out = Path(tempfile.mkdtemp(dir=cache.parent))
     command = [sys.executable, "-m", "gpt2_jax.train", *flags, "--log.every", "1", "--out", str(out),
                "--compilation_cache", str(cache)]  # fmt: skip
-    # Variables that would override the flag are left out.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
     rows = out / "metrics.jsonl"
     start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": python_path()}
     with open(out / "output", "w") as output:
-        environment["PYTHONPATH"] = python_path()
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         while not (rows.exists() and rows.stat().st_size):
@@ -44,35 +42,34 @@ def first_update(flags: list[str], cache: Path, directory: Path) -> float:
         process.wait()
 
 
-def main() -> None:
-    """Measures, prints the figures and writes the file."""
-    parser = arguments(__doc__)
-    parser.add_argument("--config", default="quickstart", help="preset or TOML file")
-    parser.add_argument("--repeat", type=int, default=7, help="pairs")
-    args, extra = parser.parse_known_args()
-    flags = ["--config", args.config, *extra]
+def rows(figures: Figures) -> Rows:
+    """The time with a full cache over that with an empty one."""
+    details = "{filled:.2f} s and {empty:.2f} s".format(**figures["median_s"])
+    return {"full cache over empty": (figures["ratio"], details)}
 
-    runs: dict[str, list[float]] = {"empty": [], "filled": []}
+
+def main() -> None:
+    """Measures and writes the file."""
+    parser = arguments(__doc__, repeat=7)
+    args, extra = parser.parse_known_args()
+    flags = extra if "--config" in extra else ["--config", "quickstart", *extra]
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        filled = directory / "filled"
-        first_update(flags, filled, directory)
-        for repetition in range(args.repeat):
-            runs["empty"].append(first_update(flags, directory / f"empty-{repetition}", directory))
-            runs["filled"].append(first_update(flags, filled, directory))
-            print(f"empty {runs['empty'][-1]:6.2f} s, filled {runs['filled'][-1]:6.2f} s", flush=True)
+        filled = Path(temporary) / "filled"
+        actions = {
+            "empty": lambda: first_update(flags, Path(tempfile.mkdtemp(dir=temporary))),
+            "filled": lambda: first_update(flags, filled),
+        }
+        runs = take_turns(actions, args.repeat)
         programs = [path.stat().st_size for path in filled.iterdir() if path.is_file()]
+    medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
     figures = {
         "flags_of_training": flags,
-        "ratio": median_ratio(runs["filled"], runs["empty"]),
-        "median_s": {name: statistics.median(seconds) for name, seconds in runs.items()},
+        "ratio": medians["filled"] / medians["empty"],
+        "median_s": medians,
         "cache": {"files": len(programs), "bytes": sum(programs)},
         "seconds": runs,
     }
-    print(f"filled/empty {figures['ratio']:.3f}")
-    import jax  # late: on a GPU it would reserve memory that the command needs
-
-    print(write(f"startup-{slug(jax.devices()[0].device_kind)}", figures, results=args.results))
+    write("startup", figures, rows(figures), args.results)
 
 
 if __name__ == "__main__":
