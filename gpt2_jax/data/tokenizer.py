@@ -7,7 +7,10 @@ pipeline writes the end-of-text token.
 from __future__ import annotations
 
 import codecs
-import pickle
+import dataclasses
+import pickletools
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +18,7 @@ import numpy as np
 import tiktoken
 
 from gpt2_jax.config import TokenizerName
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -69,25 +72,154 @@ class CharTokenizer:
         return "".join(self.characters[token] for token in tokens).encode()
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Reads only numbers, strings and built-in containers. Any other type would run code."""
+@dataclasses.dataclass(frozen=True)
+class Boundaries:
+    """The tokens around a text.
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    Attributes:
+        start: precedes a text ("BOS"); None if it is not known.
+        ends: each of them ends a text ("EOS").
+        pad: fills the shorter texts of a batch; it is never part of a text.
+    """
+
+    start: int | None = None
+    ends: tuple[int, ...] = ()
+    pad: int | None = None
+
+    def or_else(self, other: Boundaries) -> Boundaries:
+        """Fills in from `other` what is not known here."""
+        return Boundaries(
+            other.start if self.start is None else self.start,
+            self.ends or other.ends,
+            other.pad if self.pad is None else self.pad,
+        )
+
+
+class ExtendedTokenizer:
+    """A tokenizer of byte pairs or characters with tokens that somebody added to it.
+
+    Args:
+        base: encodes the text between added words.
+        added: the added tokens by their text.
+        words: matches those that are part of ordinary text, with one group for the text of each; None if there are
+            none. The others are special tokens, whose text in a text is only text.
+        boundaries: the tokens around a text.
+    """
+
+    def __init__(
+        self,
+        base: tiktoken.Encoding | CharTokenizer,
+        added: Mapping[str, int],
+        words: re.Pattern[str] | None,
+        boundaries: Boundaries,
+    ) -> None:
+        self.base, self.words, self.boundaries = base, words, boundaries
+        self._token = dict(added)
+        self._bytes = {token: text.encode("utf-8", "replace") for text, token in added.items()}
+
+    @property
+    def n_vocab(self) -> int:
+        """The number of tokens in the vocabulary, added ones included."""
+        return max(self.base.n_vocab, *(token + 1 for token in self._bytes), 0)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Encodes a text; added words become their tokens, and special tokens in it are encoded as text.
+
+        Raises:
+            UserError: a character is not in the alphabet.
+        """
+        tokens: list[int] = []
+        start = 0
+        for match in self.words.finditer(text) if self.words else ():
+            assert match.lastindex
+            tokens += [*self.base.encode_ordinary(text[start : match.start()]), self._token[match[match.lastindex]]]
+            start = match.end()
+        return tokens + self.base.encode_ordinary(text[start:])
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """Decodes tokens to UTF-8, with the text of special tokens."""
+        return b"".join(self._bytes.get(token) or self.base.decode_bytes([token]) for token in tokens)
+
+
+LARGEST_META = 1 << 21  # bytes. 65,536 characters, the most that uint16 tokens can name, take at most 1.6 MB.
+_META_DICTS = 3  # a meta.pkl is a dict with the dicts `itos` and `stoi`
 
 
 def read_characters(meta: Path) -> CharTokenizer:
-    """Reads the alphabet in a nanoGPT `meta.pkl`.
+    """Reads the alphabet in a nanoGPT `meta.pkl`. Nothing is unpickled, so no content can run code or take memory.
 
     Raises:
-        UserError: the file has another content, or would run code when it is unpickled.
+        UserError: the file cannot be read, is larger than `LARGEST_META`, or has another content.
     """
     try:
         with open(meta, "rb") as file:
-            characters: dict[int, str] = _SafeUnpickler(file).load()["itos"]
-        return CharTokenizer("".join(characters[token] for token in range(len(characters))))
-    except (pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{meta} is not nanoGPT's table of characters ({error}); prepare it again") from error
+            data = file.read(LARGEST_META + 1)
+        if len(data) > LARGEST_META:
+            raise ValueError(f"it is larger than {LARGEST_META:,} bytes")
+        table = _read_dicts(data)
+        itos = table.get("itos") if isinstance(table, dict) else None
+        if not isinstance(itos, dict):
+            raise ValueError("it has no dict itos")
+        characters = [itos[token] for token in range(len(itos))]
+        if not all(isinstance(character, str) and len(character) == 1 for character in characters):
+            raise ValueError("a token is not one character")
+        if len(set(characters)) < len(characters) or any("\ud800" <= character <= "\udfff" for character in characters):
+            raise ValueError("a character is there twice, or half of one")
+        if not characters:
+            raise ValueError("it has no characters")
+    except OSError as error:
+        raise UserError(f"{meta} cannot be read: {error.strerror}; prepare it again, or make it readable") from error
+    except KeyError as error:
+        raise UserError(f"{meta} is not nanoGPT's table of characters (no token {error}); prepare it again") from error
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
+        reason = one_line(error, 100)
+        raise UserError(f"{meta} is not nanoGPT's table of characters ({reason}); prepare it again") from error
+    return CharTokenizer("".join(characters))
+
+
+def _read_dicts(data: bytes) -> Any:
+    """Interprets a pickle of numbers, strings and up to `_META_DICTS` dicts, of any protocol.
+
+    Python's unpickler would make room for a table of any size that an opcode names.
+
+    Raises:
+        ValueError, IndexError, KeyError or TypeError: it is not a pickle, or holds anything else.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    n_dicts = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "INT" | "SHORT_BINUNICODE" | "BINUNICODE" | "UNICODE":
+                stack.append(argument)
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT" | "DICT":
+                n_dicts += 1
+                if n_dicts > _META_DICTS:
+                    raise ValueError("it has too many dicts")
+                if opcode.name == "DICT" and marks.pop() != len(stack):
+                    raise ValueError("a dict is not empty at first")
+                stack.append({})
+            case "SETITEM" | "SETITEMS":
+                first = marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2
+                items = stack[first:]
+                del stack[first:]
+                if not isinstance(stack[-1], dict):
+                    raise ValueError("an item is not in a dict")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT" | "PUT":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(memo[argument])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise ValueError(f"it holds {name}")
+    raise ValueError("it does not end")
 
 
 def byte_encoding() -> tiktoken.Encoding:
@@ -140,7 +272,12 @@ def end_of_text_token(name: TokenizerName) -> int | None:
 
 
 def tokenizer_name(tokenizer: Tokenizer) -> TokenizerName | None:
-    """The name of a tokenizer in `data.tokenizer`; None if `get_tokenizer` does not make it."""
+    """The name in `data.tokenizer` of the tokenizer that gives the same tokens for every text; None if there is none.
+
+    Special tokens may have been added to it.
+    """
+    if isinstance(tokenizer, ExtendedTokenizer):
+        return None if tokenizer.words else tokenizer_name(tokenizer.base)
     if isinstance(tokenizer, CharTokenizer):
         return "chars"
     names: dict[str, TokenizerName] = {"gpt2": "gpt2", "bytes": "bytes"}
@@ -154,24 +291,35 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
     return None
 
 
+def boundaries(tokenizer: Tokenizer) -> Boundaries:
+    """The tokens around a text, as far as the tokenizer names them."""
+    if isinstance(tokenizer, ExtendedTokenizer):
+        return tokenizer.boundaries
+    end = end_of_text(tokenizer)
+    return Boundaries() if end is None else Boundaries(end, (end,))
+
+
 class TextStream:
     """Decodes a stream of tokens to text. Bytes of an unfinished UTF-8 character wait for the rest.
 
     Args:
         tokenizer: decodes the tokens.
-        stop: the token that ends the text; None if there is none.
+        ends: the tokens that end the text.
+
+    Attributes:
+        ended: True once one of them came.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: int | None) -> None:
-        self._tokenizer, self._stop, self._ended = tokenizer, stop, False
+    def __init__(self, tokenizer: Tokenizer, ends: tuple[int, ...]) -> None:
+        self._tokenizer, self._ends, self.ended = tokenizer, ends, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, tokens: np.ndarray) -> str:
-        """Decodes the next tokens, int32 [n], up to the first `stop` token; everything after it is ignored."""
-        ends = np.flatnonzero(tokens == self._stop)
-        if ends.size or self._ended:
-            tokens = tokens[: 0 if self._ended else ends[0]]
-            self._ended = True
+        """Decodes the next tokens, int32 [n], up to the first that ends the text; everything after it is ignored."""
+        ends = np.flatnonzero(np.isin(tokens, self._ends))
+        if ends.size or self.ended:
+            tokens = tokens[: 0 if self.ended else ends[0]]
+            self.ended = True
         return self._decoder.decode(self._tokenizer.decode_bytes(tokens.tolist()))
 
     def end(self) -> str:

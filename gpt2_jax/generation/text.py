@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from gpt2_jax.data.tokenizer import TextStream, Tokenizer, end_of_text
+from gpt2_jax.data.tokenizer import Boundaries, TextStream, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.decode import DEFAULT, stream
 from gpt2_jax.generation.sampling import Sampling
@@ -35,14 +35,14 @@ class LanguageModel:
         model: the Flax module.
         params: its parameters, so that `model.apply({"params": params}, tokens)` computes logits.
         open_tokenizer: returns the tokenizer; called once, when it is first needed. Raises UserError if there is none.
-        end_of_text: the token that ends a text; by default the tokenizer's.
+        named: the tokens around a text, as far as the model names them; the others are the tokenizer's.
     """
 
     def __init__(
-        self, model: GPT2, params: Params, open_tokenizer: Callable[[], Tokenizer], end_of_text: int | None = None
+        self, model: GPT2, params: Params, open_tokenizer: Callable[[], Tokenizer], named: Boundaries | None = None
     ) -> None:
         self.model, self.params = model, params
-        self._open_tokenizer, self._end_of_text = open_tokenizer, end_of_text
+        self._open_tokenizer, self._named = open_tokenizer, named or Boundaries()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -57,7 +57,7 @@ class LanguageModel:
         """Continues a text.
 
         Args:
-            prompt: the text to continue; "" starts a new text from the end-of-text token.
+            prompt: the text to continue; "" starts a new text from the token that precedes texts, or that ends them.
             max_new_tokens: the most tokens to write; the model may end the text earlier. By default 200, or as many
                 as fit into `block_size`.
             **options: temperature, top_k, top_p, seed and slide, as in `Sampling`.
@@ -94,31 +94,35 @@ class LanguageModel:
         """`generate_batch` as an iterator: yields the new text of every sequence while it is generated.
 
         Args:
-            sampling: its `stop` and `vocab_size` are replaced by the tokenizer's.
+            sampling: its `stop` and `vocab_size` are replaced by those of the model and the tokenizer.
 
         Yields:
             One string per sequence, without the prompts. Concatenated, the strings of a sequence are its continuation.
         """
         tokenizer = self.tokenizer
-        stop = end_of_text(tokenizer) if self._end_of_text is None else self._end_of_text
-        tokens = [self._encode(prompt, stop) for prompt in prompts]
+        around = self._named.or_else(boundaries(tokenizer))
+        stop = around.ends[0] if around.ends else None
+        start = stop if around.start is None else around.start
+        tokens = [self._encode(prompt, start) for prompt in prompts]
         if max_new_tokens is None:
             room = self.model.config.block_size - max(map(len, tokens), default=0)
             max_new_tokens = DEFAULT_TOKENS if sampling.slide or room < 1 else min(DEFAULT_TOKENS, room)
         sampling = dataclasses.replace(sampling, stop=stop, vocab_size=tokenizer.n_vocab)
         chunks = stream(self.model, self.params, tokens, max_new_tokens, sampling)
-        return self._decode(chunks, [TextStream(tokenizer, stop) for _ in range(len(tokens) * sampling.samples)])
+        return self._decode(chunks, [TextStream(tokenizer, around.ends) for _ in range(len(tokens) * sampling.samples)])
 
-    def _encode(self, prompt: str, stop: int | None) -> list[int]:
+    def _encode(self, prompt: str, start: int | None) -> list[int]:
         tokens = self.tokenizer.encode_ordinary(prompt)
         if tokens:
             return tokens
-        if stop is None:
+        if start is None:
             raise UserError("the prompt is empty, and this model has no end-of-text token to start from; give a prompt")
-        return [stop]
+        return [start]
 
     @staticmethod
     def _decode(chunks: Iterator[np.ndarray], decoders: list[TextStream]) -> Iterator[list[str]]:
         for chunk in chunks:
             yield [decoder.add(row) for decoder, row in zip(decoders, chunk, strict=True)]
+            if all(decoder.ended for decoder in decoders):  # `stop` is only the first of the tokens that end a text
+                break
         yield [decoder.end() for decoder in decoders]

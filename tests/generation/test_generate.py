@@ -128,14 +128,17 @@ def test_a_reader_that_has_enough_is_no_error(run):
 
 def test_text_is_whole_characters_as_it_comes():
     tokens = np.frombuffer("aé€😀b".encode(), np.uint8)
-    text = TextStream(byte_encoding(), 256)
+    text = TextStream(byte_encoding(), (256,))
     pieces = [text.add(tokens[index : index + 1]) for index in range(len(tokens))]
     assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "b"]
     assert text.end() == ""
-    text = TextStream(byte_encoding(), 256)
+    text = TextStream(byte_encoding(), (256,))
     assert text.add(np.array([0xF0, 0x9F])) == ""
     assert text.end() == "\N{REPLACEMENT CHARACTER}"
-    text = TextStream(byte_encoding(), 256)
+    text = TextStream(byte_encoding(), (256,))
     assert text.add(np.array([65, 256, 66])) + text.add(np.array([256, 66])) + text.end() == "A"
-    text = TextStream(CharTokenizer("ab"), None)
+    assert text.ended
+    text = TextStream(byte_encoding(), (256, 10))
+    assert text.add(np.array([65, 10, 66, 256])) == "A"
+    text = TextStream(CharTokenizer("ab"), ())
     assert text.add(np.array([1, 0])) == "ba"

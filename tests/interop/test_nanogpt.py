@@ -4,6 +4,8 @@ import dataclasses
 import pickle
 import shutil
 import sys
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax import load
 from gpt2_jax.convert import convert
+from gpt2_jax.data.tokenizer import read_characters
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
 
@@ -55,6 +58,59 @@ def test_meta_pkl_gives_the_characters_and_runs_no_code(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not nanoGPT's table of characters"):
         model.open_tokenizer()
     assert not (tmp_path / "sprung").exists()
+
+
+TABLE = {"vocab_size": 3, "itos": {0: "\n", 1: "b", 2: "é"}, "stoi": {"\n": 0, "b": 1, "é": 2}}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_meta_pkl_of_every_protocol_is_read(tmp_path, protocol):
+    path = tmp_path / "meta.pkl"
+    path.write_bytes(pickle.dumps(TABLE, protocol))
+    assert read_characters(path).characters == "\nbé"
+    letters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    table = {"itos": dict(enumerate(letters)), "stoi": {letter: token for token, letter in enumerate(letters)}}
+    if protocol >= 2:  # nanoGPT's are 3 or newer
+        path.write_bytes(pickle.dumps(table, protocol))
+        assert read_characters(path).n_vocab == len(letters)
+
+
+HEAD = b"\x80\x04\x95\x3d\x00\x00\x00\x00\x00\x00\x00"  # protocol 4 and a frame
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEAD + b"}\x94(\x8c\x04itosr\x75\x75\x28\x4bK\x00u.", "no dict itos"),  # memory for 1.3 billion entries
+        (HEAD + b"}r\xff\xff\xff\x7f.", "it has no dict itos"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.", "it has no dict itos"),
+        (HEAD + b"r\x75\x6f\x04\x69", "list index out of range|pickle exhausted"),
+        (pickle.dumps({"itos": ["a", "b"]}), "it holds EMPTY_LIST"),
+        (pickle.dumps({"itos": {0: "a", 1: b"b"}}), "it holds SHORT_BINBYTES"),
+        (pickle.dumps({"itos": {0: "a", 1: 2}}), "a token is not one character"),
+        (pickle.dumps({"itos": {0: "ab"}}), "a token is not one character"),
+        (pickle.dumps({"itos": {0: "a", 2: "b"}}), "no token 1"),
+        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "a character is there twice"),
+        (pickle.dumps({"itos": {0: "\ud800"}}), "a character is there twice, or half of one"),
+        (pickle.dumps({"itos": {}}), "it has no characters"),
+        (pickle.dumps({0: {}, 1: {}, 2: {}}), "it has too many dicts"),
+        (pickle.dumps("itos"), "it has no dict itos"),
+        (b"\x80\x04" + b"}" * 2**20, "it has too many dicts"),
+        (b"\x80\x04" + b"(" * 2**22, "it is larger than 2,097,152 bytes"),
+        (pickle.dumps(TABLE)[:-9], "is not nanoGPT's table of characters"),
+        (b"", "is not nanoGPT's table of characters"),
+    ],
+)
+def test_a_hostile_meta_pkl_is_refused_at_once_in_little_memory(tmp_path, content, message):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=message) as error:
+        read_characters(tmp_path / "meta.pkl")
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("config", [EXACT, dataclasses.replace(EXACT, bias=False)], ids=["bias", "no-bias"])
