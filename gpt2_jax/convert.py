@@ -17,13 +17,16 @@ from safetensors import SafetensorError
 
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
+from gpt2_jax.data.tokenizer import tokenizer_name
 from gpt2_jax.errors import UserError, one_line
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
+from gpt2_jax.interop.model_files import directory_files
 from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
 from gpt2_jax.interop.runs import write_orbax
 from gpt2_jax.interop.stored import architecture_summary
+from gpt2_jax.interop.tokenizer_files import VOCABULARIES, read_tokenizer
 
 PROG = "python -m gpt2_jax.convert"
 
@@ -56,22 +59,28 @@ def main(args: Sequence[str]) -> int:
 
 def _next_command(flags: Flags, out: Path, files: list[str]) -> str:
     """The command or the Python expression that reads the converted model."""
+    vocabulary = next((name for name in VOCABULARIES if name in files), None)
     if flags.to == "huggingface":
-        if "tokenizer_config.json" not in files:
+        if not vocabulary:
             return f'AutoModelForCausalLM.from_pretrained("{out}") (no tokenizer was written: it is unknown)'
         return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
+    if flags.to == "orbax":
+        return f"python -m gpt2_jax.generate --model {out}"
+    tokenizer = read_tokenizer(directory_files(out), lambda: None)
+    others = vocabulary and (tokenizer is None or tokenizer_name(tokenizer) != "gpt2")
     if flags.to == "llmc":
         file = next(file for file in files if file.endswith(".bin"))
-        if "vocab.json" in files:
-            return f"llm.c reads {out / file}, but prints text with GPT-2's tokens; this model's: {out / 'vocab.json'}"
+        if others:
+            return (
+                f"llm.c reads {out / file}, but prints text with GPT-2's tokens; this model's: {out / str(vocabulary)}"
+            )
         precision = {"float32": "FP32", "bfloat16": "BF16"}[flags.dtype]
         return f"llm.c: make train_gpt2cu PRECISION={precision}, and ./train_gpt2cu -e {out / file}"
-    if flags.to == "nanogpt":
-        if "vocab.json" in files:
-            return f"nanoGPT reads {out}, but prints text with GPT-2's tokens; this model's: {out / 'vocab.json'}"
-        meta = f"copy {out / 'meta.pkl'} to data/{DATASET}/, and " if "meta.pkl" in files else ""
-        return f"nanoGPT: {meta}python sample.py --out_dir={out}"
-    return f"python -m gpt2_jax.generate --model {out}"
+    if "meta.pkl" in files:
+        return f"nanoGPT: copy {out / 'meta.pkl'} to data/{DATASET}/, and python sample.py --out_dir={out}"
+    if others:
+        return f"nanoGPT reads {out}, but prints text with GPT-2's tokens; this model's: {out / str(vocabulary)}"
+    return f"nanoGPT: python sample.py --out_dir={out}"
 
 
 def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "float32") -> Path:

@@ -22,6 +22,7 @@ from gpt2_jax.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
+BYTES_PATTERN = r"[\s\S]"  # splits a text into characters, so that no bytes merge
 
 
 class Tokenizer(Protocol):
@@ -93,6 +94,9 @@ class Boundaries:
             self.ends or other.ends,
             other.pad if self.pad is None else self.pad,
         )
+
+
+UNKNOWN = Boundaries()
 
 
 class ExtendedTokenizer:
@@ -226,7 +230,7 @@ def byte_encoding() -> tiktoken.Encoding:
     """Makes the encoding of raw bytes: tokens 0–255 are the bytes, token 256 is end-of-text."""
     return tiktoken.Encoding(
         "bytes",
-        pat_str=r"[\s\S]",
+        pat_str=BYTES_PATTERN,
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
@@ -296,7 +300,7 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries:
     if isinstance(tokenizer, ExtendedTokenizer):
         return tokenizer.boundaries
     end = end_of_text(tokenizer)
-    return Boundaries() if end is None else Boundaries(end, (end,))
+    return UNKNOWN if end is None else Boundaries(end, (end,))
 
 
 class TextStream:

@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from gpt2_jax.data.tokenizer import Boundaries, TextStream, Tokenizer, boundaries
+from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, TextStream, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.decode import DEFAULT, stream
 from gpt2_jax.generation.sampling import Sampling
@@ -39,10 +39,10 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: GPT2, params: Params, open_tokenizer: Callable[[], Tokenizer], named: Boundaries | None = None
+        self, model: GPT2, params: Params, open_tokenizer: Callable[[], Tokenizer], named: Boundaries = UNKNOWN
     ) -> None:
         self.model, self.params = model, params
-        self._open_tokenizer, self._named = open_tokenizer, named or Boundaries()
+        self._open_tokenizer, self._named = open_tokenizer, named
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -6,6 +6,8 @@ MODEL means the same in every command: a run directory or a checkpoint in it, a 
 
 from __future__ import annotations
 
+import fnmatch
+import os
 from pathlib import Path
 
 import jax
@@ -16,9 +18,10 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.interop.huggingface import hub_files, open_huggingface
 from gpt2_jax.interop.llmc import open_llmc
+from gpt2_jax.interop.model_files import directory_files, permission
 from gpt2_jax.interop.nanogpt import open_nanogpt
 from gpt2_jax.interop.runs import newest_checkpoint, open_checkpoint
-from gpt2_jax.interop.stored import StoredModel, directory_files
+from gpt2_jax.interop.stored import StoredModel
 
 MODEL_KINDS = (
     "a run directory or a checkpoint in it, a directory with config.json, a name on the Hugging Face hub, nanoGPT's "
@@ -31,17 +34,19 @@ def open_model(name: str) -> StoredModel:
     """Detects the format of a MODEL, and reads everything except its parameters.
 
     Raises:
-        UserError: there is no such model, it is damaged, or it is not a GPT-2.
+        UserError: there is no such model, it is damaged, it may not be read, or it is not a GPT-2.
     """
     try:
         path = Path(name).expanduser()
-        is_file, is_directory = path.is_file(), path.is_dir()
+        with permission(path):
+            is_file, is_directory = path.is_file(), path.is_dir()
     except (OSError, RuntimeError) as error:  # the name is too long, or the home directory is unknown
         raise UserError(f"{name} cannot be a model ({error}); expected {MODEL_KINDS}") from error
     if is_file:
         return open_nanogpt(path) if path.suffix in (".pt", ".pth") else open_llmc(path)
     if is_directory and name:
-        return _open_directory(name, path)
+        with permission(path):
+            return _open_directory(name, path)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if not name or is_path or path.suffix in (".pt", ".bin"):
         raise UserError(f"{name or 'an empty name'} does not exist; expected {MODEL_KINDS}")
@@ -50,14 +55,15 @@ def open_model(name: str) -> StoredModel:
 
 
 def _open_directory(name: str, path: Path) -> StoredModel:
-    if (path / "config.json").is_file():
-        return open_huggingface(name, directory_files(path))
+    find = directory_files(path)
+    if find("config.json"):
+        return open_huggingface(name, find)
     if (path / "checkpoints").is_dir():
         return open_checkpoint(newest_checkpoint(path))
-    if (path / "ckpt.pt").is_file():
-        return open_nanogpt(path / "ckpt.pt")
-    if files := sorted(path.glob("model_*.bin")):
-        return open_llmc(files[-1])
+    if checkpoint_file := find("ckpt.pt"):
+        return open_nanogpt(checkpoint_file)
+    if files := fnmatch.filter(os.listdir(path), "model_*.bin"):
+        return open_llmc(path / max(files))
     checkpoint = path.resolve()
     if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
         return open_checkpoint(checkpoint)

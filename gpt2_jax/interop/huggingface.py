@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.tokenizer import end_of_text
+from gpt2_jax.data.tokenizer import Boundaries
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import FindFile, StoredModel, check_sizes, parameter_shapes, torch_name
-from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
-from gpt2_jax.interop.torch_files import load_torch, to_numpy
+from gpt2_jax.interop.model_files import FindFile, check_permission, read_json
+from gpt2_jax.interop.state_dict import Tensors, check_state
+from gpt2_jax.interop.stored import StoredModel, check_sizes, parameter_shapes, torch_name
+from gpt2_jax.interop.tokenizer_files import (
+    boundaries_in,
+    implied_tokenizer,
+    keep_tokenizer,
+    read_named,
+    read_tokenizer,
+    special_ids,
+)
+from gpt2_jax.interop.torch_files import load_torch, state_tensors
 from gpt2_jax.model import LAYER_NORM_EPSILON
-
-Tensors = dict[str, Callable[[], np.ndarray]]  # name in the file -> function that reads the tensor
 
 # Files that may hold the weights, in the order of preference. An index names the files that hold parts of them.
 WEIGHT_FILES = (
@@ -44,7 +50,14 @@ FIXED_SETTINGS = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions saved
+# Sizes: our name, the names in config.json from the preferred to the oldest, and the default of `GPT2Config`.
+SIZES = (
+    ("vocab_size", ("vocab_size",), 50257),
+    ("block_size", ("n_positions", "max_position_embeddings", "n_ctx"), 1024),
+    ("n_layer", ("n_layer", "num_hidden_layers"), 12),
+    ("n_head", ("n_head", "num_attention_heads"), 12),
+    ("n_embd", ("n_embd", "hidden_size"), 768),
+)
 
 
 def hub_files(repository: str) -> FindFile:
@@ -94,43 +107,24 @@ def open_huggingface(where: str, find: FindFile, assume_gpt2: bool = True) -> St
     Raises:
         UserError: the model is not a GPT-2, or its files are missing, damaged or of different models.
     """
-    config, end = _read_config(where, find)
-    tensors = _open_weights(where, find)
-    # GPT2LMHeadModel adds the prefix; GPT2Model and the released files have none.
-    tensors = {name.removeprefix("transformer."): read for name, read in tensors.items() if not name.endswith(MASKS)}
-    names = {torch_name(name) for name in parameter_shapes(config)}
-    zeros = set() if config.bias else {name for name in tensors if name.endswith(".bias")}
-    if unknown := sorted(tensors.keys() - names - zeros - {"lm_head.weight"}):
-        raise UserError(f"{where} has the tensor {unknown[0]}, which a GPT-2 of its config does not have")
-    if "lm_head.weight" in tensors and "wte.weight" in tensors:
-        head, embedding = tensors["lm_head.weight"](), tensors["wte.weight"]()
-        if not np.array_equal(head, embedding):
-            raise UserError(
-                f"{where} has an lm_head.weight that differs from wte.weight; expected a head tied to the token "
-                "embedding, as in GPT-2"
-            )
-    for name in sorted(zeros):
-        if np.any(tensors[name]()):
-            raise UserError(f"{where} has bias = false in config.json, but {name} is not zero; correct one of them")
-
-    find_tokenizer = functools.partial(read_tokenizer, find, config.vocab_size if assume_gpt2 else 0)
+    config, named = _read_config(where, find)
+    config, tensors = check_state(where, config, _open_weights(where, find))
+    vocab_size = config.vocab_size if assume_gpt2 else 0
+    find_tokenizer = functools.partial(read_tokenizer, find, lambda: implied_tokenizer(vocab_size))
 
     def read(name: str) -> np.ndarray:
         return tensors[torch_name(name)]()
 
-    return StoredModel(where, config, read, find_tokenizer, end_of_text=end)
+    return StoredModel(where, config, read, find_tokenizer, named=named, files=find)
 
 
-def _read_config(where: str, find: FindFile) -> tuple[GPT2Config, int | None]:
-    """The config, and the token that ends a text."""
+def _read_config(where: str, find: FindFile) -> tuple[GPT2Config, Boundaries]:
+    """The config, with the defaults of transformers for missing keys, and the tokens around a text."""
     path = find("config.json")
     if path is None:
         raise UserError(f"{where} has no config.json; expected the files that save_pretrained of transformers writes")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({error}); copy it again") from error
-    architecture = table.get("model_type") if isinstance(table, dict) else None
+    table = read_json(path)
+    architecture = table.get("model_type")
     if architecture != "gpt2":
         raise UserError(f"{where} has model_type = {architecture!r} in config.json; expected 'gpt2'")
     for key, value in FIXED_SETTINGS.items():
@@ -141,20 +135,18 @@ def _read_config(where: str, find: FindFile) -> tuple[GPT2Config, int | None]:
         raise UserError(
             f"{where} has activation_function = {activation!r} in config.json; expected one of {', '.join(GELUS)}"
         )
+    sizes: dict[str, Any] = {
+        ours: next((table[name] for name in theirs if name in table), default) for ours, theirs, default in SIZES
+    }
     config = GPT2Config(
-        vocab_size=table.get("vocab_size"),
-        block_size=table.get("n_positions", table.get("n_ctx")),
-        n_layer=table.get("n_layer"),
-        n_head=table.get("n_head"),
-        n_embd=table.get("n_embd"),
+        **sizes,
         gelu="exact" if GELUS[activation] == "exact" else "tanh",
-        bias=bool(table.get("bias", True)),  # our own key: transformers always has biases, here zeros
+        bias=table.get("bias") is not False,  # our own key: transformers always has biases, here zeros
     )
     check_sizes(where, config)
     if table.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{where} has n_inner = {table['n_inner']} in config.json; expected 4 × {config.n_embd}")
-    end = table.get("eos_token_id")
-    return config, end if type(end) is int and 0 <= end < config.vocab_size else None
+    return config, read_named(find, config.vocab_size).or_else(boundaries_in(table, config.vocab_size))
 
 
 def _open_weights(where: str, find: FindFile) -> Tensors:
@@ -165,10 +157,10 @@ def _open_weights(where: str, find: FindFile) -> Tensors:
         if not name.endswith(".json"):
             return _open_file(path)
         try:
-            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            parts = sorted(set(read_json(path)["weight_map"].values()))
             if any(Path(part).name != part for part in parts):
                 raise ValueError("it names files in other directories")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an index of weights ({error!r}); copy it again") from error
         tensors: Tensors = {}
         for part in parts:
@@ -182,10 +174,8 @@ def _open_weights(where: str, find: FindFile) -> Tensors:
 
 def _open_file(path: Path) -> Tensors:
     if path.suffix == ".bin":
-        state = load_torch(path)
-        if not isinstance(state, dict) or not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
-            raise UserError(f"{path} is not a state dict; expected a dict with only tensors as values")
-        return {name: functools.partial(to_numpy, tensor) for name, tensor in state.items()}
+        return state_tensors(path, load_torch(path))
+    check_permission(path)
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -205,23 +195,18 @@ def write_huggingface(model: StoredModel, directory: Path, dtype: str) -> None:
         UserError: the vocabulary of the tokenizer cannot be downloaded.
     """
     config = model.config
-    tokenizer = model.tokenizer
     numpy_dtype = jnp.dtype(jnp.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
     tensors = {f"transformer.{torch_name(name)}": array.astype(numpy_dtype) for name, array in model.parameters()}
     if not config.bias:  # transformers always adds biases; zeros compute the same
         for name, shape in parameter_shapes(dataclasses.replace(config, bias=True)).items():
             tensors.setdefault(f"transformer.{torch_name(name)}", np.zeros(shape, numpy_dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # transformers requires the key
-    end = model.end_of_text
-    if tokenizer:
-        end = end_of_text(tokenizer) if end is None else end
-        write_tokenizer(tokenizer, directory, config.block_size, end)
-    (directory / "config.json").write_text(json.dumps(_config_json(config, end, dtype), indent=2) + "\n")
-    generation = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    keep_tokenizer(model, directory, make=True)
+    table = _config_json(config, dtype) | special_ids(model.boundaries)
+    (directory / "config.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
-def _config_json(config: GPT2Config, end_of_text: int | None, dtype: str) -> dict[str, Any]:
+def _config_json(config: GPT2Config, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -238,8 +223,6 @@ def _config_json(config: GPT2Config, end_of_text: int | None, dtype: str) -> dic
         "resid_pdrop": config.dropout,
         "initializer_range": 0.02,
         **FIXED_SETTINGS,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "dtype": dtype,
         "torch_dtype": dtype,
     } | ({} if config.bias else {"bias": False})

@@ -18,8 +18,15 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.shards import HEADER_BYTES, HEADER_INTS, read_header
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import StoredModel, check_sizes, directory_files
-from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer_unless_gpt2
+from gpt2_jax.interop.model_files import check_permission, directory_files
+from gpt2_jax.interop.stored import StoredModel, check_sizes
+from gpt2_jax.interop.tokenizer_files import (
+    implied_tokenizer,
+    is_implied,
+    keep_tokenizer,
+    read_named,
+    read_tokenizer,
+)
 from gpt2_jax.model import padded_vocab_size
 
 MAGIC = 20240326
@@ -69,6 +76,7 @@ def open_llmc(path: Path) -> StoredModel:
     Raises:
         UserError: it is another kind of file or another version of the format, or its size does not match its header.
     """
+    check_permission(path)
     header, size = read_header(path, MAGIC, "a model of llm.c")
     if int(header[1]) not in DTYPES:
         raise UserError(
@@ -103,13 +111,15 @@ def open_llmc(path: Path) -> StoredModel:
             return array[:vocab_size]
         return array.T if name.endswith("kernel") else array
 
-    find_tokenizer = functools.partial(read_tokenizer, directory_files(path.parent), vocab_size)
-    step = path.stem.removeprefix("model_")
-    return StoredModel(str(path), config, read, find_tokenizer, int(step) if step.isdigit() else 0)
+    files = directory_files(path.parent)
+    find_tokenizer = functools.partial(read_tokenizer, files, lambda: implied_tokenizer(vocab_size))
+    digits = path.stem.removeprefix("model_")
+    step = int(digits) if digits.isdecimal() else 0
+    return StoredModel(str(path), config, read, find_tokenizer, step, read_named(files, vocab_size), files)
 
 
 def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
-    """Writes `model_STEP.bin`, with the vocabulary padded with zeros, and the tokenizer unless it is GPT-2's.
+    """Writes `model_STEP.bin`, with the vocabulary padded with zeros, and the tokenizer unless it is implied.
 
     Raises:
         UserError: llm.c cannot represent the model.
@@ -121,7 +131,7 @@ def write_llmc(model: StoredModel, directory: Path, dtype: str) -> None:
         raise UserError(
             f"{model.where} uses the exact GELU, but llm.c only has the tanh one; take --to huggingface or nanogpt"
         )
-    write_tokenizer_unless_gpt2(model.tokenizer, directory, config.block_size)
+    keep_tokenizer(model, directory, make=not is_implied(model))
     version = {"float32": 3, "bfloat16": 5}[dtype]
     padded = padded_vocab_size(config)
     header = np.zeros(HEADER_INTS, "<i4")

@@ -6,22 +6,31 @@ containers and tensors are unpickled.
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, Tokenizer, read_characters
+from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, read_characters
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import StoredModel, check_sizes, directory_files, parameter_shapes, torch_name
-from gpt2_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer_unless_gpt2
-from gpt2_jax.interop.torch_files import import_torch, load_torch, to_numpy
+from gpt2_jax.interop.model_files import directory_files, is_file
+from gpt2_jax.interop.state_dict import check_state
+from gpt2_jax.interop.stored import StoredModel, torch_name
+from gpt2_jax.interop.tokenizer_files import (
+    implied_tokenizer,
+    is_implied,
+    keep_tokenizer,
+    read_named,
+    read_tokenizer,
+)
+from gpt2_jax.interop.torch_files import import_torch, load_torch, state_tensors
 
-COMPILED = "_orig_mod."  # the prefix that torch.compile adds
-GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)  # nanoGPT pads to 50304 when it trains from scratch, and trains the padding
 DATASET = "converted"  # the name that a checkpoint written here gives to its dataset
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+# The sizes in `model_args`, with the defaults of nanoGPT's GPTConfig. Its first versions did not save `bias`.
+SIZES = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True}
 
 
 def open_nanogpt(path: Path) -> StoredModel:
@@ -37,42 +46,39 @@ def open_nanogpt(path: Path) -> StoredModel:
     sizes, state, settings = (checkpoint.get(key) for key in ("model_args", "model", "config"))
     if not isinstance(sizes, dict) or not isinstance(state, dict):
         raise UserError(f"{path} is not a nanoGPT checkpoint: expected dicts as its model and model_args")
-    if missing := [key for key in SIZES if key not in sizes]:
-        raise UserError(f"{path}: model_args has no {missing[0]}; expected {', '.join(SIZES)}")
-    config = GPT2Config(**{key: sizes[key] for key in SIZES}, gelu="exact")
-    check_sizes(str(path), config)
-    if not all(hasattr(tensor, "is_floating_point") for tensor in state.values()):
-        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds values other than tensors")
-    state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
-    known = {f"transformer.{torch_name(name)}" for name in parameter_shapes(config)} | {"lm_head.weight"}
-    # nanoGPT saves the causal mask as a buffer where PyTorch has no fused attention.
-    if unknown := [name for name in state if name not in known and not name.endswith(".attn.bias")]:
-        raise UserError(f"{path} has {unknown[0]}, which a GPT-2 of its model_args does not have")
+    settled = {key: sizes.get(key, default) for key, default in SIZES.items()}
+    config = GPT2Config(**settled | {"bias": settled["bias"] is not False}, gelu="exact")
+    config, tensors = check_state(str(path), config, state_tensors(path, state))
 
     def read(name: str) -> np.ndarray:
-        array = to_numpy(state[f"transformer.{torch_name(name)}"])
+        array = tensors[torch_name(name)]()
         return array.T if name.endswith("kernel") else array
 
-    def find_tokenizer() -> Tokenizer | None:
-        """GPT-2's for its vocabulary sizes, else the characters in the dataset's `meta.pkl`, else tokenizer files."""
-        here = path.resolve().parent
-        if config.vocab_size in GPT2_VOCABS:
-            return read_tokenizer(directory_files(here), GPT2_VOCAB_SIZE)
+    here = path.resolve().parent
+
+    def find_characters() -> Tokenizer | None:
+        """GPT-2's for its vocabulary sizes, else the characters in the dataset's `meta.pkl`."""
+        if tokenizer := implied_tokenizer(config.vocab_size):
+            return tokenizer
         dataset = str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
         data = Path("data", Path(dataset).name)  # relative to nanoGPT's directory
         for directory in (here, here.parent / data, data):
-            if (directory / "meta.pkl").is_file():
+            if is_file(directory / "meta.pkl"):
                 return read_characters(directory / "meta.pkl")
-        return read_tokenizer(directory_files(here), config.vocab_size)
+        return None
 
+    files = directory_files(here)
+    find_tokenizer = functools.partial(read_tokenizer, files, find_characters)
     step = checkpoint.get("iter_num")
-    return StoredModel(str(path), config, read, find_tokenizer, step if type(step) is int else 0)
+    step = step if type(step) is int and step >= 0 else 0
+    return StoredModel(str(path), config, read, find_tokenizer, step, read_named(files, config.vocab_size), files)
 
 
 def write_nanogpt(model: StoredModel, directory: Path) -> None:
-    """Writes `ckpt.pt` for nanoGPT's `sample.py`, without optimizer state, and the tokenizer unless it is GPT-2's.
+    """Writes `ckpt.pt` for nanoGPT's `sample.py` and `train.py --init_from=resume`, and the tokenizer unless implied.
 
-    A tokenizer of characters is written as `meta.pkl`, which nanoGPT looks for in its directory `data/DATASET`.
+    A tokenizer of characters is written as `meta.pkl`, which nanoGPT looks for in its directory `data/DATASET`. The
+    optimizer's state is that before its first update.
 
     Raises:
         UserError: nanoGPT cannot represent the model, or torch is not installed.
@@ -90,13 +96,29 @@ def write_nanogpt(model: StoredModel, directory: Path) -> None:
         state[f"transformer.{torch_name(name)}"] = torch.from_numpy(np.ascontiguousarray(array))
     state["lm_head.weight"] = state["transformer.wte.weight"]
     sizes = {key: getattr(config, key) for key in SIZES} | {"dropout": config.dropout}
-    saved = {"model": state, "model_args": sizes, "iter_num": model.step, "best_val_loss": float("inf")}
+    saved = {
+        "model": state,
+        "optimizer": _new_optimizer(torch, state),
+        "model_args": sizes,
+        "iter_num": model.step,
+        "best_val_loss": float("inf"),
+    }
     tokenizer = model.tokenizer
     if isinstance(tokenizer, CharTokenizer):
         itos = dict(enumerate(tokenizer.characters))
         table = {"vocab_size": len(itos), "itos": itos, "stoi": {char: token for token, char in itos.items()}}
         (directory / "meta.pkl").write_bytes(pickle.dumps(table))
         saved["config"] = {"dataset": DATASET}
-    else:
-        write_tokenizer_unless_gpt2(tokenizer, directory, config.block_size)
+    keep_tokenizer(model, directory, make=not isinstance(tokenizer, CharTokenizer) and not is_implied(model))
     torch.save(saved, directory / "ckpt.pt")
+
+
+def _new_optimizer(torch: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a new AdamW with the groups of nanoGPT's `configure_optimizers` and the settings of its train.py."""
+    tensors = {id(tensor): tensor for tensor in state.values()}.values()  # the tied head is the embedding
+    groups = [
+        {"params": [tensor for tensor in tensors if tensor.dim() >= 2], "weight_decay": 0.1},
+        {"params": [tensor for tensor in tensors if tensor.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer: dict[str, Any] = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
+    return optimizer

@@ -11,9 +11,11 @@ import numpy as np
 from gpt2_jax.checkpoint import Checkpoints, SavedState
 from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
-from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, tokenizer_name
+from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop.model_files import directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
+from gpt2_jax.interop.tokenizer_files import keep_tokenizer, read_named, read_tokenizer
 from gpt2_jax.model import Params, padded_vocab_size
 
 
@@ -31,6 +33,8 @@ def newest_checkpoint(run: Path) -> Path:
 
 def open_checkpoint(path: Path) -> StoredModel:
     """Opens one checkpoint, RUN/checkpoints/STEP, with the config of its run.
+
+    Tokenizer files in RUN, which only a converted model has, come before the tokenizer that the config names.
 
     Raises:
         UserError: it cannot be read.
@@ -52,28 +56,32 @@ def open_checkpoint(path: Path) -> StoredModel:
         array: np.ndarray = functools.reduce(lambda tree, key: tree[key], rest, tree)
         return array[: config.vocab_size] if first == "wte" else array
 
-    def find_tokenizer() -> Tokenizer:
-        return get_tokenizer(data.tokenizer, data.characters)
-
-    return StoredModel(str(path), config, read, find_tokenizer, int(path.name))
+    files = directory_files(config_file.parent)
+    named_in_config = functools.partial(get_tokenizer, data.tokenizer, data.characters)
+    find_tokenizer = functools.partial(read_tokenizer, files, named_in_config)
+    named = read_named(files, config.vocab_size)
+    return StoredModel(str(path), config, read, find_tokenizer, int(path.name), named, files)
 
 
 def write_orbax(model: StoredModel, directory: Path) -> None:
-    """Writes `config.toml` with the model and its tokenizer, and `checkpoints/STEP` with the parameters only.
+    """Writes `config.toml`, the tokenizer's files if there are any, and `checkpoints/STEP` with the parameters only.
 
     Raises:
-        UserError: a config cannot name the tokenizer.
+        UserError: the tokenizer is not known.
     """
     tokenizer = model.tokenizer
-    name = tokenizer_name(tokenizer) if tokenizer else None
-    if name is None:
+    if tokenizer is None:
         raise UserError(
-            f"the tokenizer of {model.where} is not known, or not one of gpt2, bytes and chars, which config.toml can "
-            "name; take --to huggingface"
+            f"the tokenizer of {model.where} is not known, and a run needs one: gpt2, bytes, chars, or files of byte "
+            "pairs or characters; take --to huggingface"
         )
-    data = DataConfig(tokenizer=name, characters=tokenizer.characters if isinstance(tokenizer, CharTokenizer) else "")
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    characters = base.characters if isinstance(base, CharTokenizer) else ""
+    # A config cannot name other byte pairs than gpt2 and bytes. They are always in files, which come first.
+    data = DataConfig(tokenizer=tokenizer_name(base) or "gpt2", characters=characters)
     config = model.config.unrolled("auto")
     (directory / "config.toml").write_text(to_toml(ModelConfig(config, data)), encoding="utf-8")
+    keep_tokenizer(model, directory, make=False)
     params: Params = {}
     for parameter, array in model.parameters():
         *path, leaf = parameter.split("/")

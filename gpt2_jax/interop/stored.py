@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +19,16 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.tokenizer import Tokenizer
+from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel
+from gpt2_jax.interop.model_files import FindFile, no_files
 from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.sharding import state_sharding, with_shardings
 
-FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
+# The largest sizes that a file may name. The deepest models of this kind have about 100 layers.
+LARGEST = {"vocab_size": 1 << 24, "block_size": 1 << 24, "n_layer": 1 << 10, "n_head": 1 << 16, "n_embd": 1 << 20}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +41,8 @@ class StoredModel:
         read: reads an array from the file, by the name of the parameter. Raises KeyError if the file has none.
         find_tokenizer: reads the tokenizer. Returns None if the files have none and the format implies none.
         step: number of updates that it was trained for, if the format records it.
-        end_of_text: the token that ends a text, if the format names it; by default the tokenizer's.
+        named: the tokens around a text that the format names; the others are the tokenizer's.
+        files: finds the tokenizer's files, which a conversion keeps as they are.
     """
 
     where: str
@@ -47,7 +50,8 @@ class StoredModel:
     read: Callable[[str], np.ndarray]
     find_tokenizer: Callable[[], Tokenizer | None]
     step: int = 0
-    end_of_text: int | None = None
+    named: Boundaries = UNKNOWN
+    files: FindFile = no_files
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -57,6 +61,15 @@ class StoredModel:
             UserError: its files are damaged, or its vocabulary cannot be downloaded.
         """
         return self.find_tokenizer()
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The tokens around a text.
+
+        Raises:
+            UserError: the tokenizer cannot be read.
+        """
+        return self.named.or_else(boundaries(self.tokenizer)) if self.tokenizer else self.named
 
     def open_tokenizer(self) -> Tokenizer:
         """`tokenizer`, for callers that cannot do without one.
@@ -101,12 +114,13 @@ class StoredModel:
 
     def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> LanguageModel:
         """Loads the model: see `interop.load`."""
+        self.parameter(f"h_{self.config.n_layer - 1}/ln_1/scale")  # before a model with layers that it lacks is built
         model = GPT2(self.config.unrolled("auto"), dtype)
         shapes = abstract_params(model)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
         params = self.place(with_shardings(shapes, shardings))
-        return LanguageModel(model, params, self.open_tokenizer, self.end_of_text)
+        return LanguageModel(model, params, self.open_tokenizer, self.named)
 
     def place(self, abstract: Params) -> Params:
         """Loads the parameters onto devices: reads, places and frees one after the other.
@@ -135,18 +149,14 @@ class StoredModel:
 @functools.cache
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its name, in the order of the model, without padding of the vocabulary."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(GPT2(config.unrolled())))
+    one_layer = GPT2(dataclasses.replace(config.unrolled(), n_layer=1))  # building all takes long if there are many
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(one_layer))
     shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
     shapes["wte/embedding"] = (config.vocab_size, config.n_embd)
-    return {name: shapes[name] for name in sorted(shapes, key=_position)}
-
-
-def _position(name: str) -> tuple[int, int]:
-    """Sorts parameters: the embeddings, then the layers, then the final layer norm."""
-    first = name.split("/")[0]
-    if first.startswith("h_"):
-        return 1, int(first.removeprefix("h_"))
-    return (2 if first == "ln_f" else 0), 0
+    layer = {name.removeprefix("h_0/"): shape for name, shape in shapes.items() if name.startswith("h_0/")}
+    embeddings = {name: shape for name, shape in shapes.items() if name.startswith("w")}
+    blocks = {f"h_{index}/{name}": shape for index in range(config.n_layer) for name, shape in layer.items()}
+    return embeddings | blocks | {name: shape for name, shape in shapes.items() if name.startswith("ln_f")}
 
 
 # The names that OpenAI's released checkpoints, transformers and nanoGPT give to the leaves.
@@ -163,19 +173,17 @@ def check_sizes(where: str, config: GPT2Config) -> None:
     """Checks the sizes in a config that comes from a file.
 
     Raises:
-        UserError: a size is not a whole number above 0, or `n_embd` is not a multiple of `n_head`.
+        UserError: a size is not a whole number from 1 to `LARGEST`, or `n_embd` is not a multiple of `n_head`.
     """
-    for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+    for key, largest in LARGEST.items():
         value = getattr(config, key)
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise UserError(f"{where} has {key} = {value!r} in its config; expected a whole number, 1 or more")
+        if type(value) is not int or not 1 <= value <= largest:
+            raise UserError(
+                f"{where} has {key} = {reprlib.repr(value)} in its config; expected a whole number from 1 to "
+                f"{largest:,}; correct it, or copy the model again"
+            )
     if config.n_embd % config.n_head:
         raise UserError(f"{where} has n_embd = {config.n_embd}, which is not a multiple of n_head = {config.n_head}")
-
-
-def directory_files(directory: Path) -> FindFile:
-    """Finds the files of a model in a directory."""
-    return lambda name: path if (path := directory / name).is_file() else None
 
 
 def architecture_summary(config: GPT2Config) -> str:

@@ -1,4 +1,7 @@
-"""Tokenizer files of `transformers`: `vocab.json` with `merges.txt`, or `tokenizer.json`.
+"""Tokenizer files of `transformers`: `tokenizer.json`, or `vocab.json` with `merges.txt`, and their special tokens.
+
+The files travel with a model through every format, unchanged, so that `AutoTokenizer` gives the same tokens for the
+copy. Only a model without files gets files that are made here.
 
 These files write a token as a string with one printable character per byte (`bytes_to_unicode` in GPT-2's
 `encoder.py`). Bytes that are printable in Latin-1 are written as themselves, the others as the characters from U+0100
@@ -8,11 +11,13 @@ on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +25,45 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from gpt2_jax.data.tokenizer import (
+    BYTES_PATTERN,
     END_OF_TEXT,
     GPT2_VOCAB_SIZE,
+    UNKNOWN,
+    Boundaries,
     CharTokenizer,
+    ExtendedTokenizer,
     Tokenizer,
-    byte_encoding,
     end_of_text,
     gpt2_encoding,
-    tokenizer_name,
 )
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.stored import FindFile
+from gpt2_jax.interop.model_files import FindFile, permission, read_json, read_text
+from gpt2_jax.interop.stored import StoredModel
+
+# The files that hold a tokenizer, of any kind, in the order in which transformers prefers them.
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+SETTINGS = (
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+GENERATION = "generation_config.json"  # names the tokens around a text, for `generate` of transformers and for ours
+
+# Vocabularies that imply GPT-2's tokenizer. nanoGPT pads to 50304 when it trains from scratch, and trains the padding.
+GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)
+
+# The roles of special tokens, in the order in which transformers numbers those that no file numbers.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -41,26 +74,59 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 GPT2_SHA256 = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
 
 
-def read_tokenizer(find: FindFile, vocab_size: int) -> Tokenizer | None:
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """A token that was added to a vocabulary, with the flags of transformers' `AddedToken`."""
+
+    token: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+def implied_tokenizer(vocab_size: int) -> Tokenizer | None:
+    """GPT-2's tokenizer for a model of its vocabulary that comes without tokenizer files; None for others.
+
+    Raises:
+        UserError: its vocabulary cannot be downloaded.
+    """
+    return gpt2_encoding() if vocab_size in GPT2_VOCABS else None
+
+
+def is_implied(model: StoredModel) -> bool:
+    """True if `implied_tokenizer` gives the tokenizer of a model."""
+    tokenizer = model.tokenizer
+    known = isinstance(tokenizer, tiktoken.Encoding) and tokenizer.name == "gpt2"
+    return known and model.config.vocab_size in GPT2_VOCABS
+
+
+def read_tokenizer(find: FindFile, without_files: Callable[[], Tokenizer | None]) -> Tokenizer | None:
     """Reads the tokenizer of a model: byte pairs or characters. Returns None if it is of another kind, or unknown.
 
     Args:
         find: finds the files of the model.
-        vocab_size: the model's. If there are no tokenizer files, GPT-2's size implies GPT-2's tokenizer.
+        without_files: gives the tokenizer of a model without tokenizer files.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged, or may not be read.
     """
-    vocab, merges = find("vocab.json"), find("merges.txt")
-    if vocab and merges:
-        lines = _read(merges).splitlines()
+    path = next((path for name in VOCABULARIES if (path := find(name))), None)
+    if path is None:
+        return without_files()
+    if path.name not in ("tokenizer.json", "vocab.json"):
+        return None
+    settings = {name: read_json(file) for name in SETTINGS if name.endswith(".json") and (file := find(name))}
+    table = read_json(path)
+    with _report_damage(path):
+        if path.name == "tokenizer.json":
+            return _from_tokenizer_json(table, settings)
+        merges = find("merges.txt")
+        if not merges:
+            return None
+        lines = read_text(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        with _report_damage(vocab):
-            return _byte_pair_encoding(_parse(vocab), pairs)
-    if path := find("tokenizer.json"):
-        with _report_damage(path):
-            return _from_tokenizer_json(_parse(path))
-    return gpt2_encoding() if vocab_size == GPT2_VOCAB_SIZE else None
+        return _byte_pairs(table, pairs, {}, settings)
 
 
 @contextlib.contextmanager
@@ -72,45 +138,127 @@ def _report_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is not a tokenizer of transformers ({error!r}); copy it again") from error
 
 
-def _from_tokenizer_json(table: Mapping[str, Any]) -> Tokenizer | None:
+def _from_tokenizer_json(table: Mapping[str, Any], settings: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer in a `tokenizer.json`; None if it is of another kind."""
-    model, pre_tokenizer = table["model"], table["pre_tokenizer"]
-    if model["type"] != "BPE" or table["normalizer"]:
+    model, pre_tokenizer = table["model"], table.get("pre_tokenizer")
+    if model.get("type", "BPE") != "BPE" or table.get("normalizer"):
         return None
+    added = {entry["content"]: _flags(entry, entry["id"]) for entry in table.get("added_tokens") or ()}
     if pre_tokenizer is None and not model["merges"]:
-        characters = sorted(model["vocab"], key=model["vocab"].get)
-        plain = _has_no_gaps(model["vocab"]) and all(len(character) == 1 for character in characters)
-        return CharTokenizer("".join(characters)) if plain else None
+        return _characters(model["vocab"], added, settings)
     if not pre_tokenizer or pre_tokenizer["type"] != "ByteLevel":
         return None
     if pre_tokenizer["add_prefix_space"] or not pre_tokenizer.get("use_regex", True):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    added = {token["content"]: token["id"] for token in table["added_tokens"]}
-    return _byte_pair_encoding(model["vocab"] | added, pairs)
+    return _byte_pairs(model["vocab"], pairs, added, settings)
 
 
-def _byte_pair_encoding(vocab: Mapping[str, int], merges: Iterable[list[str]]) -> tiktoken.Encoding | None:
+def _flags(entry: Mapping[str, Any], token: int) -> _Added:
+    return _Added(token, **{key: bool(entry.get(key)) for key in ("special", "lstrip", "rstrip", "single_word")})
+
+
+def _content(entry: Any) -> str | None:
+    """The text of a special token in a settings file: a string, an AddedToken, or null."""
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _with_settings(
+    vocab: Mapping[str, int], added: Mapping[str, _Added], settings: Mapping[str, Any]
+) -> tuple[dict[str, _Added], Boundaries]:
+    """All added tokens, from the vocabulary file and the settings of any version of transformers, and their roles."""
+    config, roles = settings.get("tokenizer_config.json", {}), settings.get("special_tokens_map.json", {})
+    decoder = config.get("added_tokens_decoder") or {}
+    roles = roles | config if decoder else config | roles
+    added = dict(added)
+    added |= {content: _Added(token, special=False) for content, token in settings.get("added_tokens.json", {}).items()}
+    added |= {entry["content"]: _flags(entry, int(token)) for token, entry in decoder.items()}
+    more = [roles.get(key) or () for key in MORE_SPECIAL]
+    named = {role: _content(roles.get(role)) for role in ROLES}
+    special = [*named.values(), *(_content(entry) for part in more for entry in _entries(part))]
+    for content in filter(None, special):
+        number = added[content].token if content in added else vocab.get(content)
+        if number is None:  # transformers adds what is named and nowhere numbered
+            number = 1 + max([*vocab.values(), *(token.token for token in added.values())], default=-1)
+        added[content] = dataclasses.replace(added.get(content, _Added(number)), special=True)
+    # A token that is in the vocabulary too has its number there.
+    added = {content: dataclasses.replace(one, token=vocab.get(content, one.token)) for content, one in added.items()}
+    tokens = {role: added[content].token for role, content in named.items() if content}
+    ends = (tokens["eos_token"],) if "eos_token" in tokens else ()
+    return added, Boundaries(tokens.get("bos_token"), ends, tokens.get("pad_token"))
+
+
+def _entries(part: Any) -> Iterable[Any]:
+    """The further special tokens of one key: a list, or a dict by names."""
+    return part.values() if isinstance(part, dict) else part
+
+
+def _characters(
+    vocab: Mapping[str, int], added: Mapping[str, _Added], settings: Mapping[str, Any]
+) -> CharTokenizer | ExtendedTokenizer | None:
+    """One token per character; None if there are longer tokens."""
+    added, around = _with_settings(vocab, added, settings)
+    everything = {content: token.token for content, token in added.items()} | dict(vocab)
+    alphabet = {content: token for content, token in vocab.items() if content not in added}
+    characters = sorted(alphabet, key=alphabet.__getitem__)
+    in_order = _has_no_gaps(alphabet) and _has_no_gaps(everything)
+    if not in_order or any(len(character) != 1 for character in characters):
+        return None
+    base = CharTokenizer("".join(characters))
+    return _extended(base, added, around) if added else base
+
+
+def _byte_pairs(
+    vocab: Mapping[str, int],
+    merges: Iterable[list[str]],
+    added: Mapping[str, _Added],
+    settings: Mapping[str, Any],
+) -> tiktoken.Encoding | ExtendedTokenizer | None:
     """Byte pairs with GPT-2's pattern; None if tiktoken cannot represent them.
 
-    A token that is neither a byte nor the result of a merge is a special token.
+    A token that is neither a byte nor the result of a merge nor an added word is a special token.
     """
     merged = ["".join(pair) for pair in merges]
-    special = vocab.keys() - CHARACTER_TO_BYTE.keys() - set(merged)
+    added, around = _with_settings(vocab, added, settings)
+    vocab = {content: token.token for content, token in added.items()} | dict(vocab)
     # tiktoken merges in the order of the token numbers, so the merges have to be in that order.
     order = [vocab.get(piece, -1) for piece in merged]
     in_order = -1 not in order and order == sorted(order)
     if not in_order or not _has_no_gaps(vocab) or not CHARACTER_TO_BYTE.keys() <= vocab.keys():
         return None
+    others = vocab.keys() - CHARACTER_TO_BYTE.keys() - set(merged)
     ranks = {
-        bytes(CHARACTER_TO_BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - special
+        bytes(CHARACTER_TO_BYTE[character] for character in piece): vocab[piece] for piece in vocab.keys() - others
     }
-    if ranks == {bytes([byte]): byte for byte in range(256)} and special == {END_OF_TEXT}:
-        return byte_encoding()
-    name = "gpt2" if _fingerprint(ranks) == GPT2_SHA256 else "byte pairs"
-    return tiktoken.Encoding(
-        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={token: vocab[token] for token in special}
-    )
+    special = {content: vocab[content] for content in others}
+    if ranks == {bytes([byte]): byte for byte in range(256)} and special.get(END_OF_TEXT) == 256:
+        name, pattern = "bytes", BYTES_PATTERN
+    else:
+        is_gpt2 = _fingerprint(ranks) == GPT2_SHA256 and special.get(END_OF_TEXT) == GPT2_VOCAB_SIZE - 1
+        name, pattern = "gpt2" if is_gpt2 else "byte pairs", r50k_pat_str
+    base = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    end = special.get(END_OF_TEXT)
+    as_made = special.keys() == {END_OF_TEXT} and {around.start, *around.ends} <= {None, end}
+    if as_made and all(token.special for token in added.values()):
+        return base
+    default = UNKNOWN if end is None else Boundaries(end, (end,))
+    return _extended(base, added, around.or_else(default))
+
+
+def _extended(
+    base: tiktoken.Encoding | CharTokenizer, added: Mapping[str, _Added], around: Boundaries
+) -> ExtendedTokenizer:
+    words = [_pattern(content, token) for content, token in added.items() if content and not token.special]
+    words.sort(key=len, reverse=True)  # of two that start at the same place, transformers takes the longer one
+    tokens = {content: token.token for content, token in added.items()}
+    return ExtendedTokenizer(base, tokens, re.compile("|".join(words)) if words else None, around)
+
+
+def _pattern(content: str, token: _Added) -> str:
+    """Matches an added word, with the text of the word as a group."""
+    edges = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+    space = (r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else "")
+    return f"{space[0]}{edges[0]}({re.escape(content)}){edges[1]}{space[1]}"
 
 
 def _has_no_gaps(vocab: Mapping[str, int]) -> bool:
@@ -124,32 +272,73 @@ def _fingerprint(ranks: Mapping[bytes, int]) -> str:
     return hashlib.sha256(b"".join(bytes([len(token)]) + token for token in ordered)).hexdigest()
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
+def boundaries_in(table: Mapping[str, Any], vocab_size: int) -> Boundaries:
+    """The tokens around a text that a config of transformers names, without those that the model does not have."""
+
+    def tokens(key: str) -> tuple[int, ...]:
+        value = table.get(key)
+        values = value if isinstance(value, list) else [value]
+        return tuple(token for token in values if type(token) is int and 0 <= token < vocab_size)
+
+    start, pad = tokens("bos_token_id"), tokens("pad_token_id")
+    return Boundaries(start[0] if start else None, tokens("eos_token_id"), pad[0] if pad else None)
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); copy it again") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path} holds {type(table).__name__}; expected a JSON object")
-    return table
+def read_named(find: FindFile, vocab_size: int) -> Boundaries:
+    """The tokens around a text that the model's `generation_config.json` names, if it has one.
+
+    Raises:
+        UserError: the file is damaged, or may not be read.
+    """
+    path = find(GENERATION)
+    return boundaries_in(read_json(path), vocab_size) if path else UNKNOWN
 
 
 # --- writing -------------------------------------------------------------------------------------------
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end: int | None) -> None:
-    """Writes the files from which `AutoTokenizer` reads the same tokenizer.
+def keep_tokenizer(model: StoredModel, directory: Path, make: bool) -> None:
+    """Writes the tokenizer of a model beside it, and `generation_config.json` with the tokens around a text.
+
+    Files that the model has are copied as they are.
+
+    Args:
+        make: if the model has a tokenizer without files, make files.
+
+    Raises:
+        UserError: the copy would be taken for a model with GPT-2's tokenizer, or a file cannot be read.
+    """
+    tokenizer = model.tokenizer
+    copied = {name: path for name in (*VOCABULARIES, *SETTINGS) if (path := model.files(name))}
+    has_files = any(name in copied for name in VOCABULARIES)
+    if tokenizer is None and not has_files and model.config.vocab_size in GPT2_VOCABS:
+        raise UserError(
+            f"the tokenizer of {model.where} is not known, and a model with {model.config.vocab_size:,} tokens and no "
+            "tokenizer files is taken for one with GPT-2's; put its tokenizer.json beside the model"
+        )
+    if has_files:
+        for name, path in copied.items():
+            with permission(path):
+                (directory / name).write_bytes(path.read_bytes())
+    elif tokenizer and make:
+        write_tokenizer(tokenizer, directory, model.config.block_size)
+    around = model.boundaries if make else model.named
+    if make or around != UNKNOWN:
+        table = {"_from_model_config": True} | special_ids(around)
+        (directory / GENERATION).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def special_ids(around: Boundaries) -> dict[str, Any]:
+    """The inverse of `boundaries_in`: the keys of a config of transformers."""
+    ends = around.ends[0] if len(around.ends) == 1 else list(around.ends) or None
+    return {"bos_token_id": around.start, "eos_token_id": ends, "pad_token_id": around.pad}
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
+    """Makes the files from which `AutoTokenizer` reads the tokenizer `gpt2`, `bytes` or `chars`.
 
     Args:
         block_size: the longest text that the model reads, in tokens.
-        end: the token that ends a text, if there is one.
     """
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
@@ -172,16 +361,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int, end:
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         raise TypeError(f"transformers has no files for a {type(tokenizer).__name__}")
-    if end is not None:
-        name = tokenizer.decode_bytes([end]).decode("utf-8", "replace")
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
+    if end_of_text(tokenizer) is not None:
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def write_tokenizer_unless_gpt2(tokenizer: Tokenizer | None, directory: Path, block_size: int) -> None:
-    """`write_tokenizer` for formats that imply GPT-2's tokenizer: writes any other one, if it is known."""
-    if tokenizer and tokenizer_name(tokenizer) != "gpt2":
-        write_tokenizer(tokenizer, directory, block_size, end_of_text(tokenizer))
 
 
 def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.errors import UserError, import_optional, one_line
+from gpt2_jax.interop.model_files import check_permission
+from gpt2_jax.interop.state_dict import Tensors
 
 SAFE_TORCH = (2, 6)  # In older versions, a file can run code in spite of weights_only (CVE-2025-32434).
 
@@ -36,6 +39,7 @@ def load_torch(path: Path) -> Any:
         UserError: it cannot be read, or reading it would run code.
     """
     torch = import_torch(f"reading {path}")
+    check_permission(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -51,6 +55,19 @@ def load_torch(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read ({one_line(error, 120)}); it is cut off, damaged or not torch's; copy it again"
         ) from error
+
+
+def state_tensors(path: Path, state: Any) -> Tensors:
+    """The tensors of a state dict that torch saved.
+
+    Raises:
+        UserError: it holds anything but tensors by their names.
+    """
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and hasattr(tensor, "is_floating_point") for name, tensor in state.items()
+    ):
+        raise UserError(f"{path} holds no state dict; expected a dict with only tensors as values; save it again")
+    return {name: functools.partial(to_numpy, tensor) for name, tensor in state.items()}
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

@@ -69,7 +69,7 @@ def test_text_from_a_run_is_the_text_of_its_tokens(gpt2):
 
 def test_greedy_text_equals_that_of_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    write_tokenizer(byte_encoding(), tmp_path, CONFIG.block_size, 256)
+    write_tokenizer(byte_encoding(), tmp_path, CONFIG.block_size)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     gpt2 = load(str(tmp_path))
     for prompt in PROMPTS:

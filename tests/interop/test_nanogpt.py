@@ -150,21 +150,21 @@ def test_a_damaged_checkpoint_is_one_clear_line(theirs_exact, tmp_path):
     torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"n_head": 5}}, path)
     refused("is not a multiple of n_head = 5")
     torch.save(checkpoint | {"model": {"a": 1}}, path)
-    refused("its model holds values other than tensors")
+    refused("holds no state dict; expected a dict with only tensors as values")
     integers = {name: tensor.int() for name, tensor in checkpoint["model"].items()}
     torch.save(checkpoint | {"model": integers}, path)
     refused("holds int32; expected float32")
     torch.save(checkpoint | {"model_args": {"n_layer": 3}}, path)
-    refused("model_args has no block_size")
+    refused(r"h_2/ln_1/scale has the shape \[32\], but its config implies \[768\]")  # nanoGPT's default
     del checkpoint["model"]["transformer.h.1.ln_2.weight"]
     torch.save(checkpoint, path)
-    refused("has no transformer.h.1.ln_2.weight, which a GPT-2")
+    refused("has no h.1.ln_2.weight, which a GPT-2")
     checkpoint["model"]["transformer.h.1.ln_2.weight"] = torch.zeros(33)
     torch.save(checkpoint, path)
     refused(r"h_1/ln_2/scale has the shape \[33\]")
     checkpoint["model"]["transformer.h.9.ln_2.weight"] = torch.zeros(32)
     torch.save(checkpoint, path)
-    refused("has transformer.h.9.ln_2.weight, which a GPT-2 of its model_args does not have")
+    refused("has the tensor h.9.ln_2.weight, which a GPT-2 of its config does not have")
 
 
 def test_only_files_that_torch_saved_need_torch(saved, tmp_path, monkeypatch):

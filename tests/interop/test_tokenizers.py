@@ -12,13 +12,14 @@ from transformers import AutoTokenizer
 
 from gpt2_jax.config import DataConfig
 from gpt2_jax.convert import convert
-from gpt2_jax.data.tokenizer import CharTokenizer, byte_encoding, gpt2_encoding
+from gpt2_jax.data.tokenizer import Boundaries, CharTokenizer, byte_encoding, gpt2_encoding
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
-from gpt2_jax.interop.stored import directory_files
-from gpt2_jax.interop.tokenizer_files import CHARACTER_TO_BYTE, read_tokenizer, write_tokenizer
+from gpt2_jax.interop.tokenizer_files import CHARACTER_TO_BYTE
 
 GPT2_VOCABULARY = dataclasses.replace(CONFIG, vocab_size=50257, n_layer=1)
+
+TANH = ("huggingface", "llmc", "orbax")  # the formats of models with the tanh GELU
 
 ADVERSARIAL = [
     "",
@@ -101,7 +102,7 @@ def test_tokenizers_of_bytes_and_characters_convert(tmp_path):
 
 def test_the_config_names_the_end_of_text(theirs, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "model")
-    table = json.loads((saved / "config.json").read_text()) | {"eos_token_id": 257}
+    table = json.loads((saved / "config.json").read_text()) | {"bos_token_id": 256, "eos_token_id": 257}
     (tmp_path / "model" / "config.json").write_text(json.dumps(table))
     source = save_run(tmp_path / "run", CONFIG, as_params(theirs.state_dict(), CONFIG))
     tokens = convert(str(source), "huggingface", tmp_path / "bytes")
@@ -109,27 +110,28 @@ def test_the_config_names_the_end_of_text(theirs, saved, tmp_path):
     del vocab["<|endoftext|>"]
     (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocab | {"<unk>": 256}))
     shutil.copy(tokens / "merges.txt", tmp_path / "model")
-    assert open_model(str(tmp_path / "model")).end_of_text == 257
-    out = convert(str(tmp_path / "model"), "huggingface", tmp_path / "out")
+    for path in (tmp_path / "model", *(convert(str(tmp_path / "model"), to, tmp_path / to) for to in TANH)):
+        assert open_model(str(path)).boundaries == Boundaries(256, (257,))
+    out = tmp_path / "huggingface"
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 257
-    assert AutoTokenizer.from_pretrained(out).eos_token_id == 257
+    theirs, copy = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "model", out))
+    assert copy.get_vocab() == theirs.get_vocab()
 
 
-def test_byte_pairs_after_special_tokens_keep_their_merges(tmp_path):
+def test_byte_pairs_after_special_tokens_keep_their_merges(saved, tmp_path):
     """Trainers number special tokens first, so the last tokens have numbers above the number of byte pairs."""
     merges = ["a b", "c d", "b c", "ab cd", "d bc"]
     pieces = ["<s>", "</s>", "<pad>", *sorted(CHARACTER_TO_BYTE), *(merge.replace(" ", "") for merge in merges)]
+    shutil.copytree(saved, tmp_path / "model")
     files = {"vocab.json": json.dumps({piece: token for token, piece in enumerate(pieces)})}
     files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    tokenizer = read_tokenizer(directory_files(tmp_path), 0)
-    (tmp_path / "out").mkdir()
-    write_tokenizer(tokenizer, tmp_path / "out", 32, 1)
-    assert (tmp_path / "out" / "merges.txt").read_text() == files["merges.txt"]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ("abcd", "dbc", "dcba dbcabcd"):
-        assert theirs(text)["input_ids"] == tokenizer.encode_ordinary(text)
+        (tmp_path / "model" / name).write_text(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for path in (tmp_path / "model", *(convert(str(tmp_path / "model"), to, tmp_path / to) for to in TANH)):
+        tokenizer = open_model(str(path)).tokenizer
+        for text in ("abcd", "dbc", "dcba dbcabcd"):
+            assert tokenizer.encode_ordinary(text) == theirs(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -169,5 +171,5 @@ def test_a_tokenizer_of_another_kind_is_unknown(saved, tmp_path):
     assert open_model(str(tmp_path / "model")).tokenizer is None
     with pytest.raises(UserError, match=r"the tokenizer of .* is not known"):
         convert(str(tmp_path / "model"), "orbax", tmp_path / "out")
-    out = convert(str(tmp_path / "model"), "huggingface", tmp_path / "out")  # the weights need none
-    assert not list(out.glob("*token*"))
+    out = convert(str(tmp_path / "model"), "huggingface", tmp_path / "out")
+    assert json.loads((out / "tokenizer.json").read_text()) == table  # kept as it is, for transformers

@@ -1,0 +1,92 @@
+"""Finds and reads the files of a model: what may not be read, is no JSON or is too large is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.errors import UserError, one_line
+
+FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
+
+LARGEST_TEXT = 1 << 26  # bytes of a JSON or text file. GPT-2's tokenizer.json has 3.5 MB, one of 250,000 tokens 17 MB.
+
+
+@contextlib.contextmanager
+def permission(path: Path | str) -> Iterator[None]:
+    """Turns the error of a file or directory that this user may not read into a `UserError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"no permission to read {error.filename or path}; ask its owner, or type chmod u+rX on it"
+        ) from error
+
+
+def check_permission(path: Path) -> None:
+    """Opens a file before a library does that reports a missing permission as a damaged or missing file.
+
+    Raises:
+        UserError: this user may not read it.
+    """
+    with permission(path), open(path, "rb"):
+        pass
+
+
+def is_file(path: Path) -> bool:
+    """True for a file. Unlike `Path.is_file`, never False for one in a directory that this user may not enter.
+
+    Raises:
+        UserError: this user may not enter its directory.
+    """
+    try:
+        with permission(path):
+            return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def directory_files(directory: Path) -> FindFile:
+    """Finds the files of a model in a directory."""
+    return lambda name: path if is_file(path := directory / name) else None
+
+
+def no_files(name: str) -> Path | None:
+    """Finds nothing: for formats without further files."""
+    return None
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file of a model.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or is larger than `LARGEST_TEXT`.
+    """
+    try:
+        with permission(path), open(path, "rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
+            raise UserError(f"{path} is larger than {LARGEST_TEXT:,} bytes, the most for such a file; copy it again")
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); copy it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: as `read_text`, or it is not a JSON object.
+    """
+    try:
+        table = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}); copy it again") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds {type(table).__name__}; expected a JSON object")
+    return table
