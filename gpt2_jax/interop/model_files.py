@@ -29,13 +29,25 @@ def permission(path: Path | str) -> Iterator[None]:
 
 
 def check_permission(path: Path) -> None:
-    """Opens a file before a library does that reports a missing permission as a damaged or missing file.
+    """Opens a file, or every file in a directory, before a library does that takes what is forbidden for damaged.
 
     Raises:
         UserError: this user may not read it.
     """
-    with permission(path), open(path, "rb"):
-        pass
+    with permission(path):
+        paths = [path] if not path.is_dir() else _tree(path)
+        for file in paths:
+            with contextlib.suppress(FileNotFoundError), open(file, "rb"):
+                pass
+
+
+def _tree(directory: Path) -> Iterator[Path]:
+    """All files below a directory. Unlike `os.walk`, raises the errors of directories."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _tree(path)
+        else:
+            yield path
 
 
 def is_file(path: Path) -> bool:

@@ -13,7 +13,7 @@ from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.model_files import directory_files
+from gpt2_jax.interop.model_files import check_permission, directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
 from gpt2_jax.interop.tokenizer_files import keep_tokenizer, read_named, read_tokenizer
 from gpt2_jax.model import Params, padded_vocab_size
@@ -40,6 +40,8 @@ def open_checkpoint(path: Path) -> StoredModel:
         UserError: it cannot be read.
     """
     config_file = path.parent.parent / "config.toml"
+    check_permission(config_file)
+    check_permission(path)
     saved_config = read_model_config(config_file)
     config, data = saved_config.model, saved_config.data
     check_sizes(str(config_file), config)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gpt2_jax import GPT2, GPT2Config, load
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import to_toml
+from gpt2_jax.interop.tokenizer_files import CHARACTER_TO_BYTE
 from gpt2_jax.model import abstract_params, padded_vocab_size
 
 CONFIG = GPT2Config(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_embd=32)
@@ -106,6 +108,19 @@ def llmc_bytes(theirs, config, version) -> bytes:
 def rounded(model):
     """A copy of a torch model whose weights are rounded to bfloat16."""
     return copy.deepcopy(model).bfloat16().float()
+
+
+MERGES = ("t h", "th e", "i n", "Ġ the")
+PIECES = (*sorted(CHARACTER_TO_BYTE), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>")
+END = len(PIECES) - 1
+
+
+def write_byte_pairs(directory: Path, **files: dict) -> None:
+    """Writes vocab.json and merges.txt of a small vocabulary, and JSON files by their names without suffix."""
+    tables = {"vocab": {piece: token for token, piece in enumerate(PIECES)}} | files
+    for name, table in tables.items():
+        (directory / f"{name}.json").write_text(json.dumps(table))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
 
 
 class Trap:

@@ -204,7 +204,10 @@ def write(name, content):
         ),
         (break_json(n_layer=4), "has no transformer.h.3.ln_1.weight|has no h.3"),
         (break_json(n_layer=2), "has the tensor h.2.attn.c_attn.bias, which a GPT-2 of its config does not have"),
-        (break_json(vocab_size=None), "has vocab_size = None in its config; expected a whole number from 1 to 16,777,216"),
+        (
+            break_json(vocab_size=None),
+            "has vocab_size = None in its config; expected a whole number from 1 to 16,777,216",
+        ),
         (break_json(n_layer=2.7), "has n_layer = 2.7 in its config"),
         (break_json(n_embd=-32), "has n_embd = -32"),
         (break_json(n_head=0), "has n_head = 0"),

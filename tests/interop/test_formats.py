@@ -1,0 +1,98 @@
+"""What `convert` writes, every command reads: the whole matrix of formats, tokenizers and sizes of vocabularies."""
+
+import dataclasses
+import json
+
+import pytest
+from model_files import CONFIG, END, EXACT, FORMATS, random_params, save_run, write_byte_pairs
+from torch_gpt2 import torch_gpt2
+
+from gpt2_jax import generate
+from gpt2_jax.config import DataConfig
+from gpt2_jax.convert import convert
+from gpt2_jax.errors import UserError
+from gpt2_jax.interop import open_model
+
+LETTERS = "\n !,abcdehilnotw"
+TEXT = "the line, an ode! "
+BYTES, GPT2 = DataConfig(tokenizer="bytes"), DataConfig(tokenizer="gpt2")
+# Runs by name: the tokenizer, and the size of the model's vocabulary.
+RUNS = {
+    "bytes": (BYTES, 257),
+    "bytes-padded": (BYTES, 300),
+    "characters": (DataConfig(tokenizer="chars", characters=LETTERS), len(LETTERS)),
+    "gpt2": (GPT2, 50257),
+    "gpt2-50304": (GPT2, 50304),
+    "gpt2-50432": (GPT2, 50432),
+}
+
+
+def added(directory, vocab):
+    """Adds a token that ends a text, and a pad token, to files of byte pairs."""
+    (directory / "added_tokens.json").write_text(json.dumps({"<|im_end|>": vocab, "[PAD]": vocab + 1}))
+    roles = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "[PAD]"}
+    (directory / "special_tokens_map.json").write_text(json.dumps(roles))
+    config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": vocab}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    (directory / "tokenizer_config.json").unlink(missing_ok=True)
+
+
+def source(directory, name, gelu):
+    """Writes a model of one kind; its name says which."""
+    base = dataclasses.replace(EXACT if gelu == "exact" else CONFIG, n_layer=1, n_embd=8)
+    if name in RUNS:
+        data, vocab_size = RUNS[name]
+        config = dataclasses.replace(base, vocab_size=vocab_size)
+        return save_run(directory, config, random_params(config), data)
+    if name == "byte-pairs-added":
+        torch_gpt2(dataclasses.replace(base, vocab_size=END + 3)).save_pretrained(directory)
+        write_byte_pairs(directory)
+        added(directory, END + 1)
+        return directory
+    assert name == "gpt2-added"
+    run = source(directory.with_name(directory.name + "-run"), "gpt2", gelu)
+    convert(str(run), "huggingface", directory)
+    torch_gpt2(dataclasses.replace(base, vocab_size=50304)).save_pretrained(directory)
+    added(directory, 50257)
+    return directory
+
+
+KINDS = (*RUNS, "byte-pairs-added", "gpt2-added")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_convert_writes_every_command_reads(gpt2_vocabulary, tmp_path, capsys, kind):
+    for gelu in ("tanh", "exact"):
+        original = source(tmp_path / gelu, kind, gelu)
+        ours = open_model(str(original))
+        args = ["--prompt", TEXT, "--max-new-tokens", "3", "--seed", "1"]
+        capsys.readouterr()
+        generate.main(["--model", str(original), *args])
+        text = capsys.readouterr().out
+        for to in FORMATS:
+            if to == ("llmc" if gelu == "exact" else "nanogpt") or (gelu == "exact" and to != "nanogpt"):
+                continue
+            there = convert(str(original), to, tmp_path / to)
+            model = open_model(str(there))
+            assert model.boundaries == ours.boundaries
+            assert model.tokenizer.n_vocab == ours.tokenizer.n_vocab
+            assert model.tokenizer.encode_ordinary(TEXT) == ours.tokenizer.encode_ordinary(TEXT)
+            again = open_model(str(convert(str(there), "orbax", tmp_path / f"{to}-again")))
+            assert again.boundaries == ours.boundaries
+            assert again.tokenizer.encode_ordinary(TEXT) == ours.tokenizer.encode_ordinary(TEXT)
+            capsys.readouterr()
+            generate.main(["--model", str(there), *args])
+            assert capsys.readouterr().out == text
+
+
+def test_an_unknown_tokenizer_never_becomes_gpt2s(tmp_path, add_to_hub_cache):
+    """A model of the size of GPT-2's vocabulary whose tokenizer is not at hand."""
+    for config in (CONFIG, EXACT):
+        size = dataclasses.replace(config, vocab_size=50257, n_layer=1, n_embd=8)
+        torch_gpt2(size).save_pretrained(tmp_path / config.gelu)
+        add_to_hub_cache(f"someone/{config.gelu}", tmp_path / config.gelu)
+    for to in FORMATS:
+        with pytest.raises(UserError, match=r"the tokenizer of someone/\w+ is not known"):
+            convert("someone/exact" if to == "nanogpt" else "someone/tanh", to, tmp_path / to)
+        assert not (tmp_path / to).exists()

@@ -1,0 +1,215 @@
+"""Special and added tokens: read as transformers reads them, kept by every format, and where a text ends."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from model_files import CONFIG, END, EXACT, write_byte_pairs
+from torch_gpt2 import torch_gpt2
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gpt2_jax import load
+from gpt2_jax.convert import convert
+from gpt2_jax.data.tokenizer import Boundaries, boundaries
+from gpt2_jax.interop import open_model
+
+ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+WORDS = "the wordy in wordywordy swordy  wordy  the thin"
+TEXTS = (WORDS, "<|im_start|>the<|im_end|> [PAD]<|endoftext|>in \n <mask> the <|endoftext|>", "ab, cd! [UNK]")
+
+
+def token(content, special=True, **flags):
+    return dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {
+        "content": content,
+        "special": special,
+        **flags,
+    }
+
+
+def legacy(directory):
+    """As slow tokenizers of transformers 2 to 4 saved them."""
+    write_byte_pairs(
+        directory,
+        added_tokens={"<|im_end|>": END + 1, "<|im_start|>": END + 2, "wordy": END + 3},
+        special_tokens_map={
+            "bos_token": "<|endoftext|>",
+            "eos_token": {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "single_word": False},
+            "unk_token": "<|endoftext|>",
+            "additional_special_tokens": ["<|im_start|>"],
+        },
+        tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"},
+    )
+
+
+def decoder(directory):
+    """As transformers 4.34 and newer saved them: tokenizer_config.json has every added token."""
+    added = [token("<|endoftext|>"), token("[PAD]"), token("wordy", special=False, single_word=True)]
+    config = {
+        "added_tokens_decoder": {str(END + number): one for number, one in enumerate(added)},
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "[PAD]",
+        "tokenizer_class": "GPT2Tokenizer",
+    }
+    write_byte_pairs(directory, tokenizer_config=config)
+
+
+def named(directory):
+    """A pad token that only the config names, without a number."""
+    write_byte_pairs(directory, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "pad_token": "[PAD]"})
+
+
+def pad_is_end(directory):
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    write_byte_pairs(directory, special_tokens_map=roles)
+
+
+def fast(directory):
+    """As this transformers saves them: tokenizer.json."""
+    legacy(directory)
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs.add_tokens(["  ", "thin"])
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    for path in directory.iterdir():
+        path.unlink()
+    theirs.save_pretrained(directory)
+    assert not (directory / "vocab.json").exists()
+
+
+def both(directory):
+    """tokenizer.json beside the older files, as many models on the hub have them."""
+    fast(directory)
+    legacy(directory)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    (directory / "added_tokens.json").write_text(json.dumps(theirs.get_added_vocab()))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "[PAD]"})
+    )
+
+
+def characters(directory):
+    """Characters, to which a user of transformers added tokens."""
+    letters = {letter: number for number, letter in enumerate(sorted(set(WORDS + "ab, cd!<>|_[]PADUNKmsk\n")))}
+    table = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": letters, "merges": []},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(table))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    theirs.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "[PAD]"})
+    theirs.add_tokens(["wordy"])
+    theirs.save_pretrained(directory)
+
+
+KINDS = (legacy, decoder, named, pad_is_end, fast, both, characters)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """For each GELU, a directory of transformers whose config names no tokens around a text."""
+    directory = tmp_path_factory.mktemp("models")
+    for config in (CONFIG, EXACT):
+        torch_gpt2(config).save_pretrained(directory / config.gelu)
+    return directory
+
+
+def with_tokenizer(models, directory, kind, gelu="tanh"):
+    directory.mkdir()
+    kind(directory)
+    for path in (models / gelu).iterdir():
+        shutil.copy(path, directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_tokens_are_those_of_transformers(models, tmp_path, kind):
+    theirs = AutoTokenizer.from_pretrained(with_tokenizer(models, tmp_path / "model", kind))
+    ours = open_model(str(tmp_path / "model")).open_tokenizer()
+    assert ours.n_vocab == len(theirs)
+    around = boundaries(ours)
+    if theirs.eos_token_id is not None:
+        assert around.ends == (theirs.eos_token_id,)
+    if theirs.bos_token_id is not None:
+        assert around.start == theirs.bos_token_id
+    assert around.pad in (None, theirs.pad_token_id)
+    assert ours.encode_ordinary(WORDS) == theirs(WORDS)["input_ids"]
+    for number in range(ours.n_vocab):
+        if number >= 128:  # of bytes that are no characters, theirs gives a replacement
+            assert ours.decode_bytes([number]).decode("utf-8", "replace") == theirs.decode([number])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_format_keeps_the_tokenizer(models, tmp_path, kind):
+    for gelu, formats in (("tanh", ("huggingface", "llmc", "orbax")), ("exact", ("nanogpt",))):
+        source = with_tokenizer(models, tmp_path / gelu, kind, gelu)
+        theirs = AutoTokenizer.from_pretrained(source)
+        ours = open_model(str(source))
+        for to in formats:
+            there = convert(str(source), to, tmp_path / to)
+            model = open_model(str(there))
+            assert model.boundaries == ours.boundaries
+            assert model.tokenizer.n_vocab == ours.tokenizer.n_vocab
+            assert model.tokenizer.encode_ordinary(WORDS) == ours.tokenizer.encode_ordinary(WORDS)
+            back = there if to == "huggingface" else convert(str(there), "huggingface", tmp_path / f"{to}-back")
+            copy = AutoTokenizer.from_pretrained(back)
+            for text in TEXTS:
+                assert copy(text)["input_ids"] == theirs(text)["input_ids"]
+            assert [getattr(copy, role) for role in ROLES] == [getattr(theirs, role) for role in ROLES]
+            assert copy.all_special_ids == theirs.all_special_ids
+
+
+def test_a_text_ends_and_starts_where_the_model_says_in_every_format_of_tokenizer(tmp_path):
+    """The end is an added token: likely, and beyond the vocabulary of vocab.json."""
+    config = dataclasses.replace(CONFIG, vocab_size=END + 4)
+    theirs = torch_gpt2(config)
+    theirs.config.bos_token_id, theirs.config.eos_token_id = END, END + 1
+    theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id = END, END + 1
+    texts = {}
+    for kind in (legacy, fast):
+        directory = tmp_path / kind.__name__
+        directory.mkdir()
+        kind(directory)
+        theirs.save_pretrained(directory)
+        state = safetensors.numpy.load_file(directory / "model.safetensors")
+        state["transformer.wte.weight"][END + 1] *= 30
+        safetensors.numpy.save_file(state, directory / "model.safetensors", {"format": "pt"})
+        gpt2 = load(str(directory))
+        texts[kind] = [gpt2.generate("the", 25, seed=seed) for seed in range(8)]
+        assert gpt2.tokenizer.encode_ordinary("") == []
+        for to in ("llmc", "orbax"):
+            copy = load(str(convert(str(directory), to, tmp_path / f"{kind.__name__}-{to}")))
+            assert [copy.generate("the", 25, seed=seed) for seed in range(2)] == texts[kind][:2]
+        first = gpt2.model.apply({"params": gpt2.params}, np.array([[END]]))[0, -1].argmax()  # starts with BOS, not EOS
+        expected = "" if first == END + 1 else gpt2.tokenizer.decode_bytes([int(first)]).decode("utf-8", "replace")
+        assert gpt2.generate("", 1, temperature=0) == expected
+    assert texts[legacy] == texts[fast]
+    assert len(set(map(len, texts[fast]))) > 1  # some end early
+    assert not any("<|im_end|>" in text for text in texts[fast])
+
+
+def test_any_of_several_ends_ends_a_text(models, tmp_path):
+    """Chat models name several ends in generation_config.json, which transformers prefers to config.json."""
+    source = with_tokenizer(models, tmp_path / "model", legacy)
+    free = load(str(source)).generate("the", 20, temperature=0)
+    table = {"bos_token_id": END, "eos_token_id": [END + 1, *range(256)], "pad_token_id": END}
+    (source / "generation_config.json").write_text(json.dumps(table))
+    ends = load(str(source)).generate("the", 20, temperature=0)
+    assert free.startswith(ends)
+    assert len(ends) < len(free)
+    around = Boundaries(END, (END + 1, *range(256)), END)
+    for to in ("llmc", "orbax", "huggingface"):
+        there = convert(str(source), to, tmp_path / to)
+        assert open_model(str(there)).boundaries == around
+    copied = json.loads((tmp_path / "huggingface" / "generation_config.json").read_text())
+    assert copied["eos_token_id"] == table["eos_token_id"]
+    assert json.loads((tmp_path / "huggingface" / "config.json").read_text())["pad_token_id"] == END
