@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 import torch
-from model_files import EXACT, Trap, assert_loads, assert_same_params, nanogpt_checkpoint
+from model_files import EXACT, Trap, assert_loads, assert_same_params, nanogpt_checkpoint, random_params, save_run
 from torch_gpt2 import as_params, torch_gpt2
 
 from gpt2_jax import load
@@ -124,6 +124,71 @@ def test_converting_to_the_same_format_writes_the_same_dict(tmp_path, config):
     assert written["model"].keys() == original["model"].keys()
     for name, tensor in original["model"].items():
         assert torch.equal(written["model"][name], tensor)
+
+
+class NanoGPT(torch.nn.Module):
+    """The parameters of nanoGPT's model under its names, in its order, with its optimizer (`configure_optimizers`)."""
+
+    def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout):
+        super().__init__()
+
+        def norm():
+            return torch.nn.LayerNorm(n_embd, bias=bias)
+
+        def linear(inputs, outputs):
+            return torch.nn.Linear(inputs * n_embd, outputs * n_embd, bias=bias)
+
+        def modules(**parts):
+            return torch.nn.ModuleDict(parts)
+
+        def block():
+            attn, mlp = (
+                modules(c_attn=linear(1, 3), c_proj=linear(1, 1)),
+                modules(c_fc=linear(1, 4), c_proj=linear(4, 1)),
+            )
+            return modules(ln_1=norm(), attn=attn, ln_2=norm(), mlp=mlp)
+
+        self.transformer = modules(
+            wte=torch.nn.Embedding(vocab_size, n_embd),
+            wpe=torch.nn.Embedding(block_size, n_embd),
+            h=torch.nn.ModuleList([block() for _ in range(n_layer)]),
+            ln_f=norm(),
+        )
+        self.lm_head = torch.nn.Linear(n_embd, vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def configure_optimizers(self):
+        parameters = dict(self.named_parameters()).values()
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 1e-1},
+            {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+
+
+@pytest.mark.parametrize("config", [EXACT, dataclasses.replace(EXACT, bias=False)], ids=["bias", "no-bias"])
+def test_nanogpt_resumes_from_a_converted_checkpoint(tmp_path, config):
+    """The steps of nanoGPT's train.py with --init_from=resume, and the first update."""
+    run = save_run(tmp_path / "run", config, random_params(config), step=9)
+    convert(str(run), "nanogpt", tmp_path / "out")
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", map_location="cpu")
+    model = NanoGPT(**checkpoint["model_args"])
+    model.load_state_dict(checkpoint["model"])
+    assert checkpoint["iter_num"] == 9
+    assert torch.tensor(3.0) < checkpoint["best_val_loss"]  # the first evaluation is the best one
+    optimizer, fresh = model.configure_optimizers(), NanoGPT(**checkpoint["model_args"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    fresh.load_state_dict(checkpoint["model"])
+    expected = fresh.configure_optimizers()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [14, 26 if config.bias else 7]
+    for one, parts in ((optimizer, model), (expected, fresh)):
+        for group in one.param_groups:
+            group["lr"] = 1e-3  # as train.py sets it before each update
+        for parameter in parts.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        one.step()
+    for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # the same as with a new optimizer
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(theirs_exact, tmp_path):
