@@ -14,7 +14,7 @@ from gpt2_jax.errors import UserError, one_line
 
 FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
 
-LARGEST_TEXT = 1 << 26  # bytes of a JSON or text file. GPT-2's tokenizer.json has 3.5 MB, one of 250,000 tokens 17 MB.
+LARGEST_TEXT = 1 << 25  # bytes of a JSON or text file. GPT-2's tokenizer.json has 3.5 MB, one of 250,000 tokens 17 MB.
 
 
 @contextlib.contextmanager
