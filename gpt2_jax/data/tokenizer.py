@@ -278,10 +278,10 @@ def end_of_text_token(name: TokenizerName) -> int | None:
 def tokenizer_name(tokenizer: Tokenizer) -> TokenizerName | None:
     """The name in `data.tokenizer` of the tokenizer that gives the same tokens for every text; None if there is none.
 
-    Special tokens may have been added to it.
+    Special tokens may have been added to byte pairs. An alphabet with more tokens has no name.
     """
     if isinstance(tokenizer, ExtendedTokenizer):
-        return None if tokenizer.words else tokenizer_name(tokenizer.base)
+        return None if tokenizer.words or isinstance(tokenizer.base, CharTokenizer) else tokenizer_name(tokenizer.base)
     if isinstance(tokenizer, CharTokenizer):
         return "chars"
     names: dict[str, TokenizerName] = {"gpt2": "gpt2", "bytes": "bytes"}
