@@ -202,7 +202,11 @@ def test_a_config_with_more_layers_than_the_file_is_refused_at_once(saved, tmp_p
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "special_tokens_map.json"]
 )
-@pytest.mark.parametrize("text", ["[" * 200_000, "{" + '"a":{' * 100_000, "[1]", '{"a": ' + "9" * 5000 + "}", "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"a":' * 100_000, "[1]", '{"a": ' + "9" * 5000 + "}", "\ud800", '{"a": 1', " " * (2**25 + 1)],
+    ids=["lists", "objects", "list", "number", "surrogate", "cut", "long"],
+)
 def test_hostile_json_is_one_line(saved, tmp_path, name, text):
     shutil.copytree(saved, tmp_path / "model")
     if name.startswith("special"):

@@ -1,6 +1,7 @@
 """nanoGPT's `ckpt.pt`: checkpoints as its train.py saves them, read and written."""
 
 import dataclasses
+import itertools
 import pickle
 import shutil
 import sys
@@ -100,6 +101,7 @@ HEAD = b"\x80\x04\x95\x3d\x00\x00\x00\x00\x00\x00\x00"  # protocol 4 and a frame
         (pickle.dumps(TABLE)[:-9], "is not nanoGPT's table of characters"),
         (b"", "is not nanoGPT's table of characters"),
     ],
+    ids=itertools.count(),
 )
 def test_a_hostile_meta_pkl_is_refused_at_once_in_little_memory(tmp_path, content, message):
     (tmp_path / "meta.pkl").write_bytes(content)
