@@ -131,7 +131,7 @@ def _row(line: bytes) -> Row:
     if not isinstance(row, dict) or not is_count(row.get("step")):
         raise ValueError("expected an object with a count 'step'")
     for key in {"loss", "val_loss"} & row.keys():
-        if type(row[key]) is not float or not is_count(row.get("tokens")):
+        if not (type(row[key]) is float or is_count(row[key])) or not is_count(row.get("tokens")):
             raise ValueError(f"expected a number {key!r} with a count 'tokens'")
     return row
 

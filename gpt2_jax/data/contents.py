@@ -115,8 +115,8 @@ class Contents:
         for path, found, before in zip(self.paths, self.sha256, trained_on, strict=False):
             if found and before and found != before:
                 raise UserError(
-                    f"the data of {out} has changed: the SHA-256 of {path} is {found[:12]}…, and was {before[:12]}… when "
-                    "the run was trained on it; restore the old data, or type another --out"
+                    f"the data of {out} has changed: the SHA-256 of {path} is {found[:12]}…, and was {before[:12]}… "
+                    "when the run was trained on it; restore the old data, or type another --out"
                 )
 
     def hash_rest(self) -> int:
