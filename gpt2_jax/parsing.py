@@ -5,9 +5,11 @@ The parsers of Python take hundreds of times the memory of a text, quadratic tim
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ MAX_JSON_BYTES = 1 << 24  # The manifest of 100,000 token files.
 
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 TOML_STRING = re.compile(
-    r'"""(?:[^"\\]|\\.|"(?!""))*+(?:""")?|\'\'\'(?:[^\']|\'(?!\'\'))*+(?:\'\'\')?'
+    r'"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?|\'\'\'(?:[^\']|\'(?!\'\'))*+(?:\'{3,5})?'
     r'|"(?:[^"\\\n]|\\.)*+"?|\'[^\'\n]*+\'?|#[^\n]*+',
     re.DOTALL,
 )
@@ -43,14 +45,15 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON. Numbers are below 2^63 where a caller checks them; see `is_count`.
+    """Parses JSON. A number in it can be of any size; `is_count` is for those that count something.
 
     Raises:
         ValueError: it is not JSON, or nested more than `MAX_DEPTH` deep.
     """
     if text.count("[") + text.count("{") > MAX_DEPTH:  # else it cannot be deep
         _check_depth(JSON_STRING.sub("", text))
-    return json.loads(text)
+    with _no_recursion():
+        return json.loads(text)
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -63,7 +66,17 @@ def parse_toml(text: str) -> dict[str, Any]:
     _check_depth(bare)
     if max(part.count(".") for part in BETWEEN_KEYS.split(bare)) > MAX_DEPTH:
         raise ValueError(f"a key has more than {MAX_DEPTH} parts")
-    return tomllib.loads(text)
+    with _no_recursion():
+        return tomllib.loads(text)
+
+
+@contextlib.contextmanager
+def _no_recursion() -> Iterator[None]:
+    """Turns the error of a parser that recurses too deep into a ValueError: some damaged texts hide their brackets."""
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def _check_depth(bare: str) -> None:

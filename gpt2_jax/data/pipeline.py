@@ -20,7 +20,7 @@ from gpt2_jax.errors import UserError
 if TYPE_CHECKING:  # Grain imports JAX, which takes a second that the data commands do not need
     import grain
 
-MIN_TOKENS = 8  # With fewer, a shorter window is no help: there is too little text to train on.
+MIN_TOKENS = 4  # With fewer, shorter windows are no help: there is too little to train on.
 PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before training starts: 128 KB of each file.
 
 

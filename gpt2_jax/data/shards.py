@@ -167,7 +167,7 @@ def open_tokens(path: str | Path) -> TokenFile:
     if wide := _wide_type(head):
         code = f"import numpy as np; np.save({str(path.with_suffix('.npy'))!r}, np.fromfile({str(path)!r}, '<{wide}')"
         raise UserError(
-            f"{path} has tokens of {np.dtype(wide)}, not uint16: every second 16 bits are 0 or close to it; convert it: "
+            f"{path} has tokens of {np.dtype(wide)}, not uint16: every second 16 bits are (nearly) 0; convert it: "
             f"python -c {shlex.quote(code + '.astype(np.uint32))')} (if they are uint16, 'u2' in place of {wide!r})"
         )
     return TokenFile(path, size // 2, 0, np.dtype("<u2"))
