@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2_jax.data.manifest import MANIFEST, check_sha256, from_table, read_json, read_manifest, sha256
+from gpt2_jax.data.manifest import MANIFEST, check_sha256, from_table, read_json, read_manifest, require_sha256, sha256
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
 
@@ -34,6 +34,9 @@ class _Kept:
     mtime_ns: int
     inode: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        require_sha256(self.sha256)
 
 
 class _Listing:

@@ -31,6 +31,16 @@ FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # of a token file: noth
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def require_sha256(text: str) -> None:
+    """Checks that a text is a SHA-256 in hexadecimal.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not SHA256.fullmatch(text):
+        raise ValueError(f"{text!r} is not a SHA-256")
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A finished token file: its name, its number of tokens and documents, and the SHA-256 of its bytes."""
@@ -43,8 +53,7 @@ class Shard:
     def __post_init__(self) -> None:
         if not FILE_NAME.fullmatch(self.file):
             raise ValueError(f"{self.file!r} is not the name of a token file")
-        if not SHA256.fullmatch(self.sha256):
-            raise ValueError(f"{self.sha256!r} is not a SHA-256")
+        require_sha256(self.sha256)
 
 
 Record = TypeVar("Record")
