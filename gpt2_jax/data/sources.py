@@ -106,6 +106,20 @@ class Source(abc.ABC):
         """
 
 
+def checked_cursor(cursor: Any, *kinds: Literal["count", "table"]) -> list[Any] | None:
+    """Checks that a cursor, which comes from a file, is None or a list of counts and JSON objects.
+
+    Raises:
+        UserError: it is not.
+    """
+    if cursor is None:
+        return None
+    items = list(zip(cursor, kinds, strict=False)) if isinstance(cursor, list) and len(cursor) == len(kinds) else []
+    if items and all(is_count(item) if kind == "count" else isinstance(item, dict) for item, kind in items):
+        return cursor
+    raise UserError(f"the position to resume from is damaged ({cursor!r:.100}); give another --out")
+
+
 class FileSource(Source):
     """Text files (a file is a document), JSON lines and Parquet (a row is a document); the first two also compressed.
 
@@ -158,9 +172,7 @@ class FileSource(Source):
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
         """See `Source.blocks`. A cursor is [index of the file, bytes or rows read in it, lines read in it]."""
-        if cursor is not None and not (isinstance(cursor, list) and len(cursor) == 3 and all(map(is_count, cursor))):
-            raise UserError(f"the position to resume from is damaged ({cursor!r:.100}); give another --out")
-        first, offset, line = cursor or (0, 0, 0)
+        first, offset, line = checked_cursor(cursor, "count", "count", "count") or (0, 0, 0)
         before = 0
         for number, (name, (path, size)) in enumerate(self._files.items()):
             if number >= first:
