@@ -19,7 +19,6 @@ import errno
 import glob
 import os
 import re
-import shlex
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -165,10 +164,12 @@ def open_tokens(path: str | Path) -> TokenFile:
             "build-nanogpt (make token files from text with python -m gpt2_jax.prepare)"
         )
     if wide := _wide_type(head):
-        code = f"import numpy as np; np.save({str(path.with_suffix('.npy'))!r}, np.fromfile({str(path)!r}, '<{wide}')"
+        new = str(path.with_suffix(".npy"))
+        code = f"import numpy as np; np.save({new!r}, np.fromfile({str(path)!r}, '<{wide}').astype(np.uint32))"
+        code = re.sub(r'([\\"$`])', r"\\\1", code)  # between double quotes of a shell
         raise UserError(
             f"{path} has tokens of {np.dtype(wide)}, not uint16: every second 16 bits are (nearly) 0; convert it: "
-            f"python -c {shlex.quote(code + '.astype(np.uint32))')} (if they are uint16, 'u2' in place of {wide!r})"
+            f'python -c "{code}" (if they are uint16, with u2 in place of {wide})'
         )
     return TokenFile(path, size // 2, 0, np.dtype("<u2"))
 
