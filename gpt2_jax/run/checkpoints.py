@@ -80,7 +80,7 @@ class RunCheckpoints:
                 f"the data of {out} has changed ({info['data']} -> {self._fingerprint}); restore the old data, or type "
                 "another --out"
             )
-        self._trained_on = info.get("sha256", [])  # missing up to version 0.2.0
+        self._trained_on = info.get("sha256", [])  # missing in older ones
         layout = info.get("layout", 1)
         if layout != LAYOUT:
             raise UserError(

@@ -121,8 +121,9 @@ def fuzz(name: str, seed: int, cases: int, seconds: float) -> int:
     with tempfile.TemporaryDirectory() as warm:
         run_case(name, samples[0], Path(warm))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     number, failures, deadline = 0, 0, time.monotonic() + seconds
     while number < cases and time.monotonic() < deadline and failures < 10:
         folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-{number}-"))
@@ -133,7 +134,7 @@ def fuzz(name: str, seed: int, cases: int, seconds: float) -> int:
         else:
             shutil.rmtree(folder)
         number += 1
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, before)
     print(f"{name}: {number} cases, {failures} failures", flush=True)
     return failures
 

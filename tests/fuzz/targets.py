@@ -36,15 +36,17 @@ def compressed(kind: str) -> list[Files]:
 
     compress = gzip.compress if kind == "gz" else zstandard.ZstdCompressor().compress
     frames = compress(LINES) + compress(LINES * 50)
-    bomb = compress(b'{"text": "' + bytes(1 << 25))
+    bomb = compress(b'{"text": "' + bytes(1 << 22))
     return [{f"a.jsonl.{kind}": frames}, {f"a.txt.{kind}": frames}, {f"a.jsonl.{kind}": bomb}, {f"b.txt.{kind}": bomb}]
 
 
 def read_documents(folder: Path) -> None:
+    from gpt2_jax.data import sources
     from gpt2_jax.data.sources import FileSource
     from gpt2_jax.data.tokenizer import get_tokenizer
     from gpt2_jax.data.workers import BlockTokenizer, TokenizeOptions
 
+    sources.MAX_RECORD_BYTES = 1 << 21  # which small files reach
     for tokenizer in ("bytes", "gpt2"):  # of the second only the checks of the text
         source = FileSource([str(path) for path in folder.iterdir()], "text", 0.1, tokenizer, skip_errors=True)
         options = TokenizeOptions("bytes", "text", 0.1, skip_errors=True)
@@ -209,13 +211,13 @@ def llmc() -> list[Files]:
 
 @functools.cache
 def converted(to: str) -> list[Files]:
-    """The model of `llmc` in another format, written by `convert`."""
+    """The model of `llmc` in another format, written by `convert`. nanoGPT has only the exact GELU."""
     from gpt2_jax.convert import convert
 
     with tempfile.TemporaryDirectory() as temporary:
-        (folder := Path(temporary, "llmc")).mkdir()
-        for name, content in llmc()[0].items():
-            (folder / name).write_bytes(content)
+        (folder := Path(temporary, "source")).mkdir()
+        for name, content in (llmc() if to == "huggingface" else converted("huggingface"))[0].items():
+            (folder / name).write_bytes(content.replace(b'"gelu_new"', b'"gelu"'))
         out = convert(str(folder), to, Path(temporary, to))
         return [{path.name: path.read_bytes() for path in out.iterdir()}]
 
