@@ -91,7 +91,7 @@ class Contents:
         Raises:
             UserError: a file has another content there.
         """
-        for number, (*identity, theirs) in enumerate(json.loads(state)):
+        for number, (*identity, theirs) in enumerate(json.loads(state)[: len(self.paths)]):
             ours = self.sha256[number]
             self._elsewhere[number] = tuple(identity) == self._identities[number]
             if self._elsewhere[number]:
@@ -102,25 +102,31 @@ class Contents:
                     f"{theirs[:12]}… on process 0; copy the same files to every host"
                 )
 
-    def check(self, trained_on: Sequence[str | None], out: Path) -> None:
+    def check(self, trained_on: Sequence[str | None], out: Path) -> list[str | None]:
         """Compares the digests, as far as they are known, with those of manifests and of a checkpoint.
 
         Args:
-            trained_on: from `sha256` of an earlier start of the run; empty if there was none.
+            trained_on: the result at an earlier checkpoint; empty if there was none.
             out: the run directory, for the error.
+
+        Returns:
+            The digests that are known now or were known then.
 
         Raises:
             UserError: a file has another content.
         """
-        for path, found, listed in zip(self.paths, self.sha256, self._listed, strict=True):
+        digests = list(self.sha256)  # a copy, as the background adds to them
+        for number, (path, found, listed) in enumerate(zip(self.paths, digests, self._listed, strict=True)):
             if found and listed:
                 check_sha256(path, found, listed)
-        for path, found, before in zip(self.paths, self.sha256, trained_on, strict=False):
+            before = trained_on[number] if number < len(trained_on) else None
             if found and before and found != before:
                 raise UserError(
                     f"the data of {out} has changed: the SHA-256 of {path} is {found[:12]}…, and was {before[:12]}… "
                     "when the run was trained on it; restore the old data, or type another --out"
                 )
+            digests[number] = found or before
+        return digests
 
     def hash_rest(self) -> int:
         """Hashes the files that are not known, except those that process 0 hashes.

@@ -40,7 +40,7 @@ class RunCheckpoints:
         self._config, self._model, self._mesh = config, model, mesh
         files = list(itertools.chain(*token_files(config.data)))
         self._contents = Contents(files, checkpoints.directory.parent, jax.process_index())
-        self._trained_on: list[str | None] = []  # the contents of the same files at the restored checkpoint
+        self._trained_on: list[str | None] = []  # the contents of these files, as far as they were ever known
         self._unrolled = model.clone(config=model.config.unrolled())
         self.newest = 0  # the newest step that this process saved or restored
 
@@ -120,7 +120,7 @@ class RunCheckpoints:
 
     def _compare_with(self, state: str) -> None:
         self._contents.agree(state)
-        self._contents.check(self._trained_on, self._checkpoints.directory.parent)
+        self._trained_on = self._contents.check(self._trained_on, self._checkpoints.directory.parent)
 
     def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         """Saves the state in the background, unless the newest checkpoint is of this step.
@@ -137,8 +137,7 @@ class RunCheckpoints:
         self.newest = step
         if self._model.config.scan_layers:
             state = self._unstack(state)
-        known = itertools.zip_longest(self._contents.sha256, self._trained_on)
-        info = {"data": self._fingerprint, "layout": LAYOUT, "sha256": [now or before for now, before in known]}
+        info = {"data": self._fingerprint, "layout": LAYOUT, "sha256": self._trained_on}
         self._checkpoints.save(step, state, info, val_loss)
 
     def _unstack(self, state: TrainState) -> TrainState:

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import tiktoken
 import zstandard
 from token_files import read_llmc
 
+from gpt2_jax import generate
 from gpt2_jax.config import DataConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.data import encode, open_data, sources
@@ -223,6 +225,17 @@ def prepare_text(folder, name, content):
     folder.mkdir()
     (folder / name).write_bytes(content)
     return prepare(folder / name, folder / "out", "--tokenizer", "bytes")
+
+
+def test_a_prompt_file_may_have_a_byte_order_mark(tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("naïve ", encoding="utf-8-sig")
+    prompts = []
+    model = SimpleNamespace(stream=lambda texts, *_: prompts.extend(texts) or [])
+    stored = SimpleNamespace(open_tokenizer=lambda: None, load=lambda *_: model)
+    monkeypatch.setattr(generate, "open_model", lambda name: stored)
+    monkeypatch.setattr(generate.runtime, "enable_compilation_cache", lambda directory: None)
+    assert generate.main(["--model", "x", "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
+    assert prompts == ["naïve "]
 
 
 def test_only_a_byte_order_mark_is_an_empty_text(tmp_path):
