@@ -12,6 +12,7 @@ import codecs
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -28,6 +29,7 @@ from gpt2_jax.parsing import is_count
 
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 25  # A book has 1 MB. A worker takes several times this, and JSON of brackets 20 times.
+SPACES = re.compile(r"\s*")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -320,10 +322,10 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
             data = file.read(BLOCK_BYTES)
             n_pending = len(decoder.getstate()[0])
             try:
-                text = decoder.decode(data, final=not data)
+                longest = spaces.add(decoder.decode(data, final=not data))
             except UnicodeDecodeError as error:
                 return f"is not UTF-8 text (byte {offset - n_pending + error.start})"
-            if spaces.add(text) > LONGEST_SPACE and not uses_gigatoken(tokenizer):
+            if longest > LONGEST_SPACE and not uses_gigatoken(tokenizer):
                 return f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split"
             cut = last_safe_cut(data)
             uncut = len(data) - cut if cut else uncut + len(data)
@@ -342,14 +344,28 @@ class _SpaceCounter:
 
     def add(self, text: str) -> int:
         """Adds a block. Returns the longest row in it or up to it, if that is longer than half of a block."""
-        middle = len(text) // 2
-        left, right = text[:middle].rstrip(), text[middle:].lstrip()
-        first = len(text) - len(text.lstrip())
-        longest = max(
-            self._open + first if first < len(text) else 0, len(text) - len(left) - len(right) if right else 0
-        )
-        self._open = self._open + len(text) if first == len(text) else len(text) - len(text.rstrip())
+        size, middle = len(text), len(text) // 2
+        first, last = _spaces_after(text, 0), _spaces_before(text, size)
+        longest = self._open + first if first < size else 0
+        if (right := _spaces_after(text, middle)) < size - middle:
+            longest = max(longest, _spaces_before(text, middle) + right)
+        self._open = self._open + size if first == size else last
         return longest
+
+
+def _spaces_after(text: str, start: int) -> int:
+    match = SPACES.match(text, start)
+    return match.end() - start if match else 0
+
+
+def _spaces_before(text: str, end: int) -> int:
+    size = 64  # no copy of a whole block for a few spaces
+    while True:
+        part = text[max(end - size, 0) : end]
+        rest = part.rstrip()
+        if rest or size >= end:
+            return len(part) - len(rest)
+        size *= 8
 
 
 def _text_start(path: Path) -> int:
