@@ -88,7 +88,8 @@ class ShardWriter:
         theirs, ours = _flatten(settings), _flatten(self.settings)
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if changed:
-            listed = "; ".join(f"{key}: {theirs.get(key)!r:.200} -> {ours.get(key)!r:.200}" for key in changed)
+            shown = [f"{key:.100}: {theirs.get(key)!r:.200} -> {ours.get(key)!r:.200}" for key in changed[:8]]
+            listed = "; ".join([*shown, *["…"] * (len(changed) > len(shown))])
             raise UserError(
                 f"{self.directory} was made with another source or other options ({listed}); use those again, or give "
                 "another --out"
