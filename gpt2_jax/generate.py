@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> int:
     if flags.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens {flags.max_new_tokens}; expected 1 or more, or 0 for the default")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.samples, flags.seed, slide=flags.slide)
-    prompt = _prompt(flags)
+    prompt = _prompt(flags).removeprefix("\ufeff")  # the byte order mark of a file
     stored = open_model(flags.model)
     stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
     runtime.enable_compilation_cache("auto")

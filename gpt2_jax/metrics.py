@@ -12,15 +12,17 @@ import jax
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.display import duration, si
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, one_line
 from gpt2_jax.files import replace_text
 from gpt2_jax.hardware import chip_of
+from gpt2_jax.parsing import is_count, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
+MAX_ROW_BYTES = 1 << 20  # of metrics.jsonl; a row of ours has 200
 PLOT_POINTS = 100  # of the training curve, each the mean of consecutive rows
 
 
@@ -91,10 +93,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        try:
-            kept = [row for row in read_rows(path) if row["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} does not hold rows of a run; move it away") from error
+        kept = [row for row in read_rows(path) if row["step"] <= step]
         replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Row) -> None:
@@ -104,11 +103,37 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a metrics.jsonl, without an incomplete last line."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The rows of a metrics.jsonl, without an incomplete last line.
+
+    Raises:
+        UserError: a line is not the row of a run.
+    """
+    if not path.exists():
+        return
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while (line := file.readline(MAX_ROW_BYTES)).endswith(b"\n") or len(line) == MAX_ROW_BYTES:
+                number += 1
+                yield _row(line)
+    except (OSError, ValueError) as error:
+        where = f"{path}, line {number}" if isinstance(error, ValueError) else str(path)
+        raise UserError(f"{where} does not hold the row of a run ({one_line(error)}); move the file away") from error
+
+
+def _row(line: bytes) -> Row:
+    """Parses a row, and checks the types of what is compared and plotted.
+
+    Raises:
+        ValueError: it is not the row of a run.
+    """
+    row = parse_json(line.decode("utf-8"))
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        raise ValueError("expected an object with a count 'step'")
+    for key in {"loss", "val_loss"} & row.keys():
+        if not (type(row[key]) is float or is_count(row[key])) or not is_count(row.get("tokens")):
+            raise ValueError(f"expected a number {key!r} with a count 'tokens'")
+    return row
 
 
 def format_row(row: Row, seconds_left: float | None) -> list[str]:

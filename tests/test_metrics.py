@@ -25,20 +25,47 @@ def test_rows_survive_a_cut_off_line_and_those_beyond_the_checkpoint_go(tmp_path
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     for step in range(1, 6):
-        file.write({"step": step, "loss": 1 / 3})
+        file.write({"step": step, "tokens": 8, "loss": 1 / 3})
     with path.open("a") as broken:
         broken.write('{"step": 6, "lo')
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5]
-    MetricsFile(path, 3).write({"step": 4, "loss": 0.5})
+    MetricsFile(path, 3).write({"step": 4, "tokens": 8, "loss": 0.5})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        *({"step": step, "loss": 1 / 3} for step in (1, 2, 3)),
-        {"step": 4, "loss": 0.5},
+        *({"step": step, "tokens": 8, "loss": 1 / 3} for step in (1, 2, 3)),
+        {"step": 4, "tokens": 8, "loss": 0.5},
     ]
     MetricsFile(path, 0)
     assert path.read_text() == ""
-    path.write_text("not json\n")
-    with pytest.raises(UserError, match="does not hold rows of a run"):
-        MetricsFile(path, 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[1]",
+        '{"tokens": 5}',
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1e3}',
+        '{"step": -1}',
+        f'{{"step": {10**30}}}',
+        '{"step": 1, "toke\\u0000s": 256, "loss": 5.5}',
+        '{"step": 1, "tokens": 256, "loss": "5.5"}',
+        '{"step": 1, "tokens": [], "val_loss": 5.5}',
+        "[" * 100_000,
+        "é",  # written as Latin-1
+        " " * (1 << 21),
+    ],
+)
+def test_lines_that_are_no_rows_are_one_line_errors(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + line + "\n", encoding="latin-1")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 does not hold the row of a run .*; move the file away"):
+        MetricsFile(path, 100)
+    with pytest.raises(UserError, match="line 2") as error:
+        plot(path, tmp_path / "loss.png")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 def test_model_flops_of_gpt2_small():

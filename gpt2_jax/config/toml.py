@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2_jax.config import ModelConfig, TrainConfig, flatten
 from gpt2_jax.errors import UserError
+from gpt2_jax.parsing import MAX_TOML_BYTES, parse_toml, read_text
 
 PRESETS = Path(__file__).parent / "presets"
+SHOWN = 100  # characters of a wrong key or value in an error
 
 
 def preset_names() -> dict[str, str]:
@@ -48,13 +49,13 @@ def read_model_config(path: Path) -> ModelConfig:
 
 def _read_toml(path: Path, where: str, advice: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        text = read_text(path, MAX_TOML_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{where}: {reason}; {advice}") from error
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text)
+    except ValueError as error:
         raise UserError(f"{path} is not TOML: {error}; correct it") from error
 
 
@@ -81,8 +82,8 @@ def _from_table(kind: type[Any], table: Mapping[str, Any], where: str, prefix: s
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in hints:
-            known = all_keys() + [prefix + name for name in hints]
-            raise UserError(f"{where}: unknown key {prefix}{key}; {nearest_key(prefix + key, known)}")
+            known, shown = all_keys() + [prefix + name for name in hints], prefix + key[:SHOWN]
+            raise UserError(f"{where}: unknown key {shown}; {nearest_key(shown, known)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: {key} is a section; write [{key}] with its keys below")
@@ -113,21 +114,23 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise UserError(f"{where} = {value!r}; expected one of {', '.join(map(repr, get_args(hint)))}")
+        raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected one of {', '.join(map(repr, get_args(hint)))}")
     if get_origin(hint) is tuple:
         inner, *rest = get_args(hint)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             file, key = where.rsplit(": ", 1)
             if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-                raise UserError(f"{where} = {value!r}; expected tables; write [[{key}]] for each, with its keys below")
+                raise UserError(
+                    f"{where} = {repr(value)[:SHOWN]}; expected tables; write [[{key}]] for each, with its keys below"
+                )
             return tuple(_from_table(inner, item, file, f"{key}.") for item in value)
         if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
             return tuple(_convert(inner, item, where) for item in value)
-        raise UserError(f"{where} = {value!r}; expected a list of pairs such as [[1000000, 64]]")
+        raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected a list of pairs such as [[1000000, 64]]")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise UserError(f"{where} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+        raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected {hint.__name__}, found {type(value).__name__}")
     return value
 
 

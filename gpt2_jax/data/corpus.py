@@ -5,6 +5,7 @@ The standard library is about 10 MB of real text that needs no download.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 import hashlib
@@ -104,9 +105,9 @@ def name_files(paths: Iterable[str]) -> dict[str, Path]:
 
 
 def _read_documents(paths: dict[str, Path]) -> list[Document]:
-    """Reads the files of {name: path} that are not empty."""
+    """Reads the files of {name: path} that are not empty, without byte order marks."""
     try:
-        documents = [Document(name, path.read_bytes()) for name, path in paths.items()]
+        documents = [Document(name, path.read_bytes().removeprefix(codecs.BOM_UTF8)) for name, path in paths.items()]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     return [document for document in documents if document.content]

@@ -16,14 +16,17 @@ import tiktoken
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
 from gpt2_jax.errors import UserError
 
+LONGEST_SPACE = (
+    999_998  # White-space characters in a row before a text. With more, tiktoken's pattern overflows its stack.
+)
 BEFORE_SPACE = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
     """Returns the fastest function from UTF-8 to the tokens of `encode_ordinary`, uint16 [tokens].
 
-    The byte encoding takes any bytes. Others raise `ValueError` if the bytes are not UTF-8, and tiktoken also for a
-    million spaces in a row.
+    The byte encoding takes any bytes. Others raise `ValueError` if the bytes are not UTF-8, and tiktoken also for more
+    than `LONGEST_SPACE` white-space characters in a row. `flaw` describes both.
     """
     if not isinstance(tokenizer, tiktoken.Encoding):
         return lambda text: np.array(tokenizer.encode_ordinary(text.decode("utf-8")), dtype=np.uint16)
@@ -31,7 +34,12 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     if uses_gigatoken(tokenizer.name):
         return _gigatoken(tokenizer)
-    return lambda text: _tiktoken(tokenizer, text.decode("utf-8"))
+    return lambda text: _tiktoken(tokenizer, text.decode("utf-8")).astype(np.uint16)
+
+
+def flaw(error: ValueError) -> str:
+    """Says what is wrong with a text that `encoder` refuses, to continue a sentence: "is not UTF-8 text (byte 7)"."""
+    return f"is not UTF-8 text (byte {error.start})" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def uses_gigatoken(tokenizer: str) -> bool:
@@ -48,16 +56,36 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
         name: the name of the document, for errors.
 
     Raises:
-        UserError: the document is not UTF-8, and the tokenizer needs UTF-8.
+        UserError: the document is not UTF-8, or has too many spaces in a row, and the tokenizer minds.
     """
     start = end_of_text(tokenizer)
     try:
         tokens = encoder(tokenizer)(document)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}); convert it, or type --data.tokenizer bytes"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{name} {flaw(error)}; correct it, or type --data.tokenizer bytes") from error
     return np.concatenate([np.array([] if start is None else [start], dtype=np.uint16), tokens])
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes a text to continue. Special tokens in it are encoded as text.
+
+    Raises:
+        UserError: it has too many spaces in a row for tiktoken, or a character that the tokenizer does not have.
+    """
+    if not isinstance(tokenizer, tiktoken.Encoding):
+        return tokenizer.encode_ordinary(text)
+    try:
+        return _tiktoken(tokenizer, utf8(text).decode()).tolist()
+    except ValueError as error:
+        raise UserError(f"the prompt {flaw(error)}; remove some of them") from error
+
+
+def utf8(text: str) -> bytes:
+    """Encodes UTF-8. Unpaired surrogates, which JSON can contain, become U+FFFD, as in tiktoken."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
 def last_safe_cut(data: bytes) -> int:
@@ -81,7 +109,15 @@ def last_safe_cut(data: bytes) -> int:
 
 
 def _tiktoken(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    """Encodes a text without surrogates, uint32 [tokens]. `encode_ordinary` gives the same, but panics on failure.
+
+    Raises:
+        ValueError: more than `LONGEST_SPACE` white-space characters in a row.
+    """
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError as error:
+        raise ValueError(f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split") from error
 
 
 class _Gigatoken:
@@ -121,7 +157,7 @@ class _Gigatoken:
         # gigatoken and tiktoken know different versions of Unicode, both newer than Python's. They can disagree only
         # about code points that Python's Unicode does not assign.
         if not text.isascii() and _unassigned()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any():
-            return _tiktoken(self._encoding, text)
+            return _tiktoken(self._encoding, text).astype(np.uint16)
         return self._tokenizer.encode(text).astype(np.uint16)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from gpt2_jax.data.corpus import DOWNLOADS
 from gpt2_jax.data.manifest import Manifest, Shard, Split, read_manifest, sha256
 from gpt2_jax.data.shards import open_tokens
-from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source
+from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source, checked_cursor
 from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.errors import UserError, import_optional, one_line
 from gpt2_jax.files import replace_text
@@ -110,7 +110,7 @@ class HubSource(Source):
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
         """See `Source.blocks`. A cursor is [index of the split, stream state, documents read in it, documents read]."""
-        first, state, row, total_read = cursor or (0, None, 0, 0)
+        first, state, row, total_read = checked_cursor(cursor, "count", "table", "count", "count") or (0, None, 0, 0)
         for number in range(first, len(self._streams)):
             hub_split, split = self._dataset.splits[number]
             try:
@@ -118,7 +118,7 @@ class HubSource(Source):
             except ValueError as error:
                 raise UserError(f"{self._name}: {error}; type --field with one of its columns") from error
             if state is not None:
-                stream.load_state_dict(state)
+                _from_hub(self._dataset.repository, functools.partial(stream.load_state_dict, state))
             origin, documents = f"{self._name}, {hub_split}", iter(stream)
             texts: list[Any] = []
             size, ended = 0, False

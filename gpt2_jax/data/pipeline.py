@@ -20,6 +20,7 @@ from gpt2_jax.errors import UserError
 if TYPE_CHECKING:  # Grain imports JAX, which takes a second that the data commands do not need
     import grain
 
+MIN_TOKENS = 4  # With fewer, shorter windows are no help: there is too little to train on.
 PEEK_TOKENS = 1 << 16  # Checked against the vocabulary before training starts: 128 KB of each file.
 
 
@@ -51,9 +52,10 @@ class TokenWindows:
         self.document_start = document_start
         longest = max(map(len, streams))
         if longest <= block_size:
+            smaller = f", or type --model.block_size {longest // 4}" if longest >= MIN_TOKENS else ""
             raise UserError(
                 f"{', '.join(names)}: {longest:,} tokens are too few for one window of model.block_size + 1 = "
-                f"{block_size + 1:,}; give more text, or type --model.block_size {max(longest // 4, 1)}"
+                f"{block_size + 1:,}; give more text{smaller}"
             )
         for stream, name in zip(streams, names, strict=True):
             self._check_vocabulary(stream[:PEEK_TOKENS], name)

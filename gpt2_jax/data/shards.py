@@ -5,6 +5,8 @@
     nanoGPT                .bin  uint16
     build-nanogpt          .npy  NumPy's format, uint16 or uint32
 
+A file without header is taken as uint16 only if it can be: `_wide_type` says which it cannot be.
+
 Files may be larger than memory, and training reads small windows all over them. They are read, not memory-mapped: a
 page fault per window costs more than a read, mapped pages count as memory of the process, and a failing disk would
 kill the process instead of raising an error.
@@ -16,9 +18,11 @@ import abc
 import errno
 import glob
 import os
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +36,9 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 CHUNK_TOKENS = 1 << 22
 PEEK_BYTES = 1 << 16  # Read to see which format a file has, or whether it is text.
+MIN_HALVES = 64  # Of 16 bits. In fewer tokens every second one can be 0 by chance.
+MAX_HIGH_HALF = 16  # The high half of a token is below it in vocabularies of up to a million tokens.
+MAX_NPY_HEADER = 1 << 16
 
 
 class Tokens(abc.ABC):
@@ -148,17 +155,21 @@ def open_tokens(path: str | Path) -> TokenFile:
         if header[1] != expected:
             raise UserError(f"{path} has version {header[1]} of the token file format; expected {expected}")
         n_tokens = int(header[2])
-        if size != (right := HEADER_BYTES + dtype.itemsize * n_tokens):
-            raise UserError(
-                f"{path} is cut off or damaged: its header says {n_tokens:,} tokens, which take {right:,} bytes, but "
-                f"it has {size:,}; copy or prepare it again"
-            )
+        _check_size(path, size, n_tokens, HEADER_BYTES, dtype)
         return TokenFile(path, n_tokens, HEADER_BYTES, dtype)
     if path.suffix != ".bin" or size % 2 or _is_text(head):
         kind = f"a file of {size:,} bytes without llm.c's header" if not _is_text(head) else "text" if size else "empty"
         raise UserError(
             f"{path} is not a token file: it is {kind}; expected the .bin of llm.c or nanoGPT or the .npy of "
             "build-nanogpt (make token files from text with python -m gpt2_jax.prepare)"
+        )
+    if wide := _wide_type(head):
+        new = str(path.with_suffix(".npy"))
+        code = f"import numpy as np; np.save({new!r}, np.fromfile({str(path)!r}, '<{wide}').astype(np.uint32))"
+        code = re.sub(r'([\\"$`])', r"\\\1", code)  # between double quotes of a shell
+        raise UserError(
+            f"{path} has tokens of {np.dtype(wide)}, not uint16: every second 16 bits are (nearly) 0; convert it: "
+            f'python -c "{code}" (if they are uint16, with u2 in place of {wide})'
         )
     return TokenFile(path, size // 2, 0, np.dtype("<u2"))
 
@@ -174,15 +185,56 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
+def _wide_type(head: bytes) -> Literal["u4", "i8"] | None:
+    """The type of integers that a file without header starts with, if they are wider than 16 bits; else None.
+
+    The high half of such a token is 0, or at least small beside the low half. Tokens of 16 bits are not taken for wide
+    ones unless every second of the first 32,768 is 0 (or, with tokens from 256 on, below 16). A file of zeros, of one
+    token, or of fewer than 64 tokens is never refused.
+    """
+    halves = np.frombuffer(head[: len(head) // 2 * 2], "<u2")
+    low, high = halves[::2], halves[1::2]
+    if len(halves) < MIN_HALVES or not low.any():
+        return None
+    if high.any() and (high.max() >= MAX_HIGH_HALF or low.max() < 256):
+        return None
+    return "u4" if low[1::2].any() else "i8"
+
+
 def _open_npy(path: Path) -> TokenFile:
+    """Opens a .npy file. NumPy would evaluate the header as Python, with every error of that parser."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a NumPy file of tokens, or is cut off ({error}); copy it again") from error
-    if not isinstance(mapped, np.memmap) or mapped.ndim != 1 or mapped.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        found = f"{mapped.dtype} {list(mapped.shape)}" if isinstance(mapped, np.ndarray) else "several arrays"
-        raise UserError(f"{path} holds {found}; expected uint16 or uint32 [tokens]")
-    return TokenFile(path, mapped.size, int(mapped.offset), mapped.dtype)
+        with open(path, "rb") as file:
+            magic, size = file.read(8), os.fstat(file.fileno()).st_size
+            n_bytes = 2 if magic[6:7] == b"\1" else 4
+            length = int.from_bytes(file.read(n_bytes), "little")
+            header = file.read(min(length, MAX_NPY_HEADER)).decode("latin-1")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    kind = re.search(r"""['"]descr['"]: *['"]([<>|=]?)(f[248]|[iu][1248])['"]""", header)
+    shape = re.search(r"""['"]shape['"]: *\(([0-9, ]{0,100})\)""", header)
+    if magic[:6] != b"\x93NUMPY" or length > MAX_NPY_HEADER or len(header) < length or not kind or not shape:
+        raise UserError(f"{path} is not a NumPy file of tokens, or is cut off; copy it again")
+    dtype, sizes = np.dtype("".join(kind.groups())), [int(part) for part in shape[1].split(",") if part.strip()]
+    if len(sizes) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise UserError(f"{path} holds {dtype} {sizes}; expected uint16 or uint32 [tokens]")
+    offset = len(magic) + n_bytes + length
+    _check_size(path, size, sizes[0], offset, dtype)
+    return TokenFile(path, sizes[0], offset, dtype)
+
+
+def _check_size(path: Path, size: int, n_tokens: int, offset: int, dtype: np.dtype) -> None:
+    """Checks that a file has as many bytes as its header says.
+
+    Raises:
+        UserError: it has fewer or more.
+    """
+    right = offset + dtype.itemsize * n_tokens
+    if n_tokens < 0 or size != right:
+        raise UserError(
+            f"{path} is cut off or damaged: its header says {n_tokens:,} tokens, which take {right:,} bytes, but "
+            f"it has {size:,}; copy or prepare it again"
+        )
 
 
 def read_header(path: str | Path, magic: int, kind: str) -> tuple[np.ndarray, int]:

@@ -1,8 +1,8 @@
 """Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
 A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
-into memory (except a single line of JSON, and text without white space). Each block has the cursor of the position
-after it, from which a later process resumes.
+into memory. A single line of JSON and a stretch of text without white space have to: they may have `MAX_RECORD_BYTES`.
+Each block has the cursor of the position after it, from which a later process resumes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import codecs
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.compressed import ERRORS, SUFFIXES, open_decompressed, skip_to
 from gpt2_jax.data.corpus import DOWNLOADS, STDLIB, held_out_names, match_files, name_files, stdlib_files
-from gpt2_jax.data.encode import last_safe_cut
+from gpt2_jax.data.encode import LONGEST_SPACE, last_safe_cut, uses_gigatoken
 from gpt2_jax.data.manifest import Split
 from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.parsing import is_count
 
 BLOCK_BYTES = 1 << 20
+MAX_RECORD_BYTES = 1 << 25  # A book has 1 MB. A worker takes several times this, and JSON of brackets 20 times.
+SPACES = re.compile(r"\s*")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -104,6 +108,20 @@ class Source(abc.ABC):
         """
 
 
+def checked_cursor(cursor: Any, *kinds: Literal["count", "table"]) -> list[Any] | None:
+    """Checks that a cursor, which comes from a file, is None or a list of counts and JSON objects.
+
+    Raises:
+        UserError: it is not.
+    """
+    if cursor is None:
+        return None
+    items = list(zip(cursor, kinds, strict=False)) if isinstance(cursor, list) and len(cursor) == len(kinds) else []
+    if items and all(is_count(item) if kind == "count" else isinstance(item, dict) for item, kind in items):
+        return cursor
+    raise UserError(f"the position to resume from is damaged ({cursor!r:.100}); give another --out")
+
+
 class FileSource(Source):
     """Text files (a file is a document), JSON lines and Parquet (a row is a document); the first two also compressed.
 
@@ -115,7 +133,7 @@ class FileSource(Source):
         field: the field of JSON objects, and the column of Parquet tables, that has the text.
         val_fraction: by default 0.1, and for the standard library 0.05, as in the preset quickstart.
         tokenizer: "bytes" takes any bytes, the others need UTF-8.
-        skip_errors: leaves out text that is not UTF-8, instead of raising an error.
+        skip_errors: leaves out texts and lines that cannot be tokenized, instead of raising an error.
         exclude: a directory whose files do not match globs: the output directory.
 
     Raises:
@@ -156,7 +174,7 @@ class FileSource(Source):
 
     def blocks(self, cursor: Any) -> Iterator[Block]:
         """See `Source.blocks`. A cursor is [index of the file, bytes or rows read in it, lines read in it]."""
-        first, offset, line = cursor or (0, 0, 0)
+        first, offset, line = checked_cursor(cursor, "count", "count", "count") or (0, 0, 0)
         before = 0
         for number, (name, (path, size)) in enumerate(self._files.items()):
             if number >= first:
@@ -177,18 +195,19 @@ class FileSource(Source):
             before += size
 
     def _text_blocks(self, path: Path, name: str, number: int, offset: int) -> Iterator[Block]:
-        if self._tokenizer != "bytes" and (invalid := _first_invalid_utf8(path)) is not None:
+        if self._tokenizer != "bytes" and (flaw := _flaw(path, self._tokenizer)):
             if not self._skip_errors:
                 raise UserError(
-                    f"{path} is not UTF-8 text (byte {invalid}); convert it, leave it out, or type --on-error skip or "
-                    "--tokenizer bytes"
+                    f"{path} {flaw}; correct it, leave it out, or type --on-error skip or --tokenizer bytes"
                 )
             yield Block("text", b"", str(path), 0, "train", [number + 1, 0, 0], path.stat().st_size, skipped=1)
             return
-        parts: list[tuple[Split, int, int | None]] = [("val" if name in self._held_out else "train", 0, None)]
+        begin = _text_start(path)
+        offset = max(offset, begin)
+        parts: list[tuple[Split, int, int | None]] = [("val" if name in self._held_out else "train", begin, None)]
         if self._single_text and self.val_fraction > 0:
-            val_start = _validation_start(path, self.val_fraction, self._tokenizer)
-            parts = [("train", 0, val_start), ("val", val_start, None)]
+            val_start = _validation_start(path, begin, self.val_fraction, self._tokenizer)
+            parts = [("train", begin, val_start), ("val", val_start, None)]
         with open_decompressed(path) as (file, disk):
             skip_to(file, offset)
             for split, start, stop in parts:
@@ -211,11 +230,22 @@ class FileSource(Source):
             skip_to(file, offset)
             while data := file.read(BLOCK_BYTES):
                 if not data.endswith(b"\n"):
-                    data += file.readline()
+                    data += file.readline(MAX_RECORD_BYTES)
+                whole, skipped = data.rfind(b"\n", 0, -1) + 1, 0  # bytes of the lines before the last
+                if len(data) - whole > MAX_RECORD_BYTES:
+                    if not self._skip_errors:
+                        n_whole = line + data.count(b"\n", 0, whole)
+                        raise UserError(
+                            f"{path}, line {n_whole + 1} has more than "
+                            f"{MAX_RECORD_BYTES:,} bytes; divide it, leave it out, or type --on-error skip"
+                        )
+                    skipped = len(data) - whole + (0 if data.endswith(b"\n") else _skip_line(file))
+                    data = data[:whole]
                 content = Span(path, offset, len(data)) if file is disk else data
-                offset += len(data)
-                first, line = line + 1, line + data.count(b"\n")
-                yield Block("lines", content, str(path), first, None, [number, offset, line], disk.tell())
+                offset += len(data) + skipped
+                first, line = line + 1, line + data.count(b"\n") + bool(skipped)
+                cursor, n_skipped = [number, offset, line], int(bool(skipped))
+                yield Block("lines", content, str(path), first, None, cursor, disk.tell(), skipped=n_skipped)
 
     def _parquet_blocks(self, path: Path, number: int, offset: int) -> Iterator[Block]:
         pyarrow, parquet = (import_optional(name, f"reading {path}") for name in ("pyarrow", "pyarrow.parquet"))
@@ -271,34 +301,96 @@ def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
     return "lines" if suffixes and suffixes[-1] in JSON_LINES else "text"
 
 
-def _first_invalid_utf8(path: Path) -> int | None:
-    """The offset of the first byte of a file that is not UTF-8; None if the file is UTF-8."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+def _skip_line(file: IO[bytes]) -> int:
+    """Reads to the end of a line, a piece at a time, and returns the number of bytes."""
+    size = 0
+    while data := file.readline(BLOCK_BYTES):
+        size += len(data)
+        if data.endswith(b"\n"):
+            break
+    return size
+
+
+def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
+    """Says why a text file cannot be tokenized, to continue a sentence; None if it can.
+
+    It is not UTF-8, has more white space in a row than tiktoken takes, or no place to cut it in `MAX_RECORD_BYTES`.
+    """
+    decoder, offset, uncut, spaces = codecs.getincrementaldecoder("utf-8")(), 0, 0, _SpaceCounter()
     with open_decompressed(path) as (file, _):
         while True:
             data = file.read(BLOCK_BYTES)
             n_pending = len(decoder.getstate()[0])
             try:
-                decoder.decode(data, final=not data)
+                longest = spaces.add(decoder.decode(data, final=not data))
             except UnicodeDecodeError as error:
-                return offset - n_pending + error.start
+                return f"is not UTF-8 text (byte {offset - n_pending + error.start})"
+            if longest > LONGEST_SPACE and not uses_gigatoken(tokenizer):
+                return f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split"
+            cut = last_safe_cut(data)
+            uncut = len(data) - cut if cut else uncut + len(data)
+            if uncut > MAX_RECORD_BYTES:
+                return f"has more than {MAX_RECORD_BYTES:,} bytes without white space to cut it at"
             offset += len(data)
             if not data:
                 return None
 
 
-def _validation_start(path: Path, val_fraction: float, tokenizer: TokenizerName) -> int:
-    """The offset where the held-out end of a single text starts. Text is split by characters, as in nanoGPT."""
+class _SpaceCounter:
+    """Counts white-space characters in a row, over the blocks of a text."""
+
+    def __init__(self) -> None:
+        self._open = 0  # at the end of the last block
+
+    def add(self, text: str) -> int:
+        """Adds a block. Returns the longest row in it or up to it, if that is longer than half of a block."""
+        size, middle = len(text), len(text) // 2
+        first, last = _spaces_after(text, 0), _spaces_before(text, size)
+        longest = self._open + first if first < size else 0
+        if (right := _spaces_after(text, middle)) < size - middle:
+            longest = max(longest, _spaces_before(text, middle) + right)
+        self._open = self._open + size if first == size else last
+        return longest
+
+
+def _spaces_after(text: str, start: int) -> int:
+    match = SPACES.match(text, start)
+    return match.end() - start if match else 0
+
+
+def _spaces_before(text: str, end: int) -> int:
+    size = 64  # no copy of a whole block for a few spaces
+    while True:
+        part = text[max(end - size, 0) : end]
+        rest = part.rstrip()
+        if rest or size >= end:
+            return len(part) - len(rest)
+        size *= 8
+
+
+def _text_start(path: Path) -> int:
+    """The number of bytes before a text: 3 if it starts with a byte order mark, else 0."""
+    with open_decompressed(path) as (file, _):
+        return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def _validation_start(path: Path, begin: int, val_fraction: float, tokenizer: TokenizerName) -> int:
+    """The offset where the held-out end of a single text starts. Text is split by characters, as in nanoGPT.
+
+    Args:
+        begin: the offset where the text starts.
+    """
 
     def character_starts() -> Iterator[np.ndarray]:
         """Yields, per block, bool [bytes]: True where a character starts (for the bytes tokenizer, at every byte)."""
         with open_decompressed(path) as (file, _):
+            skip_to(file, begin)
             while data := file.read(BLOCK_BYTES):
                 values = np.frombuffer(data, np.uint8)
                 yield np.ones(len(data), bool) if tokenizer == "bytes" else values & 0xC0 != 0x80
 
     n_characters = sum(int(np.count_nonzero(starts)) for starts in character_starts())
-    left, offset = int(n_characters * (1 - val_fraction)), 0
+    left, offset = int(n_characters * (1 - val_fraction)), begin
     for starts in character_starts():
         if (count := int(np.count_nonzero(starts))) > left:
             return offset + int(np.flatnonzero(starts)[left])

@@ -18,11 +18,11 @@ import numpy as np
 
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.corpus import hash_fraction
-from gpt2_jax.data.encode import encoder
+from gpt2_jax.data.encode import encoder, flaw, utf8
 from gpt2_jax.data.manifest import SPLITS, Split
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
-from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.errors import UserError
 
 FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
 
@@ -104,9 +104,8 @@ class BlockTokenizer:
     def _tokens(self, document: bytes, name: str) -> np.ndarray | UserError:
         try:
             return self._encode(document)
-        except ValueError as error:  # not UTF-8, or more white space than tiktoken's pattern takes
-            reason = one_line(error, 100)
-            return UserError(f"{name} cannot be tokenized ({reason}); leave it out, or type --on-error skip")
+        except ValueError as error:
+            return UserError(f"{name} {flaw(error)}; correct it, leave it out, or type --on-error skip")
 
     def _documents(self, block: Block, content: bytes | list[Any]) -> Iterator[tuple[str, bytes | UserError]]:
         """Yields (name, document) of lines or texts, with an error in place of a damaged document."""
@@ -131,19 +130,11 @@ class BlockTokenizer:
                     continue
                 document = table[field]
             if isinstance(document, str):
-                yield name, _utf8(document)
+                yield name, utf8(document)
             elif isinstance(document, bytes):
                 yield name, document
             else:
                 yield name, UserError(f"{name}: {field} is {type(document).__name__}, not text; {FIX_OR_SKIP}")
-
-
-def _utf8(text: str) -> bytes:
-    """Encodes UTF-8. Unpaired surrogates, which JSON can contain, become U+FFFD, as in tiktoken."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
 def tokenize_blocks(

@@ -22,6 +22,8 @@ from gpt2_jax.data.manifest import (
     Manifest,
     Shard,
     Split,
+    common_fields,
+    from_table,
     read_json,
     report_damage,
     sha256,
@@ -82,19 +84,25 @@ class ShardWriter:
 
     def _resume(self, table: dict[str, Any], finished: bool) -> None:
         """Restores the state of the previous writer from its progress file or manifest."""
-        theirs, ours = _flatten(table["settings"]), _flatten(self.settings)
+        settings, text_bytes, skipped, shards = common_fields(table)
+        theirs, ours = _flatten(settings), _flatten(self.settings)
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if changed:
-            listed = "; ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in changed)
+            shown = [f"{key:.100}: {theirs.get(key)!r:.200} -> {ours.get(key)!r:.200}" for key in changed[:8]]
+            listed = "; ".join([*shown, *["…"] * (len(changed) > len(shown))])
             raise UserError(
                 f"{self.directory} was made with another source or other options ({listed}); use those again, or give "
                 "another --out"
             )
-        self.finished, self.text_bytes, self.skipped = finished, table["text_bytes"], table["skipped"]
-        self.shards = [Shard(**shard) for shard in table["shards"]]
+        self.finished, self.text_bytes, self.skipped, self.shards = finished, text_bytes, skipped, shards
         if not finished:
+            opened = table.get("open")
+            if not isinstance(opened, dict) or "cursor" not in table:
+                raise ValueError("expected 'cursor' and an object 'open'")
             self.cursor = table["cursor"]
-            self._open = {split: _OpenShard(**table["open"][split]) for split in SPLITS}
+            self._open = {split: from_table(_OpenShard, opened.get(split)) for split in SPLITS}
+            if any(shard.tokens > self._shard_tokens for shard in self._open.values()):
+                raise ValueError(f"an open file has more than {self._shard_tokens:,} tokens")
 
     def _check_files(self) -> None:
         """Checks that every recorded file exists and is long enough."""

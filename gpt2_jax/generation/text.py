@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
+from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, TextStream, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.decode import DEFAULT, stream
@@ -112,7 +113,7 @@ class LanguageModel:
         return self._decode(chunks, [TextStream(tokenizer, around.ends) for _ in range(len(tokens) * sampling.samples)])
 
     def _encode(self, prompt: str, start: int | None) -> list[int]:
-        tokens = self.tokenizer.encode_ordinary(prompt)
+        tokens = encode_prompt(self.tokenizer, prompt)
         if tokens:
             return tokens
         if start is None:

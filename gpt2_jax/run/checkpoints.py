@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import TrainConfig
-from gpt2_jax.distributed.agreement import broadcast_from_primary
+from gpt2_jax.data import token_files
+from gpt2_jax.data.contents import Contents
+from gpt2_jax.display import si
+from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -33,6 +38,9 @@ class RunCheckpoints:
     ) -> None:
         self._checkpoints, self._fingerprint = checkpoints, fingerprint
         self._config, self._model, self._mesh = config, model, mesh
+        files = list(itertools.chain(*token_files(config.data)))
+        self._contents = Contents(files, checkpoints.directory.parent, jax.process_index())
+        self._trained_on: list[str | None] = []  # the contents of these files, as far as they were ever known
         self._unrolled = model.clone(config=model.config.unrolled())
         self.newest = 0  # the newest step that this process saved or restored
 
@@ -47,10 +55,12 @@ class RunCheckpoints:
         """
         config, model, mesh = self._config, self._model, self._mesh
         step = int(broadcast_from_primary("start", str(self._checkpoints.latest() or 0)))
+        if step:
+            self._check(step)
+        self._open_contents()
         if not step:
             params = initial.place(abstract_state(model, config.optimizer, mesh).params) if initial else None
             return init_state(model, config.optimizer, mesh, config.seed, params), 0
-        self._check(step)
         state: TrainState = self._checkpoints.restore(step, abstract_state(self._unrolled, config.optimizer, mesh))
         if model.config.scan_layers:
             state = jax.jit(stack_layers, out_shardings=state_shardings(model, config.optimizer, mesh))(state)
@@ -70,6 +80,7 @@ class RunCheckpoints:
                 f"the data of {out} has changed ({info['data']} -> {self._fingerprint}); restore the old data, or type "
                 "another --out"
             )
+        self._trained_on = info.get("sha256", [])  # missing in older ones
         layout = info.get("layout", 1)
         if layout != LAYOUT:
             raise UserError(
@@ -78,18 +89,56 @@ class RunCheckpoints:
                 f"--init_from {path} and another --out"
             )
 
+    def _open_contents(self) -> None:
+        """Compares whole token files, as far as that takes no time, and starts to hash the rest in the background."""
+        left = self._contents.hash_rest() if is_primary() else 0
+        state = self._compare_contents()
+        if not is_primary():
+            self._contents.hash_rest()
+            self._compare_with(state)
+        if left:
+            print(
+                f"{'checksums':10}{si(left)}B of token files are being hashed in the background, once; until then, "
+                "changes in their middle are not noticed",
+                flush=True,
+            )
+
+    def _compare_contents(self) -> str:
+        """Compares token files with those of process 0, of their manifests and of the restored checkpoint.
+
+        All processes call it together.
+
+        Returns:
+            The contents on process 0.
+
+        Raises:
+            UserError: the content of a file is not the same.
+        """
+        state = broadcast_from_primary("contents", self._contents.state())
+        self._compare_with(state)
+        return state
+
+    def _compare_with(self, state: str) -> None:
+        self._contents.agree(state)
+        self._trained_on = self._contents.check(self._trained_on, self._checkpoints.directory.parent)
+
     def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         """Saves the state in the background, unless the newest checkpoint is of this step.
 
         Args:
             val_loss: the validation loss at this step, if it was evaluated; ranks the checkpoint.
+
+        Raises:
+            UserError: the data is found to be other data than the run was trained on. Nothing is saved.
         """
         if step == self.newest:
             return
+        self._compare_contents()
         self.newest = step
         if self._model.config.scan_layers:
             state = self._unstack(state)
-        self._checkpoints.save(step, state, {"data": self._fingerprint, "layout": LAYOUT}, val_loss)
+        info = {"data": self._fingerprint, "layout": LAYOUT, "sha256": self._trained_on}
+        self._checkpoints.save(step, state, info, val_loss)
 
     def _unstack(self, state: TrainState) -> TrainState:
         if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(state)):

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import re
+import time
 import tomllib
 
 import pytest
@@ -164,6 +165,48 @@ def test_mistakes_in_a_file_are_one_clear_line(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_config(str(path))
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("out='x'\nsteps=7\nbatch_size=1\n", encoding="utf-8-sig")
+    assert read_config(str(path)).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_ramp = " + "[" * 20_000, "it is nested more than 64 deep"),
+        ("batch_ramp = " + "{a=" * 20_000, "it is nested more than 64 deep"),
+        ("a" + ".a" * 200_000 + " = 1", "a key has more than 64 parts"),
+        ("[a" + ' . "b"' * 20_000 + "]", "a key has more than 64 parts"),
+        ("batch_ramp = [" + "1," * 7_000_000 + "]", "it has more than 1,048,576 bytes"),
+        ("x" * 1_000_000 + " = 1", "unknown key x{100}; did you mean"),
+        ("steps = [" + "1," * 300_000 + "]", "expected int, found list"),
+        ("steps = " + "9" * 10_000, "not TOML"),
+    ],
+)
+def test_configs_beyond_every_limit_are_refused_at_once(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=message) as error:
+        read_config(str(path))
+    assert time.perf_counter() - start < 10  # 1.5 s on an idle machine
+    assert len(str(error.value)) < 1000
+
+
+def test_brackets_and_dots_in_strings_and_comments_do_not_count(tmp_path):
+    path = tmp_path / "mine.toml"
+    deep, dots = "[{" * 100, "." * 100
+    path.write_text(
+        f"# {deep} {dots} '\nout='{deep}\\'\nsteps=7 # \"\nbatch_size=1\n[data]\n"
+        f'text="{dots}\\"{deep}"\ncharacters="""{deep}""{dots}\\"""""\ntrain=\'\'\'{deep}\'\'{dots}\'\'\'\n'
+    )
+    config = read_config(str(path))
+    assert config.out == deep + "\\"
+    assert (config.data.text, config.data.characters) == (f'{dots}"{deep}', f'{deep}""{dots}""')
+    assert config.data.train == f"{deep}''{dots}"
 
 
 SOURCES = "out='x'\nsteps=1000\nbatch_size=1\n[data]\nval='val'\n[[data.sources]]\ntrain='a'\nweight="

@@ -127,7 +127,9 @@ def test_parquet_need_not_be_utf8(gpt2_vocabulary, in_process, tmp_path):
     texts = pyarrow.array([b"fine", b"\xff\xfe", None, b"too"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     args = [tmp_path / "a.parquet", "--val-fraction", "0", "--out", tmp_path / "out"]
-    with pytest.raises(UserError, match=r"row 2 cannot be tokenized .*utf-8.*; leave it out, or type --on-error skip"):
+    with pytest.raises(
+        UserError, match=r"row 2 is not UTF-8 text .byte 0.; correct it, leave it out, or type --on-error skip"
+    ):
         run(*args)
     run(*args, "--on-error", "skip")
     assert len([token for token in tokens_of(tmp_path / "out", "train") if token == 50256]) == 2
@@ -551,7 +553,7 @@ ZSTD = zstandard.ZstdCompressor().compress(b"fine " + random.Random(0).randbytes
         ("a.jsonl.zst", ZSTD[:-9], r"a.jsonl.zst cannot be read \(the last frame is cut off"),
         ("a.txt.zst", ZSTD[: len(ZSTD) // 2], r"a.txt.zst cannot be read \(the last frame is cut off"),
         ("a.parquet", b"PAR1 not quite", r"a.parquet cannot be read \(Parquet"),
-        ("a.txt", b"fine so far caf\xe9 \n", r"is not UTF-8 text \(byte 15\); convert it, .*--on-error skip"),
+        ("a.txt", b"fine so far caf\xe9 \n", r"is not UTF-8 text \(byte 15\); correct it, .*--on-error skip"),
         ("a.txt", b"caf\xc3", r"is not UTF-8 text \(byte 3\)"),
         ("a.txt", b"", "every file is empty"),
         ("a.jsonl", b"\n\n", "no document has any text"),

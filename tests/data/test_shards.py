@@ -1,6 +1,9 @@
 """Token files: every format, written from its description, and the errors for damaged files."""
 
+import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +66,89 @@ def test_damaged_files_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_tokens(tmp_path / name)
+
+
+def wide(tokens, dtype):
+    return np.asarray(tokens, dtype).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype"),
+    [
+        (wide(np.arange(100) % 7, "<u4"), "u4"),  # characters
+        (wide(np.arange(5000) * 10 % 50257, "<u4"), "u4"),
+        (wide(np.arange(5000) * 29 % 128_000, "<u4"), "u4"),  # Llama 3
+        (wide(np.arange(5000) * 10 % 50257, "<i8"), "i8"),
+    ],
+)
+def test_wide_tokens_without_header_are_refused_and_the_error_converts_them(content, dtype, tmp_path):
+    path = tmp_path / "it's.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"has tokens of u?int\d\d, not uint16: .*; convert it: python -c") as error:
+        open_tokens(path)
+    command = re.search(r"python -c (.*) \(if", str(error.value))[0].removesuffix(" (if")
+    subprocess.run(["/bin/sh", "-c", command.replace("python", sys.executable, 1)], check=True)
+    assert open_tokens(path.with_suffix(".npy"))[:].tolist() == np.frombuffer(content, f"<{dtype}").tolist()
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[0] * 10_000, [50256] * 10_000, [7, 0] * 31, [7, 3] * 50, [*range(300), *[0, 1] * 50], [0, 50256] * 99, [5, 0]],
+)
+def test_odd_files_of_nanogpt_are_not_refused(tokens, tmp_path):
+    write_nanogpt(tmp_path / "a.bin", tokens)
+    assert open_tokens(tmp_path / "a.bin")[:].tolist() == tokens
+
+
+def npy(header, tokens=range(100), version=1, length=None):
+    header = header.encode("latin-1")
+    size = (len(header) if length is None else length).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + header + wide(list(tokens), "<u2")
+
+
+HEADER = "{'descr': '<u2', 'fortran_order': False, 'shape': (100,), }"
+
+
+def test_headers_of_every_version_of_npy_are_read(tmp_path):
+    for version in (1, 2, 3):
+        for header in (
+            HEADER,
+            HEADER.replace("'", '"') + "\n",
+            "{'shape': (100,), 'fortran_order': True, 'descr': '<u2'}",
+        ):
+            (tmp_path / "a.npy").write_bytes(npy(header, version=version))
+            assert open_tokens(tmp_path / "a.npy")[:].tolist() == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy(HEADER.replace("<u2", ",u2")), "is not a NumPy file of tokens"),
+        (npy(HEADER.replace("<u2", "<f1")), "is not a NumPy file of tokens"),
+        (
+            npy(HEADER.replace("(100,)", "(100,%s)" % ("9" * 30))),
+            r"holds uint16 \[100, 9{30}\]; expected uint16 or uint32",
+        ),
+        (npy(HEADER.replace("(100,)", "(%s,)" % ("9" * 30))), "cut off or damaged: its header says 999"),
+        (npy(HEADER.replace("(100,)", "(%s,)" % ("9" * 5000))), "is not a NumPy file of tokens"),
+        (npy(HEADER.replace("(100,)", "(-100,)")), "is not a NumPy file of tokens"),
+        (npy(HEADER.replace("(100,)", "()")), r"holds uint16 \[\]"),
+        (npy(HEADER.replace("shape", "s" + "[" * 100 + "ape")), "is not a NumPy file of tokens"),
+        (npy(HEADER.replace("False", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"))), None),
+        (npy(HEADER, range(99)), "says 100 tokens, which take 269 bytes, but it has 267"),
+        (npy(HEADER, range(200)), "cut off or damaged"),  # two arrays in one file
+        (npy(HEADER, length=1000), "is not a NumPy file of tokens"),
+        (npy(HEADER, version=2, length=1 << 31), "is not a NumPy file of tokens"),
+        (b"PK\3\4" + npy(HEADER), "is not a NumPy file of tokens"),
+    ],
+)
+def test_damaged_headers_of_npy_are_one_line_errors(content, message, tmp_path):
+    (tmp_path / "a.npy").write_bytes(content)
+    if message is None:  # a field that does not count
+        assert len(open_tokens(tmp_path / "a.npy")) == 100
+        return
+    with pytest.raises(UserError, match=message):
+        open_tokens(tmp_path / "a.npy")
 
 
 def test_arrays_of_other_types_are_errors(tmp_path):

@@ -379,17 +379,20 @@ def test_processes_that_cannot_connect_exit_in_time(spawn, directory):
 
 
 @pytest.mark.slow
-def test_data_that_one_process_finds_damaged_during_training(start, directory, make_directory):
+def test_hosts_whose_data_differs_in_the_middle_do_not_train(start, directory, make_directory):
     elsewhere = make_directory()
     tokens = np.random.default_rng(0).integers(0, 257, 300_000).astype(np.uint16)
     for place in (directory, elsewhere):
         write_llmc(place / "tokens.bin", tokens)
-        tokens[1 << 16 : -5000] = 60_000  # not read before training
+        tokens[1 << 16 : -5000] = 5  # neither the sizes nor the ends differ
     flags = ["--data.text", "", "--data.train", "tokens.bin", "--data.val", "tokens.bin"]
     both = start(directory, *flags, "--out", directory / "run", directories=(directory, elsewhere))
     line = error_line(*finish(both))
     assert "error: process 1 on" in line
-    assert "tokens.bin has the token 60000, beyond" in line
+    assert re.search(
+        "the data differs from process 0: tokens.bin has the SHA-256 .* copy the same files to every", line
+    )
+    assert not list((directory / "run" / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.slow
