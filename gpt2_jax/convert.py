@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.files import user_path
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
@@ -91,11 +92,11 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
     Raises:
         UserError: the model cannot be read, the format cannot represent it, or `out` cannot be written.
     """
+    out = user_path(str(out), "--out")
     try:
-        out = Path(out).expanduser()
         exists = out.exists()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {out} cannot be a directory ({error}); give another --out") from error
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be a directory ({error.strerror}); give another --out") from error
     if dtype != "float32" and to in ("nanogpt", "orbax"):
         raise UserError(f"--dtype {dtype} is for huggingface and llmc, and {to} is always float32; leave --dtype out")
     if exists:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -11,12 +14,21 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """Training produced a loss or a gradient that is not finite. Commands exit with code 1."""
+    """Training produced a loss or a gradient that is not finite. Commands exit with code 2: it would happen again."""
 
 
 def one_line(error: Exception, length: int = 200) -> str:
     """The message of a library's error on one line, cut to `length` characters."""
     return " ".join(str(error).split())[:length]
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: carriage returns are left out, and control characters become replacement characters.
+
+    Line feeds and tabs stay. A file name or the text of a model can hold any character, also those that clear the
+    screen or type commands.
+    """
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
 def import_optional(name: str, purpose: str) -> Any:

@@ -23,7 +23,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     for counts, shown in ((True, "20/100"), (False, "20%")):
         screen = io.StringIO()
         monkeypatch.setattr(
-            "gpt2_jax.display.Console",
+            "gpt2_jax.display._Console",
             lambda screen=screen, **_: Console(file=screen, force_terminal=True, width=100, highlight=False),
         )
         with Display(0, 100, "starting", counts) as display:

@@ -9,10 +9,10 @@ import itertools
 import os
 import secrets
 import signal
-import sys
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,25 +78,31 @@ def check_shared(directory: Path) -> None:
     """Checks that all processes see the files that process 0 writes into a directory.
 
     Raises:
-        UserError: this process does not see them.
+        UserError: a process does not see them, or process 0 cannot write them; in all processes, so that process 0
+            can remove what it has written.
     """
     if jax.process_count() == 1:
         return
     seen = directory / f".seen-{broadcast_from_primary('token', secrets.token_hex(8))}"
+    problems = f"gpt2_jax/{next(_calls)}/problems/"
+    client = coordination_client()
     if is_primary():
-        seen.touch()
+        try:
+            seen.touch()
+        except OSError as error:
+            client.key_value_set(problems + "0", f"cannot write the run directory {directory}: {error.strerror}")
     barrier("written")
     deadline = time.monotonic() + 10  # network file systems can lag
     while not (found := seen.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    if not found:
+        where = f"{directory.absolute()} in process {jax.process_index()} on {socket.gethostname()}"
+        client.key_value_set(f"{problems}{jax.process_index()}", f"{where} is not the directory that process 0 writes")
     barrier("seen")
     if is_primary():
-        seen.unlink()
-    if not found:
-        raise UserError(
-            f"{directory.absolute()} on this host is not the directory that process 0 writes; give an --out on a file "
-            "system that all hosts share"
-        )
+        seen.unlink(missing_ok=True)
+    if found_problems := sorted(client.key_value_dir_get(problems)):
+        raise UserError(f"{found_problems[0][1]}; give an --out on a file system that all hosts share")
 
 
 @contextmanager
@@ -113,8 +119,9 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
         received.append(number)
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
-        print(f"\n{signal.Signals(number).name}: stopping after this update, with a checkpoint", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C interrupts at once
+        with suppress(OSError):  # not print: the signal may have come in the middle of one, and stderr may be closed
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this update, with a checkpoint\n".encode())
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])  # the second Ctrl-C interrupts at once
 
     def stop_requested(step: int) -> int:
         if several:

@@ -22,7 +22,7 @@ from jax._src import distributed
 
 from gpt2_jax.distributed.agreement import FOREVER, barrier, coordination_client
 from gpt2_jax.distributed.cluster import Cluster, ClusterFlags
-from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.errors import UserError, harmless, one_line
 
 EXIT_KEY = "gpt2_jax/exit"  # The key that ends all processes. Its value is an exit code, or DONE.
 DONE = "done"
@@ -155,7 +155,7 @@ def _publish_exit_code(error: BaseException, exit_codes: Mapping[type[Exception]
         with suppress(jax.errors.JaxRuntimeError):
             return int(coordination_client().blocking_key_value_get(EXIT_KEY, 1000))
     where = f"process {_process_id()} on {socket.gethostname()}: " if _process_id() else ""
-    text = " ".join(str(error).split())
+    text = harmless(" ".join(str(error).split()))
     if isinstance(error, tuple(exit_codes)):
         print(f"error: {where}{text}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
