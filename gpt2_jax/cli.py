@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import logging
@@ -14,14 +15,15 @@ from typing import Any, TextIO
 
 from gpt2_jax.errors import UserError, harmless
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETRY_SECONDS = 0.05  # until a lost Ctrl-C is raised again
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Runs a command's `main` on `sys.argv`, then exits.
 
-    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and if standard output cannot
-    be written; 130 after Ctrl-C; 141 if the reader of stdout has closed it.
+    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and on a full disk; 130 after
+    Ctrl-C; 141 if the reader of stdout has closed it.
     """
     gc.freeze()  # Imported modules stay alive: scanning them in every collection took a tenth of the start.
     silence_third_parties()
@@ -41,10 +43,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except Exception as error:
         if interrupts:  # a library caught the interrupt, and raised an error of its own
             code = _say("interrupted", 130)
-        elif not isinstance(error, OSError) or not (failed := _drop_unless_writable(sys.stdout)):
-            raise
+        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, *FULL):
+            code = _output_failed(_drop_unless_writable(sys.stdout) or error)
         else:
-            code = _output_failed(failed)
+            raise
     else:
         if failed := _drop_unless_writable(sys.stdout):  # a full disk may show only now
             code = _output_failed(failed)
@@ -62,7 +64,8 @@ def _say(line: str, code: int) -> int:
 def _output_failed(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):
         return 141
-    return _say(f"error: standard output cannot be written: {error.strerror}; make room, or write elsewhere", 2)
+    where = error.filename or "the output"  # standard output, or a file whose name the error does not have
+    return _say(f"error: {where} cannot be written: {error.strerror}; make room, or write elsewhere", 2)
 
 
 def _drop_unless_writable(stream: TextIO | None) -> OSError | None:
