@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -80,7 +80,9 @@ class Display:
         except OSError as error:
             self.console.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())  # for what is still in its buffer
-            if not isinstance(error, BrokenPipeError):
+            if isinstance(error, BrokenPipeError):
+                return
+            with suppress(OSError):  # it may be the same disk, or a terminal that was closed
                 print(f"standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
 
     def show(self, done: float, line: str, parts: Sequence[str]) -> None:

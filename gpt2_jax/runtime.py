@@ -60,9 +60,8 @@ def _owner_is_known(directory: Path) -> bool:
     except ImportError:  # Windows
         return True
     try:
-        pwd.getpwuid(os.getuid())
-        for path in directory.glob("*-cache"):
-            pwd.getpwuid(path.stat().st_uid)
+        for owner in {os.getuid(), *(entry.stat().st_uid for entry in os.scandir(directory))}:
+            pwd.getpwuid(owner)
     except (KeyError, OSError):
         return False
     return True

@@ -107,7 +107,9 @@ def check_shared(directory: Path) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], int]]:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop, after the same update in all processes.
+    """Turns SIGTERM, the first Ctrl-C and the end of the terminal into a request to stop.
+
+    All processes stop after the same update.
 
     Yields:
         A function to call after each update with its number. It returns the signal to stop for, or 0.
@@ -130,6 +132,8 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
 
     # With several processes, `jax.distributed.initialize` has installed JAX's own handler of SIGTERM.
     numbers = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop_requested
