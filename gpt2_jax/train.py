@@ -3,9 +3,9 @@
 The same command resumes a run from its newest checkpoint, bit for bit. Started once on every host, it trains one model
 over all of them (`distributed/cluster.py` says how the processes find each other).
 
-Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C (with several
-processes also 143), with a checkpoint to resume from; 2 for bad input. Anything else is a crash, and the same command
-resumes from the last checkpoint.
+Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM, 130 after Ctrl-C and 129 when the
+terminal closes (with several processes always 143), with a checkpoint to resume from; 2 for what the user has to mend.
+Anything else is a crash, and the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from xla_flags import FAST_COMPILE
 
 from gpt2_jax import cli
 from gpt2_jax.errors import UserError
@@ -129,7 +130,14 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error():
 def interrupted(seconds, args, cwd):
     """The exit code and the output of a command that gets Ctrl-C some seconds after it has begun its imports."""
     command = [sys.executable, "-m", *map(str, args)]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     maps = Path(f"/proc/{process.pid}/maps")
     while process.poll() is None and "numpy" not in maps.read_text():
         time.sleep(0.002)
