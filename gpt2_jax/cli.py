@@ -37,6 +37,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         with _interruptible(interrupts):
             code = main(sys.argv[1:])
     except KeyboardInterrupt:
+        _drop_unless_writable(sys.stdout)
         code = _say("interrupted", 130)
     except UserError as error:
         code = _say("error: " + str(error).replace("\n", " "), 2)
@@ -51,6 +52,8 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         if failed := _drop_unless_writable(sys.stdout):  # a full disk may show only now
             code = _output_failed(failed)
     _drop_unless_writable(sys.stderr)
+    if interrupts and code == 130 and "jax" in sys.modules:  # its threads may still compile, and crash at the shutdown
+        os._exit(code)
     sys.exit(code)
 
 
