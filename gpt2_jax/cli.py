@@ -46,6 +46,8 @@ def run_command(main: Callable[[list[str]], int]) -> None:
             code = _say("interrupted", 130)
         elif isinstance(error, OSError) and error.errno in (errno.EPIPE, *FULL):
             code = _output_failed(_drop_unless_writable(sys.stdout) or error)
+        elif "not in the list of known backends" in str(error):  # JAX_PLATFORMS; other failures may be of the device
+            code = _say("error: " + str(error).replace("\n", " "), 2)
         else:
             raise
     else:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.errors import UserError, harmless, one_line
 from gpt2_jax.files import user_path
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
@@ -50,8 +50,8 @@ def main(args: Sequence[str]) -> int:
     flags = parse_flags(Flags, args, prog=PROG, description="Convert a model to another format.")
     out = convert(flags.source, flags.to, flags.out, flags.dtype)
     files = sorted(path.name for path in out.iterdir())
-    print(f"wrote     {out}: {', '.join(files)}")
-    print(f"next      {_next_command(flags, out, files)}")
+    print(harmless(f"wrote     {out}: {', '.join(files)}"))
+    print(harmless(f"next      {_next_command(flags, out, files)}"))
     return 0
 
 
@@ -102,7 +102,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
-    print(f"from      {model.where}: {architecture_summary(model.config)}")
+    print(harmless(f"from      {model.where}: {architecture_summary(model.config)}"))
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
     try:

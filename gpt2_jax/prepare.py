@@ -21,7 +21,7 @@ from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import TokenizeOptions
 from gpt2_jax.data.writer import ShardWriter
 from gpt2_jax.display import Display, count
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, harmless
 from gpt2_jax.files import exclusive, make_directory, remove_empty, replace_text, user_path
 
 PROG = "python -m gpt2_jax.prepare"
@@ -175,9 +175,9 @@ def _download(flags: Flags, out: Path) -> Manifest:
 def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     """Prints the numbers of tokens and documents, and the command that trains on them."""
     (train, train_documents), (val, val_documents) = manifest.count("train"), manifest.count("val")
-    tokens, size = train + val, manifest.text_bytes
+    tokens, size, name = train + val, manifest.text_bytes, harmless(str(out))
     print(
-        f"{'wrote':10}{out}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
+        f"{'wrote':10}{name}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
         f"tokens ({count(val_documents, 'document')}), in {count(len(manifest.shards), 'file')}"
     )
     if size and not flags.limit:
@@ -188,7 +188,7 @@ def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
         print(f"{'':10}no validation tokens: --val-fraction held out no document; training needs some from elsewhere")
     first = {split: next((s.file for s in manifest.shards if f"{split}_" in s.file), "") for split in SPLITS}
     globs = {
-        split: shlex.quote(f"{glob.escape(str(out))}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"
+        split: shlex.quote(f"{glob.escape(name)}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"
         for split, file in first.items()
     }
     config = "gpt2-124m" if flags.tokenizer == "gpt2" else "quickstart --data.text ''"

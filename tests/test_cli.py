@@ -60,6 +60,7 @@ PRINTS = "import sys; from gpt2_jax.cli import run_command; run_command(lambda a
 WRITES = "import sys; from gpt2_jax.cli import run_command; run_command(lambda args: sys.stdout.write('x' * 99999) * 0)"
 FAILS = "from gpt2_jax.errors import UserError; from gpt2_jax.cli import run_command; run_command(lambda _: 1 / 0)"
 REFUSES = FAILS.replace("lambda _: 1 / 0", "lambda _: (_ for _ in ()).throw(UserError('no'))")
+BACKEND = "import jax; from gpt2_jax.cli import run_command; run_command(lambda args: jax.devices() and 0)"
 FULL = "error: the output cannot be written: No space left on device; make room, or write elsewhere\n"
 
 
@@ -80,6 +81,14 @@ def test_output_that_nobody_takes(program, redirection, code, stderr):
     shell = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", shell, sys.executable, program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, stderr)
+
+
+def test_a_platform_that_does_not_exist_is_one_line():
+    command = [sys.executable, "-c", BACKEND]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "foo"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Unable to initialize backend 'foo'")
+    assert done.stderr.count("\n") == 1
 
 
 SWALLOWS = """
