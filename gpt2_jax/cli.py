@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import io
 import logging
@@ -13,17 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.errors import UserError, harmless, mendable
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETRY_SECONDS = 0.05  # until a lost Ctrl-C is raised again
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Runs a command's `main` on `sys.argv`, then exits.
 
-    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and on a full disk; 130 after
-    Ctrl-C; 141 if the reader of stdout has closed it.
+    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and for `mendable` errors; 130
+    after Ctrl-C; 141 if the reader of stdout has closed it.
     """
     gc.freeze()  # Imported modules stay alive: scanning them in every collection took a tenth of the start.
     silence_third_parties()
@@ -37,22 +35,20 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         with _interruptible(interrupts):
             code = main(sys.argv[1:])
     except KeyboardInterrupt:
-        _drop_unless_writable(sys.stdout)
         code = _say("interrupted", 130)
     except UserError as error:
         code = _say("error: " + str(error).replace("\n", " "), 2)
     except Exception as error:
         if interrupts:  # a library caught the interrupt, and raised an error of its own
             code = _say("interrupted", 130)
-        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, *FULL):
-            code = _output_failed(_drop_unless_writable(sys.stdout) or error)
-        elif "not in the list of known backends" in str(error):  # JAX_PLATFORMS; other failures may be of the device
-            code = _say("error: " + str(error).replace("\n", " "), 2)
+        elif isinstance(error, BrokenPipeError):
+            code = 141
+        elif line := mendable(error):
+            code = _say(f"error: {line}", 2)
         else:
             raise
-    else:
-        if failed := _drop_unless_writable(sys.stdout):  # a full disk may show only now
-            code = _output_failed(failed)
+    if (failed := _drop_unless_writable(sys.stdout)) and not code:  # a full disk may show only now
+        code = 141 if isinstance(failed, BrokenPipeError) else _say(f"error: {mendable(failed) or failed}", 2)
     _drop_unless_writable(sys.stderr)
     if interrupts and code == 130 and "jax" in sys.modules:  # its threads may still compile, and crash at the shutdown
         os._exit(code)
@@ -64,13 +60,6 @@ def _say(line: str, code: int) -> int:
     with suppress(OSError):
         print(harmless(line), file=sys.stderr or open(os.devnull, "w"), flush=True)  # noqa: SIM115
     return code
-
-
-def _output_failed(error: OSError) -> int:
-    if isinstance(error, BrokenPipeError):
-        return 141
-    where = error.filename or "the output"  # standard output, or a file whose name the error does not have
-    return _say(f"error: {where} cannot be written: {error.strerror}; make room, or write elsewhere", 2)
 
 
 def _drop_unless_writable(stream: TextIO | None) -> OSError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 from typing import Any
@@ -29,6 +30,17 @@ def harmless(text: str) -> str:
     screen or type commands.
     """
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
+
+
+def mendable(error: BaseException) -> str:
+    """The line for an error of the system or a library that the user has to mend; "" for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "the output"  # standard output, or a file whose name the error does not have
+        return f"{where} cannot be written: {error.strerror}; make room, or write elsewhere"
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+        return f"not enough memory ({text}); take a smaller model, a smaller --micro_batch_size or more devices"
+    return text if "not in the list of known backends" in text else ""  # JAX_PLATFORMS has an unknown name
 
 
 def import_optional(name: str, purpose: str) -> Any:

@@ -14,6 +14,9 @@ from xla_flags import FAST_COMPILE
 from gpt2_jax import cli
 from gpt2_jax.errors import UserError
 
+ROOM = "No space left on device; make room, or write elsewhere"
+MEMORY = "RESOURCE_EXHAUSTED: Out of memory); take a smaller model, a smaller --micro_batch_size or more devices"
+
 
 @pytest.mark.parametrize(
     ("result", "code", "stderr"),
@@ -27,6 +30,8 @@ from gpt2_jax.errors import UserError
             "error: file\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}.txt\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No space left on device", "a.bin"), 2, f"error: a.bin cannot be written: {ROOM}\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n"), 2, f"error: not enough memory ({MEMORY}\n"),
     ],
 )
 def test_exit_codes(result, code, stderr, monkeypatch, capsys):

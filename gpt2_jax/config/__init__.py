@@ -250,7 +250,8 @@ def _between(least: int, most: int) -> _Range:
 # it, or the program would take hours to build, so the user would see a crash instead of the key that is wrong.
 MAX_INT = 2**31 - 1  # the largest number of 32 bits, in which devices count
 MAX_LAYERS, MAX_WIDTH, MAX_SEQUENCES, MAX_VOCABULARY = 4096, 2**20, 2**24, 2**26
-MAX_PARAMETERS = 2**44
+MAX_PARAMETERS = 2**40
+MAX_TOKENS = 2**62  # in a whole run, which the host counts with 64 bits
 _MAX_FLOAT = 3.4e38  # of float32
 
 _COUNT: _Range = _between(1, MAX_INT)
@@ -291,7 +292,7 @@ _RANGES: dict[str, _Range] = {
     "checkpoint.every": _COUNT_OR_0,
     "checkpoint.keep": _COUNT,
     "eval.every": _COUNT_OR_0,
-    "eval.tokens": _between(0, 2**62),
+    "eval.tokens": _between(0, MAX_TOKENS),
     "eval.sample_tokens": _between(0, MAX_SEQUENCES),
     "log.every": _COUNT,
     "log.profile_steps": _COUNT_OR_0,
@@ -395,7 +396,7 @@ def _check_schedule(config: TrainConfig) -> None:
         )
     previous_tokens, previous_size = 0, 1
     for tokens, size in config.batch_ramp:
-        if tokens <= previous_tokens or not previous_size <= size <= config.batch_size:
+        if not previous_tokens < tokens <= MAX_TOKENS or not previous_size <= size <= config.batch_size:
             raise UserError(
                 f"batch_ramp = {config.batch_ramp}; expected pairs of tokens and sequences, with tokens rising and "
                 f"sequences growing to at most batch_size = {config.batch_size}"

@@ -86,18 +86,20 @@ def check_shared(directory: Path) -> None:
     seen = directory / f".seen-{broadcast_from_primary('token', secrets.token_hex(8))}"
     problems = f"gpt2_jax/{next(_calls)}/problems/"
     client = coordination_client()
+    problem = ""
     if is_primary():
         try:
             seen.touch()
         except OSError as error:
-            client.key_value_set(problems + "0", f"cannot write the run directory {directory}: {error.strerror}")
+            problem = f"{directory} cannot be written: {error.strerror}"
     barrier("written")
     deadline = time.monotonic() + 10  # network file systems can lag
     while not (found := seen.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     if not found:
         where = f"{directory.absolute()} in process {jax.process_index()} on {socket.gethostname()}"
-        client.key_value_set(f"{problems}{jax.process_index()}", f"{where} is not the directory that process 0 writes")
+        problem = problem or f"{where} is not the directory that process 0 writes"
+        client.key_value_set(f"{problems}{jax.process_index()}", problem)
     barrier("seen")
     if is_primary():
         seen.unlink(missing_ok=True)

@@ -155,7 +155,7 @@ def test_sizes_beyond_any_machine_are_refused(flag, value):
 
 def test_sizes_that_are_large_together_are_refused():
     with pytest.raises(UserError, match=r"make about .* parameters; expected at most"):
-        parse("--config", "quickstart", "--model.n_layer", "4096", "--model.n_embd", "49152")
+        parse("--config", "quickstart", "--model.n_layer", "4096", "--model.n_embd", "12288")
     with pytest.raises(
         UserError, match=r"tokens per update; expected at most 2,147,483,647; type --batch_size 2097151"
     ):
