@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.cli import end_imports_at_once
+
+end_imports_at_once()
+
+from gpt2_jax.config import GPT2Config  # noqa: E402
 
 if TYPE_CHECKING:
     from gpt2_jax.interop import load

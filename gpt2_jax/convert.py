@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.tokenizer import tokenizer_name
-from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.errors import UserError, harmless, one_line
+from gpt2_jax.files import user_path
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
@@ -52,8 +53,8 @@ def main(args: Sequence[str]) -> int:
     flags = parse_flags(Flags, args, prog=PROG, description="Convert a model to another format.")
     out = convert(flags.source, flags.to, flags.out, flags.dtype)
     files = sorted(path.name for path in out.iterdir())
-    print(f"wrote     {out}: {', '.join(files)}")
-    print(f"next      {_next_command(flags, out, files)}")
+    print(harmless(f"wrote     {out}: {', '.join(files)}"))
+    print(harmless(f"next      {_next_command(flags, out, files)}"))
     return 0
 
 
@@ -100,17 +101,17 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
     Raises:
         UserError: the model cannot be read, the format cannot represent it, or `out` cannot be written.
     """
+    out = user_path(str(out), "--out")
     try:
-        out = Path(out).expanduser()
         exists = out.exists()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {out} cannot be a directory ({error}); give another --out") from error
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be a directory ({error.strerror}); give another --out") from error
     if dtype != "float32" and to in ("nanogpt", "orbax"):
         raise UserError(f"--dtype {dtype} is for huggingface and llmc, and {to} is always float32; leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
-    print(f"from      {model.where}: {architecture_summary(model.config)}")
+    print(harmless(f"from      {model.where}: {architecture_summary(model.config)}"))
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
     try:

@@ -1,17 +1,31 @@
-"""Progress display: a bar in a terminal; elsewhere plain lines, at most one every five seconds."""
+"""Progress display: a bar in a terminal; elsewhere plain lines, at most one every five seconds.
+
+The work that is shown does not end with its reader: after `| head`, or on a full disk, it goes on without a display.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
+from gpt2_jax.errors import harmless
+
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class _Console(Console):
+    """rich's console, without its answer to a reader that has gone: it ends the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Display:
@@ -26,7 +40,7 @@ class Display:
     """
 
     def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         self._bar = None
         if self.console.is_terminal and not os.environ.get("CI") and not quiet:
             self._bar = Progress(
@@ -41,24 +55,41 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._bar:
-            self._bar.start()
+            with self._going_on():
+                self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
-            self._bar.stop()
+            with self._going_on():
+                self._bar.stop()
 
     def print(self, text: str) -> None:
         """Prints a line that stays on the screen."""
-        self.console.print(text, markup=False)
+        with self._going_on():
+            self.console.print(harmless(text), markup=False)
+            self.console.file.flush()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Goes on silently if the output cannot be written, after a line on stderr unless its reader has gone."""
+        try:
+            yield
+        except OSError as error:
+            self.console.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())  # for what is still in its buffer
+            if isinstance(error, BrokenPipeError):
+                return
+            with suppress(OSError):  # it may be the same disk, or a terminal that was closed
+                print(f"standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
 
     def show(self, done: float, line: str, parts: Sequence[str]) -> None:
         """Shows progress: `parts` beside the bar, or a line that starts with `line`. The end is always shown."""
         now = time.perf_counter()
         if self._bar:
-            self._bar.update(self._task, completed=done, text=" · ".join(parts))
+            self._bar.update(self._task, completed=done, text=" · ".join(parts))  # written by a thread of rich's
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or (self._total and done >= self._total and not self._done):
             self._last_line, self._done = now, bool(self._total) and done >= self._total
             self.print(f"{line}: " + " · ".join(parts))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import re
 from typing import Any
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -11,12 +15,32 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """Training produced a loss or a gradient that is not finite. Commands exit with code 1."""
+    """Training produced a loss or a gradient that is not finite. Commands exit with code 2: it would happen again."""
 
 
 def one_line(error: Exception, length: int = 200) -> str:
     """The message of a library's error on one line, cut to `length` characters."""
     return " ".join(str(error).split())[:length]
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: carriage returns are left out, and control characters become replacement characters.
+
+    Line feeds and tabs stay. A file name or the text of a model can hold any character, also those that clear the
+    screen or type commands.
+    """
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
+
+
+def mendable(error: BaseException) -> str:
+    """The line for an error of the system or a library that the user has to mend; "" for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "the output"  # standard output, or a file whose name the error does not have
+        return f"{where} cannot be written: {error.strerror}; make room, or write elsewhere"
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+        return f"not enough memory ({text}); take a smaller model, a smaller --micro_batch_size or more devices"
+    return text if "not in the list of known backends" in text else ""  # JAX_PLATFORMS has an unknown name
 
 
 def import_optional(name: str, purpose: str) -> Any:

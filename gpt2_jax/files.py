@@ -1,14 +1,123 @@
-"""Atomic file writes, and a lock that lets one process at a time write a directory."""
+"""Paths that users type, atomic file writes, and a lock that lets one process at a time write a directory."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt2_jax.errors import UserError
+
+# The kinds of file that are refused: reading them can wait forever, or never ends.
+_STREAMS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def user_path(text: str, name: str) -> Path:
+    """The path that a user typed, with `~` expanded. It need not exist.
+
+    Args:
+        text: the path or glob.
+        name: the flag or the config key that it comes from, for errors: "--out" or "data.text".
+
+    Raises:
+        UserError: no file can have this path.
+    """
+    return Path(_expand(text, name))
+
+
+def _expand(text: str, name: str) -> str:
+    shown = f"{name} = {text!r}" if name[:1].islower() else f"{name} {text!r}"
+    if not text:
+        raise UserError(f"{shown} is empty; type a path")
+    if "\0" in text:
+        raise UserError(f"{shown} has a NUL character, which no path has; type another path")
+    check_utf8(text, name)
+    path = os.path.expanduser(text)
+    if path == text and text.startswith("~"):
+        home = text.split("/")[0]
+        raise UserError(f"{shown}: {home} is unknown; type the whole path, or ./{home} for a file of that name")
+    if not glob.has_magic(path):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UserError(f"{shown}: {error.strerror}; type a shorter path") from error
+    return path
+
+
+def check_utf8(text: str, name: str) -> None:
+    """Checks that a text of the command line can be written to a file.
+
+    Raises:
+        UserError: it is not UTF-8. Python has replaced the bytes that are not by surrogates.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name} has {text!r}, which is not UTF-8; convert it, or type another") from None
+
+
+def find_paths(pattern: str, name: str) -> list[Path]:
+    """The paths that a user means, sorted: a path that exists, even with `*` or `[` in it; else the matches of a glob.
+
+    Args:
+        pattern: the path or glob.
+        name: as for `user_path`.
+
+    Raises:
+        UserError: no file can have this path, or the path is that of a FIFO, a socket or a device.
+    """
+    pattern = _expand(pattern, name)
+    if not os.path.exists(pattern):
+        return sorted(map(Path, glob.glob(pattern, recursive=True)))
+    check_regular(Path(pattern))
+    return [Path(pattern)]
+
+
+def check_regular(path: Path) -> None:
+    """Checks that reading a path ends: it is a file, a directory or nothing.
+
+    Raises:
+        UserError: it is a FIFO, a socket or a device.
+    """
+    try:
+        kind = _STREAMS.get(stat.S_IFMT(path.stat().st_mode))
+    except OSError:  # reported where it is opened
+        return
+    if kind:
+        raise UserError(f"{path} is {kind}; expected a file; store the content in one, and type its name")
+
+
+def is_open_pipe(text: str) -> bool:
+    """True for a pipe that the shell has connected: `<(command)` and /dev/stdin. Reading it ends with its writer."""
+    return text.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+
+
+def make_directory(directory: Path) -> list[Path]:
+    """Creates a directory and its parents, and returns those that are new, the deepest first.
+
+    Raises:
+        OSError: it cannot be created. Then none of them stays.
+    """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_empty(new)
+        raise
+    return new
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Removes those of some directories that exist and are empty, in this order."""
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def replace_text(path: Path, text: str) -> None:

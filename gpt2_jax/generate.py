@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ from gpt2_jax import runtime
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import Sampling
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, open_model
@@ -73,26 +73,34 @@ def main(args: Sequence[str]) -> int:
     gpt2 = stored.load(None, jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform)))
     pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
     texts = [prompt] * flags.samples
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
+    _show(prompt)
     for new in pieces:
         texts = [text + more for text, more in zip(texts, new, strict=True)]
-        sys.stdout.write(new[0])
-        sys.stdout.flush()
-    print()
+        _show(new[0])
+    _show("\n")
     for number, text in enumerate(texts[1:], start=2):
-        print(f"\n--- sample {number} ---\n{text}")
+        _show(f"\n--- sample {number} ---\n{text}\n")
     return 0
+
+
+def _show(text: str) -> None:
+    """Writes a text to standard output at once: as it is, except that it may not command a terminal."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def _prompt(flags: Flags) -> str:
     if flags.prompt is not None and flags.prompt_file is not None:
         raise UserError("--prompt and --prompt-file are both given; give one of them")
     if flags.prompt is not None:
+        check_utf8(flags.prompt, "--prompt")
         return flags.prompt
     try:
         if flags.prompt_file is not None:
-            return Path(flags.prompt_file).expanduser().read_bytes().decode("utf-8")
+            path = user_path(flags.prompt_file, "--prompt-file")
+            if not is_open_pipe(flags.prompt_file):
+                check_regular(path)
+            return path.read_bytes().decode("utf-8")
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError("no prompt; type --prompt TEXT or --prompt-file FILE, or pipe a text to standard input")
         return sys.stdin.buffer.read().decode("utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     plan_args, config_args = take_flags(PlanFlags, args)
     flags = parse_flags(PlanFlags, plan_args, prog=PROG, description=DESCRIPTION)
-    config = parse_args(PROG, DESCRIPTION, config_args)
+    config = parse_args(PROG, DESCRIPTION, config_args, lambda line: print(line, file=sys.stderr))
     devices = devices_of(flags.topology) if flags.topology else jax.devices()
     where = flags.topology or f"this machine's {len(devices)} × {devices[0].device_kind}"
     best: Change | None = None

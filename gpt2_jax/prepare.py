@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import shlex
@@ -22,11 +21,12 @@ from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import TokenizeOptions
 from gpt2_jax.data.writer import ShardWriter
 from gpt2_jax.display import Display, count
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import exclusive, replace_text
+from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.files import exclusive, make_directory, remove_empty, replace_text, user_path
 
 PROG = "python -m gpt2_jax.prepare"
 MAX_SHARD_TOKENS = 2**31 - 1  # the count in a header is an int32
+MAX_WORKERS = 1024
 
 NAMES = {name: f"{dataset.description} ({dataset.repository})" for name, dataset in DATASETS.items()} | {
     "fineweb-10b-tokenized": f"fineweb-10b, already tokenized, 20 GB; --limit counts whole files ({TOKENIZED})",
@@ -71,10 +71,10 @@ def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     flags = parse_flags(Flags, args, prog=PROG, description=DESCRIPTION)
     _validate(flags)
-    out = Path(flags.out).expanduser()
-    is_new = not out.exists()
+    out = user_path(flags.out, "--out")
+    new: list[Path] = []
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        new = make_directory(out)
         with exclusive(out, "preparing"):
             manifest = prepare(flags, out)
     except OSError as error:
@@ -83,9 +83,7 @@ def main(args: Sequence[str]) -> int:
             "another --out"
         ) from error
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # fails unless it is empty
+        remove_empty(new)
     _print_summary(flags, out, manifest)
     return 0
 
@@ -93,6 +91,8 @@ def main(args: Sequence[str]) -> int:
 def _validate(flags: Flags) -> None:
     if not flags.source:
         raise UserError(f"no SOURCE; give files, or one of {', '.join(NAMES)}")
+    for source in flags.source:
+        user_path(source, "SOURCE")
     named = [name for name in flags.source if _is_named(name)]
     if named and len(flags.source) > 1:
         raise UserError(f"{named[0]} must be the only SOURCE; prepare the others into directories of their own")
@@ -100,9 +100,10 @@ def _validate(flags: Flags) -> None:
         raise UserError(f"--val-fraction {flags.val_fraction}; expected 0 or more and below 1")
     if not 1 <= flags.shard_tokens <= MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {flags.shard_tokens}; expected 1 to {MAX_SHARD_TOKENS}")
-    for name, value in (("workers", flags.workers), ("limit", flags.limit)):
-        if value < 0:
-            raise UserError(f"--{name} {value}; expected 0 or more")
+    if not 0 <= flags.workers <= MAX_WORKERS:
+        raise UserError(f"--workers {flags.workers}; expected 0 or more, at most {MAX_WORKERS}")
+    if flags.limit < 0:
+        raise UserError(f"--limit {flags.limit}; expected 0 or more")
 
 
 def prepare(flags: Flags, out: Path) -> Manifest:
@@ -174,9 +175,9 @@ def _download(flags: Flags, out: Path) -> Manifest:
 def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     """Prints the numbers of tokens and documents, and the command that trains on them."""
     (train, train_documents), (val, val_documents) = manifest.count("train"), manifest.count("val")
-    tokens, size = train + val, manifest.text_bytes
+    tokens, size, name = train + val, manifest.text_bytes, harmless(str(out))
     print(
-        f"{'wrote':10}{out}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
+        f"{'wrote':10}{name}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
         f"tokens ({count(val_documents, 'document')}), in {count(len(manifest.shards), 'file')}"
     )
     if size and not flags.limit:
@@ -187,7 +188,7 @@ def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
         print(f"{'':10}no validation tokens: --val-fraction held out no document; training needs some from elsewhere")
     first = {split: next((s.file for s in manifest.shards if f"{split}_" in s.file), "") for split in SPLITS}
     globs = {
-        split: shlex.quote(f"{glob.escape(str(out))}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"
+        split: shlex.quote(f"{glob.escape(name)}/{file.rsplit('_', 1)[0]}_*.bin") if file else "FILES"
         for split, file in first.items()
     }
     config = "gpt2-124m" if flags.tokenizer == "gpt2" else "quickstart --data.text ''"

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import user_path
 
 CACHE_BYTES = 8 << 30  # JAX evicts the least recently used programs. The quickstart's take 260 KB on one CPU.
 
@@ -35,16 +36,35 @@ def enable_compilation_cache(directory: str) -> None:
     if directory == "auto":
         if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
             return
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2_jax" / "programs"
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        path = Path(cache, "gpt2_jax", "programs") if os.path.isabs(cache) else None  # "~" stays if nobody has a home
     else:
-        path = Path(directory).expanduser()
-    if directory and not _is_writable(path):
+        path = user_path(directory, "compilation_cache") if directory else None
+    if path and not _is_writable(path):
         if directory != "auto":
             raise UserError(f"compilation_cache = {directory!r} cannot be written; type --compilation_cache ''")
-        directory = ""  # a user without a home directory has no cache, as in plain JAX
-    jax.config.update("jax_compilation_cache_dir", str(path) if directory else None)
+        path = None  # a user without a home directory has no cache, as in plain JAX
+    jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up to a slow start
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES if path and _owner_is_known(path) else -1)
+
+
+def _owner_is_known(directory: Path) -> bool:
+    """False for a user id that is not in the table of users, as containers give to a process.
+
+    To evict programs, JAX asks for the size of each file, and etils looks up the name of its owner on the way. Without
+    one, JAX warns at every compilation and caches nothing. So such a cache has no limit.
+    """
+    try:
+        import pwd
+    except ImportError:  # Windows
+        return True
+    try:
+        for owner in {os.getuid(), *(entry.stat().st_uid for entry in os.scandir(directory))}:
+            pwd.getpwuid(owner)
+    except (KeyError, OSError):
+        return False
+    return True
 
 
 def _is_writable(path: Path) -> bool:

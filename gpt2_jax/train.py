@@ -3,9 +3,9 @@
 The same command resumes a run from its newest checkpoint, bit for bit. Started once on every host, it trains one model
 over all of them (`distributed/cluster.py` says how the processes find each other).
 
-Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM and 130 after Ctrl-C (with several
-processes also 143), with a checkpoint to resume from; 2 for bad input. Anything else is a crash, and the same command
-resumes from the last checkpoint.
+Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM, 130 after Ctrl-C and 129 when the
+terminal closes (with several processes always 143), with a checkpoint to resume from; 2 for what the user has to mend.
+Anything else is a crash, and the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -60,11 +60,15 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     try:
-        with distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 1}):
-            return train(parse_args(summary.TRAIN, DESCRIPTION, args))
+        with distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 2}):
+            notes: list[str] = []
+            config = parse_args(summary.TRAIN, DESCRIPTION, args, notes.append)
+            for line in notes if is_primary() else []:
+                print(line)
+            return train(config)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2  # it would diverge again at the same update
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
@@ -95,7 +99,6 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     data, config = open_data(config)
     assert_equal("config", to_toml(config))
     assert_equal("data", data.fingerprint)
-    out = open_directory(config, saved)
 
     model = build_model(config, attention)
     train_step = make_train_step(model, config.optimizer, mesh, config.seed)
@@ -104,6 +107,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     sharding = batch_sharding(mesh, leading_axis=True)
 
     with (
+        open_directory(config, saved) as out,
         jax.default_matmul_precision(matmul_precision(config.dtype)),
         exclusive(out, "training") if is_primary() else nullcontext(),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,

@@ -1,14 +1,21 @@
-"""Exit codes of commands, their errors in one line, and silence of other libraries."""
+"""Exit codes of commands, their errors in one line, Ctrl-C at any moment, and silence of other libraries."""
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from xla_flags import FAST_COMPILE
 
 from gpt2_jax import cli
 from gpt2_jax.errors import UserError
+
+ROOM = "No space left on device; make room, or write elsewhere"
+MEMORY = "RESOURCE_EXHAUSTED: Out of memory); take a smaller model, a smaller --micro_batch_size or more devices"
 
 
 @pytest.mark.parametrize(
@@ -17,7 +24,14 @@ from gpt2_jax.errors import UserError
         (0, 0, ""),
         (143, 143, ""),
         (UserError("a\nb"), 2, "error: a b\n"),
+        (
+            UserError("file\x1b[2J\x07.txt\r"),
+            2,
+            "error: file\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}.txt\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No space left on device", "a.bin"), 2, f"error: a.bin cannot be written: {ROOM}\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n"), 2, f"error: not enough memory ({MEMORY}\n"),
     ],
 )
 def test_exit_codes(result, code, stderr, monkeypatch, capsys):
@@ -45,3 +59,131 @@ def test_commands_silence_absl_and_the_hub():
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
     output = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
     assert output.split() == [str(logging.ERROR), str(logging.CRITICAL)]
+
+
+PRINTS = "import sys; from gpt2_jax.cli import run_command; run_command(lambda args: print('text') or 0)"
+WRITES = "import sys; from gpt2_jax.cli import run_command; run_command(lambda args: sys.stdout.write('x' * 99999) * 0)"
+FAILS = "from gpt2_jax.errors import UserError; from gpt2_jax.cli import run_command; run_command(lambda _: 1 / 0)"
+REFUSES = FAILS.replace("lambda _: 1 / 0", "lambda _: (_ for _ in ()).throw(UserError('no'))")
+BACKEND = "import jax; from gpt2_jax.cli import run_command; run_command(lambda args: jax.devices() and 0)"
+FULL = "error: the output cannot be written: No space left on device; make room, or write elsewhere\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "redirection", "code", "stderr"),
+    [
+        (PRINTS, ">&-", 2, "error: standard output is closed; to run without it, type > /dev/null\n"),
+        (PRINTS, "> /dev/full", 2, FULL),
+        (WRITES, "> /dev/full", 2, FULL),
+        (WRITES, "| true", 141, ""),
+        (PRINTS, "2>&-", 0, ""),
+        (REFUSES, "2>&-", 2, ""),
+        (REFUSES, "2> /dev/full", 2, ""),
+        (REFUSES, "2>&1 | true", 2, ""),
+    ],
+)
+def test_output_that_nobody_takes(program, redirection, code, stderr):
+    shell = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", shell, sys.executable, program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, stderr)
+
+
+def test_a_platform_that_does_not_exist_is_one_line():
+    command = [sys.executable, "-c", BACKEND]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "foo"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Unable to initialize backend 'foo'")
+    assert done.stderr.count("\n") == 1
+
+
+SWALLOWS = """
+import gc, os, signal, time
+from gpt2_jax.cli import run_command
+
+def ctrl_c(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.001)  # the handler runs here
+
+class Finalized:
+    def __del__(self):
+        ctrl_c()
+
+def main(args):
+    WAYS
+    time.sleep(20)
+    return 0
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "Finalized()",
+        "gc.callbacks.append(lambda *_: (gc.callbacks.clear(), ctrl_c())); gc.collect()",
+        "[Finalized() for _ in range(3)]",
+        "ctrl_c()",
+    ],
+)
+def test_an_interrupt_that_python_swallows_comes_again(way):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWS.replace("WAYS", way)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert time.monotonic() - started < 15
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error():
+    way = "try: ctrl_c()\n    except BaseException: raise RuntimeError('failed') from None"
+    done = subprocess.run([sys.executable, "-c", SWALLOWS.replace("WAYS", way)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def interrupted(seconds, args, cwd):
+    """The exit code and the output of a command that gets Ctrl-C some seconds after it has begun its imports."""
+    command = [sys.executable, "-m", *map(str, args)]
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "numpy" not in maps.read_text():
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+TRAIN = [
+    "gpt2_jax.train",
+    "--config",
+    "quickstart",
+    "--steps",
+    "1000000",
+    "--eval.every",
+    "0",
+    "--checkpoint.every",
+    "0",
+]
+GENERATE = ["gpt2_jax.generate", "--model", "./none", "--prompt", "x"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc to see imports")
+@pytest.mark.parametrize(
+    ("command", "seconds"),
+    [(GENERATE, 0.0), (TRAIN, 0.2), (TRAIN, 1.5)]
+    + [pytest.param(TRAIN, 0.4 * moment, marks=pytest.mark.slow) for moment in range(16)],
+)
+def test_ctrl_c_at_any_moment_of_a_start(command, seconds, tmp_path):
+    code, output = interrupted(seconds, command, tmp_path)
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert "Exception ignored" not in output
+    assert "interrupted" in output or "stopped after update" in output

@@ -1,7 +1,10 @@
 """Progress as lines and as a bar, and readable numbers."""
 
 import io
+import subprocess
+import sys
 
+import pytest
 from rich.console import Console
 
 from gpt2_jax.display import Display, count, duration, si
@@ -23,7 +26,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     for counts, shown in ((True, "20/100"), (False, "20%")):
         screen = io.StringIO()
         monkeypatch.setattr(
-            "gpt2_jax.display.Console",
+            "gpt2_jax.display._Console",
             lambda screen=screen, **_: Console(file=screen, force_terminal=True, width=100, highlight=False),
         )
         with Display(0, 100, "starting", counts) as display:
@@ -39,3 +42,35 @@ def test_numbers():
     assert [si(number) for number in (7, 1234, 1_234_567, 10_300_000_000)] == ["7", "1.23k", "1.23M", "10.3G"]
     assert [count(number, "word") for number in (0, 1, 2345)] == ["0 words", "1 word", "2,345 words"]
     assert [duration(seconds) for seconds in (0, 65.2, 3725)] == ["0:00", "1:05", "1:02:05"]
+
+
+SHOWS = """
+from gpt2_jax.display import Display
+with Display(0, 9, "") as display:
+    for number in range(9):
+        display.print(f"line {number}")
+        display.show(number + 1, "update", ["loss"])
+open("done", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "stderr"),
+    [
+        ("| head -n 1", ""),
+        ("| true", ""),
+        ("> /dev/full", "standard output cannot be written (No space left on device); going on without it\n"),
+    ],
+)
+def test_the_work_goes_on_when_nobody_reads(redirection, stderr, tmp_path):
+    shell = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    command = ["bash", "-c", shell, sys.executable, SHOWS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, stderr)
+    assert (tmp_path / "done").exists()
+
+
+def test_names_cannot_command_the_terminal(capsys):
+    with Display(0, 1, "") as display:
+        display.print("runs/\x1b[2Jmine\x9b1m\r")
+    assert capsys.readouterr().out == "runs/\N{REPLACEMENT CHARACTER}[2Jmine\N{REPLACEMENT CHARACTER}1m\n"

@@ -5,8 +5,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -113,6 +116,71 @@ def test_a_cache_directory_that_cannot_be_created(monkeypatch, tmp_path, jax_con
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     runtime.enable_compilation_cache("auto")  # a user without a home directory
     assert jax_config.jax_compilation_cache_dir is None
+
+
+# --- containers: a user id that nobody has, with or without a home ---------------------------------------
+
+NOBODYS_ID = 54321
+COMPILING = """
+import jax, jax.numpy as jnp
+from gpt2_jax import runtime
+runtime.enable_compilation_cache("auto")
+for factor in range(3):
+    jax.jit(lambda x: x * factor)(jnp.ones(3)).block_until_ready()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.fixture
+def as_nobody():
+    """Runs this Python as a user without an entry in the table of users, in an empty directory that it may write."""
+    if not hasattr(os, "getuid") or os.getuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can take another user id, with setpriv of util-linux")
+    with tempfile.TemporaryDirectory(prefix="gpt2_jax-nobody-") as directory:
+        os.chmod(directory, 0o777)
+
+        def run(*args, umask=0o022, **environment):
+            hidden = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+            kept = {name: value for name, value in os.environ.items() if name not in hidden}
+            setpriv = ["setpriv", f"--reuid={NOBODYS_ID}", f"--regid={NOBODYS_ID}", "--clear-groups"]
+            paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": FAST_COMPILE}
+            return subprocess.run(
+                [*setpriv, sys.executable, *args],
+                cwd=directory,
+                env=kept | paths | environment,
+                capture_output=True,
+                text=True,
+                umask=umask,
+            )
+
+        if run("-c", "import jax").returncode:
+            pytest.skip("another user cannot read this checkout or its Python")
+        yield run, Path(directory)
+
+
+def test_a_cache_for_a_user_id_that_nobody_has(as_nobody):
+    run, home = as_nobody
+    done = run("-c", COMPILING)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
+    done = run("-c", COMPILING, umask=0o077, HOME=str(home))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{home}/.cache/gpt2_jax/programs\n", "")
+    assert len(list((home / ".cache/gpt2_jax/programs").glob("*-cache"))) >= 3
+    done = run("-c", COMPILING, HOME="/proc")  # nobody can write there
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{}, {"HOME": "."}, {"HOME": "/proc"}])
+def test_a_user_id_that_nobody_has_trains_and_generates(as_nobody, environment):
+    run, directory = as_nobody
+    environment = {name: str(directory) if value == "." else value for name, value in environment.items()}
+    flags = ["--config", "quickstart", "--steps", "5", "--model.n_layer", "1", "--data.val_fraction", "0.001"]
+    done = run("-m", "gpt2_jax.train", *flags, umask=0o077, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert (directory / "runs/quickstart/loss.png").exists()
+    flags = ["--model", "runs/quickstart", "--prompt", "def ", "--max-new-tokens", "5"]
+    done = run("-m", "gpt2_jax.generate", *flags, umask=0o077, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 TRAINING = """

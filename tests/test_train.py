@@ -267,9 +267,74 @@ def test_metrics_are_fetched_after_the_next_update_was_dispatched(tiny_run, tmp_
 
 def test_a_diverged_run_stops_with_the_update_and_keeps_what_was_good(tiny_run, tmp_path, capsys):
     args = [*tiny_run, "--out", tmp_path / "run", "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", 0]
-    assert training.main([*map(str, args), "--batch_size", "8"]) == 1
+    assert training.main([*map(str, args), "--batch_size", "8"]) == 2
     assert "has loss nan" in capsys.readouterr().err
     assert not any((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_reader_that_leaves_loses_no_update(tiny_run, tmp_path, monkeypatch):
+    """`train | head`: the lines end, the training goes on."""
+    read, write = os.pipe()
+    with open(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        os.close(read)
+        assert run_here([*tiny_run, "--out", tmp_path / "run", "--steps", 12]) == 0
+    assert list(rows(tmp_path / "run", "loss")) == list(range(1, 13))
+    assert (tmp_path / "run" / "checkpoints" / "12").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["| head -n 8", "2>&1 | head -n 1", "> /dev/full"])
+def test_the_command_with_a_reader_that_leaves(tiny_run, tmp_path, redirection):
+    args = shlex.join([*tiny_run, "--out", str(tmp_path / "run"), "--steps", "40"])
+    shell = f"{sys.executable} -m gpt2_jax.train {args} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 0
+    full = "standard output cannot be written (No space left on device); going on without it\n"
+    assert done.stderr == (full if "full" in redirection else "")
+    assert list(rows(tmp_path / "run", "loss")) == list(range(1, 41))
+    assert (tmp_path / "run" / "checkpoints" / "40").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals that send no signal")
+def test_a_terminal_that_closes_stops_with_a_checkpoint(tiny_run, tmp_path):
+    process = command([*tiny_run, "--out", tmp_path / "run", "--steps", "100000", "--optimizer.decay_steps", "40"])
+    wait_for_update(tmp_path / "run", 3)
+    process.send_signal(signal.SIGHUP)
+    code, output = finish(process)
+    assert code == 128 + signal.SIGHUP
+    assert "the same command resumes it" in output
+
+
+def test_a_moved_run_goes_on_where_it_is(tiny_run, tmp_path, capsys):
+    assert run_here([*tiny_run, "--out", tmp_path / "old", "--steps", 3]) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    config = ["--config", tmp_path / "new" / "config.toml"]
+    capsys.readouterr()
+    assert run_here([*config, "--steps", 5]) == 0
+    assert "new, 5 updates, resumed after update 3" in capsys.readouterr().out
+    assert not (tmp_path / "old").exists()
+    assert list(rows(tmp_path / "new", "loss")) == [1, 2, 3, 4, 5]
+    assert run_here([*config, "--steps", 2, "--out", tmp_path / "other"]) == 0  # --out wins
+    assert list(rows(tmp_path / "other", "loss")) == [1, 2]
+
+
+def test_a_shortened_run_goes_on_with_its_schedule(tiny_run, tmp_path, capsys):
+    toml = TINY.replace("decay_steps = 40\n", "").replace("warmup_steps = 5", "warmup_steps = 20")
+    (tmp_path / "tiny.toml").write_text(toml)
+    args = list(map(str, [*tiny_run, "--out", tmp_path / "run"]))
+    assert training.main([*args, "--steps", "4", "--batch_size", "8"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(
+        "--steps 4 is shorter than the warmup of 20 updates: now 2, the same share as of 40 updates"
+    )
+    longer = [*args, "--steps", "8", "--batch_size", "8"]
+    with pytest.raises(UserError, match=r"warmup_steps: 2 -> 4; .*decay_steps: 4 -> 8\); type (.*) to keep") as error:
+        training.main(longer)
+    (flags,) = re.findall(r"type (.*) to keep its schedule", str(error.value))
+    assert training.main([*longer, *flags.split()]) == 0
+    assert list(rows(tmp_path / "run", "loss")) == list(range(1, 9))
 
 
 # --- what is refused -----------------------------------------------------------------------------------
@@ -357,6 +422,22 @@ def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
     assert done == list(range(1, len(done) + 1))
     with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
         assert checkpoints.latest() == len(done) > 0
+
+
+@pytest.mark.parametrize("late", ["restore_or_init", "_check"])
+def test_a_refused_start_leaves_no_directory(tiny_run, tmp_path, monkeypatch, late):
+    """The model to start from may turn out to be damaged when the directory exists."""
+
+    def refuse(*_):
+        raise UserError("damaged")
+
+    monkeypatch.setattr(
+        f"gpt2_jax.train.{'RunCheckpoints.restore_or_init' if late != '_check' else 'BatchSource'}", refuse
+    )
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="damaged"):
+        run_here([*tiny_run, "--out", tmp_path / "new" / "run"])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_data_that_cannot_be_used_writes_nothing(tiny_run, tmp_path):

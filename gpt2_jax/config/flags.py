@@ -12,16 +12,22 @@ from typing import Any, TypeVar
 
 import tyro
 
-from gpt2_jax.config import TrainConfig, flatten, validate
+from gpt2_jax.config import TrainConfig, flatten, shortened, validate
 from gpt2_jax.config.toml import nearest_key, preset_names, read_config
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_regular, is_open_pipe, user_path
 
 Flags = TypeVar("Flags")
 Parsed = TypeVar("Parsed")
 
 
-def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
+def parse_args(
+    prog: str, description: str, args: Sequence[str], note: Callable[[str], object] = lambda line: None
+) -> TrainConfig:
     """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
+
+    Args:
+        note: called with a line for the user about a value that was changed to fit the others.
 
     Raises:
         UserError: something is wrong that can be found without data and devices.
@@ -41,9 +47,30 @@ def parse_args(prog: str, description: str, args: Sequence[str]) -> TrainConfig:
         print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
         print(f"\nTo list every key with its meaning, type {prog} --config NAME --help")
         raise SystemExit(0 if help_requested else 2)
-    config = apply_flags(read_config(name), rest, prog=f"{prog} --config {name}", description=description)
+    written = _read_config(name)
+    config = apply_flags(written, rest, prog=f"{prog} --config {name}", description=description)
+    given = {word[2:].replace("-", "_") for word in rest if word.startswith("--")}
+    if "optimizer.warmup_steps" not in given:
+        config, line = shortened(config, written)
+        if line:
+            note(line)
     validate(config)
     return config
+
+
+def _read_config(name: str) -> TrainConfig:
+    """Reads a preset or a file. The config.toml of a run directory names the directory that it is in now.
+
+    So a run directory that was moved or copied goes on where it is, and not where it was written.
+    """
+    if name in preset_names():
+        return read_config(name)
+    path = user_path(name, "--config")
+    if not is_open_pipe(name):
+        check_regular(path)
+    config = read_config(str(path))
+    is_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
+    return dataclasses.replace(config, out=str(path.parent)) if is_run else config
 
 
 def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,8 @@ from gpt2_jax.data.manifest import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
 from gpt2_jax.display import Display, count
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.files import check_regular, user_path
 
 PROG = "python -m gpt2_jax.data"
 
@@ -40,7 +41,7 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     flags = parse_flags(Flags, args, prog=PROG, description="Show and check what a directory of token files holds.")
-    directory = Path(flags.directory).expanduser()
+    directory = user_path(flags.directory, "DIR")
     try:
         paths = sorted(path for path in directory.iterdir() if path.suffix in (".bin", ".npy"))
     except OSError as error:
@@ -48,6 +49,8 @@ def main(args: Sequence[str]) -> int:
     manifest = read_manifest(directory)
     if not paths:
         raise UserError(f"{directory} has no token files (.bin, .npy); make some with python -m gpt2_jax.prepare")
+    for path in paths:
+        check_regular(path)
     if flags.windows < 0 or flags.window_tokens < 1 or flags.seed < 0:
         raise UserError("--windows and --seed must be 0 or more, and --window-tokens at least 1")
     files = open_token_files(paths)
@@ -69,7 +72,7 @@ def main(args: Sequence[str]) -> int:
             length = min(flags.window_tokens, len(file))
             start = int(rng.integers(0, len(file) - length + 1))
             text = tokenizer.decode_bytes(file[start : start + length].tolist()).decode("utf-8", "replace")
-            print(f"\n{file.path.name}, tokens {start:,} to {start + length:,}:\n    {text!r}")
+            print(f"\n{harmless(file.path.name)}, tokens {start:,} to {start + length:,}:\n    {text!r}")
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import glob
 import hashlib
 import os
 import re
@@ -21,6 +20,7 @@ from gpt2_jax.config import DataConfig
 from gpt2_jax.data.encode import encode_document
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import find_paths
 
 STDLIB = "stdlib"
 # Tests, third-party packages, and generated files: code pages, help texts, character tables, build settings.
@@ -76,7 +76,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     """
     if config.text == STDLIB:
         return split_by_name(_read_documents(stdlib_files()), config.val_fraction)
-    paths = match_files(config.text)
+    paths = match_files(config.text, "data.text")
     if not paths:
         name = Path(config.text).name
         advice = f"curl -o {name} {DOWNLOADS[name]}" if name in DOWNLOADS else "--data.text FILE_OR_GLOB"
@@ -89,12 +89,16 @@ def read_corpus(config: DataConfig) -> Corpus:
     return _split_single(documents[0], config)
 
 
-def match_files(pattern: str) -> list[str]:
-    """Finds the files that match a glob. The path of an existing file matches only that file, even with `*` in it."""
-    pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
-        return [pattern]
-    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+def match_files(pattern: str, name: str) -> list[str]:
+    """Finds the files that match a glob. The path of an existing file matches only that file, even with `*` in it.
+
+    Args:
+        name: the flag or the config key that the pattern comes from, for errors.
+
+    Raises:
+        UserError: no file can have this path, or it is that of a FIFO, a socket or a device.
+    """
+    return [str(path) for path in find_paths(pattern, name) if path.is_file()]
 
 
 def name_files(paths: Iterable[str]) -> dict[str, Path]:

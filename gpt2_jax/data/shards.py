@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import abc
 import errno
-import glob
 import os
 import re
 import weakref
@@ -27,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_regular, find_paths
 
 MAGIC = 20240520
 VERSION = 1
@@ -270,23 +270,24 @@ def header_bytes(n_tokens: int) -> bytes:
 
 
 def find_token_files(pattern: str, key: str) -> list[Path]:
-    """Finds the files that match a glob, sorted by name.
+    """Finds the files that match a glob, sorted by name. The path of an existing file matches only that file.
 
     Args:
         pattern: the glob.
         key: the config key that it comes from, for errors.
 
     Raises:
-        UserError: no file matches, or a directory does.
+        UserError: no file matches, or a directory, a FIFO, a socket or a device does.
     """
-    pattern = os.path.expanduser(pattern)
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    paths = find_paths(pattern, key)
     if not paths:
         raise UserError(
             f"{key} = {pattern!r} matches no file; give a glob of token files (python -m gpt2_jax.prepare makes them)"
         )
     if directories := [path for path in paths if path.is_dir()]:
         raise UserError(f"{key} = {pattern!r} matches the directory {directories[0]}; type {directories[0]}/*.bin")
+    for path in paths:
+        check_regular(path)
     return paths
 
 

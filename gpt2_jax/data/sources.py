@@ -277,7 +277,7 @@ def _find_files(patterns: Sequence[str], exclude: Path | None) -> dict[str, Path
     """Finds the files of patterns, and names them relative to their common folder."""
     paths: set[str] = set()
     for pattern in patterns:
-        files = [os.path.abspath(path) for path in match_files(pattern)]
+        files = [os.path.abspath(path) for path in match_files(pattern, "SOURCE")]
         expanded = os.path.expanduser(pattern)
         if exclude and not os.path.isfile(expanded):
             excluded = Path(os.path.abspath(exclude))

@@ -9,10 +9,10 @@ import itertools
 import os
 import secrets
 import signal
-import sys
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,30 +78,40 @@ def check_shared(directory: Path) -> None:
     """Checks that all processes see the files that process 0 writes into a directory.
 
     Raises:
-        UserError: this process does not see them.
+        UserError: a process does not see them, or process 0 cannot write them; in all processes, so that process 0
+            can remove what it has written.
     """
     if jax.process_count() == 1:
         return
     seen = directory / f".seen-{broadcast_from_primary('token', secrets.token_hex(8))}"
+    problems = f"gpt2_jax/{next(_calls)}/problems/"
+    client = coordination_client()
+    problem = ""
     if is_primary():
-        seen.touch()
+        try:
+            seen.touch()
+        except OSError as error:
+            problem = f"{directory} cannot be written: {error.strerror}"
     barrier("written")
     deadline = time.monotonic() + 10  # network file systems can lag
     while not (found := seen.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    if not found:
+        where = f"{directory.absolute()} in process {jax.process_index()} on {socket.gethostname()}"
+        problem = problem or f"{where} is not the directory that process 0 writes"
+        client.key_value_set(f"{problems}{jax.process_index()}", problem)
     barrier("seen")
     if is_primary():
-        seen.unlink()
-    if not found:
-        raise UserError(
-            f"{directory.absolute()} on this host is not the directory that process 0 writes; give an --out on a file "
-            "system that all hosts share"
-        )
+        seen.unlink(missing_ok=True)
+    if found_problems := sorted(client.key_value_dir_get(problems)):
+        raise UserError(f"{found_problems[0][1]}; give an --out on a file system that all hosts share")
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], int]]:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop, after the same update in all processes.
+    """Turns SIGTERM, the first Ctrl-C and the end of the terminal into a request to stop.
+
+    All processes stop after the same update.
 
     Yields:
         A function to call after each update with its number. It returns the signal to stop for, or 0.
@@ -113,8 +123,9 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
         received.append(number)
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
-        print(f"\n{signal.Signals(number).name}: stopping after this update, with a checkpoint", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C interrupts at once
+        with suppress(OSError):  # not print: the signal may have come in the middle of one, and stderr may be closed
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this update, with a checkpoint\n".encode())
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])  # the second Ctrl-C interrupts at once
 
     def stop_requested(step: int) -> int:
         if several:
@@ -123,6 +134,8 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
 
     # With several processes, `jax.distributed.initialize` has installed JAX's own handler of SIGTERM.
     numbers = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop_requested

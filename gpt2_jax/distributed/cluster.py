@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from gpt2_jax.errors import UserError
 
+MAX_SECONDS = 10**6  # of a timeout
+
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFlags:
@@ -73,10 +75,12 @@ def detect_cluster(
     Raises:
         UserError: the description is incomplete or invalid.
     """
+    _check_seconds(flags)
     if flags.processes == 1:
         return None
     coordinator = flags.coordinator or environ.get("JAX_COORDINATOR_ADDRESS", "")
-    if flags.processes or "JAX_NUM_PROCESSES" in environ or flags.process >= 0:
+    names = {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} & environ.keys()
+    if flags.processes or flags.process >= 0 or names:
         return _explicit(flags, coordinator, environ)
     if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         return _open_mpi(coordinator, environ)
@@ -88,15 +92,32 @@ def detect_cluster(
     return _explicit(flags, coordinator, environ) if coordinator else None
 
 
+def _check_seconds(flags: ClusterFlags) -> None:
+    for name in ("coordinator_timeout", "heartbeat_timeout"):
+        if not 1 <= (seconds := getattr(flags, name)) <= MAX_SECONDS:
+            raise UserError(f"--{name.replace('_', '-')} {seconds}; expected 1 to {MAX_SECONDS} seconds")
+
+
 def _number(environ: Mapping[str, str], *names: str) -> int:
     """The first of these variables that is set, as a number; -1 if none is."""
     name = next((name for name in names if environ.get(name)), None)
     if name is None:
         return -1
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise UserError(f"{name} = {environ[name]!r}; expected a whole number") from None
+    if not re.fullmatch(r"[0-9]{1,18}", environ[name].strip()):
+        raise UserError(f"{name} = {environ[name]!r}; expected a whole number, 0 or more")
+    return int(environ[name])
+
+
+def _set_number(environ: Mapping[str, str], name: str) -> int:
+    """A variable that its launcher always sets, as a number.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    number = _number(environ, name)
+    if number < 0:
+        raise UserError(f"{name} is not set, but other variables of its launcher are; set it, or type --processes 1")
+    return number
 
 
 def _explicit(flags: ClusterFlags, coordinator: str, environ: Mapping[str, str]) -> Cluster | None:
@@ -111,8 +132,6 @@ def _explicit(flags: ClusterFlags, coordinator: str, environ: Mapping[str, str])
     }
     if any(missing.values()):
         raise UserError(f"a run of several processes needs {' and '.join(key for key, is_ in missing.items() if is_)}")
-    if process >= processes:
-        raise UserError(f"found --process {process} of --processes {processes}; expected 0 to {processes - 1}")
     return _cluster(coordinator, processes, process)
 
 
@@ -120,6 +139,8 @@ def _cluster(coordinator: str, processes: int, process: int, device: int | None 
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, where HOST runs process 0")
+    if process >= processes:
+        raise UserError(f"found --process {process} of --processes {processes}; expected 0 to {processes - 1}")
     arguments = {
         "coordinator_address": coordinator,
         "num_processes": processes,
@@ -132,7 +153,8 @@ def _cluster(coordinator: str, processes: int, process: int, device: int | None 
 
 def _port(job: int, environ: Mapping[str, str]) -> int:
     """A port that jobs on the same host are unlikely to share, computed as JAX does."""
-    return int(environ.get("JAX_COORDINATOR_PORT") or 65536 - 4096 + job % 4096)
+    port = _number(environ, "JAX_COORDINATOR_PORT")
+    return port if port >= 0 else 65536 - 4096 + job % 4096
 
 
 def _own_device(rank: int, shares_host: bool, environ: Mapping[str, str]) -> int | None:
@@ -140,12 +162,15 @@ def _own_device(rank: int, shares_host: bool, environ: Mapping[str, str]) -> int
 
     JAX would always take one GPU per process, and leave seven of eight idle with one process per host.
     """
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", ids := environ.get("JAX_LOCAL_DEVICE_IDS", "0")):
+        raise UserError(f"JAX_LOCAL_DEVICE_IDS = {ids!r}; expected numbers with commas, such as 0,1")
     bound = "SLURM_GPUS_PER_TASK" in environ or environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
     return None if not shares_host or bound or "JAX_LOCAL_DEVICE_IDS" in environ else rank
 
 
 def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Cluster:
-    processes, local_size = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    processes, rank, local_size, local_rank = (_set_number(environ, f"OMPI_COMM_WORLD_{name}") for name in names)
     # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the job number times 2**12, and the addresses of mpirun's host.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     if not coordinator and (found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)):
@@ -154,22 +179,31 @@ def _open_mpi(coordinator: str, environ: Mapping[str, str]) -> Cluster:
         raise UserError("Open MPI does not report where process 0 runs; give --coordinator HOST:PORT")
     if not coordinator:
         coordinator = f"localhost:{_port(os.getppid(), environ)}"
-    device = _own_device(_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), local_size != 1, environ)
-    return _cluster(coordinator, processes, _number(environ, "OMPI_COMM_WORLD_RANK"), device)
+    return _cluster(coordinator, processes, rank, _own_device(local_rank, local_size != 1, environ))
 
 
 def _slurm(coordinator: str, environ: Mapping[str, str]) -> Cluster:
-    processes, hosts = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_STEP_NUM_NODES")
+    names = ("STEP_NUM_TASKS", "PROCID", "LOCALID", "STEP_NUM_NODES")
+    processes, rank, local_rank, hosts = (_set_number(environ, f"SLURM_{name}") for name in names)
     if not coordinator:
-        # The first host of "gpu[003-005,9],login1": the prefix, then the first number in the brackets.
-        first = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", environ.get("SLURM_STEP_NODELIST", ""))
-        if not first:
-            raise UserError("SLURM does not name the hosts of this job step; give --coordinator HOST:PORT")
-        coordinator = (
-            f"{''.join(part or '' for part in first.groups())}:{_port(_number(environ, 'SLURM_JOB_ID'), environ)}"
+        host = _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        coordinator = f"{host}:{_port(_set_number(environ, 'SLURM_JOB_ID'), environ)}"
+    return _cluster(coordinator, processes, rank, _own_device(local_rank, hosts != processes, environ))
+
+
+def _first_host(hosts: str) -> str:
+    """The first host of a list of SLURM's: "rack0n03" of "rack[0-1,4]n[03-05,9],login1".
+
+    Raises:
+        UserError: it is not such a list.
+    """
+    first = re.match(r"(?:[^,\[\]\s]|\[\w[^\[\]]*\])+(?=,|$)", hosts)
+    if not first:
+        raise UserError(
+            f"SLURM does not name the hosts of this job step (SLURM_STEP_NODELIST = {hosts!r}); give --coordinator "
+            "HOST:PORT"
         )
-    device = _own_device(_number(environ, "SLURM_LOCALID"), hosts != processes, environ)
-    return _cluster(coordinator, processes, _number(environ, "SLURM_PROCID"), device)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _tpu_hosts(environ: Mapping[str, str], metadata: Callable[[str], str]) -> list[str]:

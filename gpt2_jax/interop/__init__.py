@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_regular, user_path
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.interop.huggingface import hub_files, open_huggingface
 from gpt2_jax.interop.llmc import open_llmc
@@ -36,11 +37,12 @@ def open_model(name: str) -> StoredModel:
     Raises:
         UserError: there is no such model, it is damaged, it may not be read, or it is not a GPT-2.
     """
+    path = user_path(name or ".", "MODEL")
+    check_regular(path)
     try:
-        path = Path(name).expanduser()
         with permission(path):
             is_file, is_directory = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # the name is too long, or the home directory is unknown
+    except OSError as error:
         raise UserError(f"{name} cannot be a model ({error}); expected {MODEL_KINDS}") from error
     if is_file:
         return open_nanogpt(path) if path.suffix in (".pt", ".pth") else open_llmc(path)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpt2_jax.config import TrainConfig, differences
 from gpt2_jax.config.toml import read_config, to_toml
-from gpt2_jax.distributed.agreement import check_shared, is_primary
+from gpt2_jax.distributed.agreement import barrier, check_shared, is_primary
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import replace_text
+from gpt2_jax.files import make_directory, remove_empty, replace_text, user_path
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:
@@ -19,7 +21,7 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
     Raises:
         UserError: the directory has checkpoints but no config of a run, or cannot be read.
     """
-    out = Path(config.out).expanduser()
+    out = user_path(config.out, "out")
     try:
         if not any(path.name.isdigit() for path in (out / "checkpoints").iterdir()):
             return None
@@ -33,8 +35,11 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
         raise UserError(f"{out} has checkpoints but not the config of a run ({error}); type another --out") from error
 
 
-def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Path:
+@contextmanager
+def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Iterator[Path]:
     """Creates the run directory, or checks that it belongs to this config and can be written.
+
+    If the `with` block raises before anything was trained, a new directory does not stay.
 
     Args:
         saved: the config from `saved_config`.
@@ -42,23 +47,46 @@ def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Path:
     Raises:
         UserError: it belongs to another config, cannot be written, or is not shared by all processes.
     """
-    out = Path(config.out).expanduser()
+    out = user_path(config.out, "out")
     if saved and (changed := differences(config, saved)):
         listed = "; ".join(f"{key}: {there!r} -> {here!r}" for key, (there, here) in changed.items())
         advice = "restore its values, or type another --out"
-        if list(changed) == ["optimizer.decay_steps"]:  # derived from `steps` unless it is given
-            advice = f"type --optimizer.decay_steps {changed['optimizer.decay_steps'][0]} to keep its schedule"
+        if changed.keys() <= {"optimizer.decay_steps", "optimizer.warmup_steps"}:  # both can follow from `steps`
+            flags = " ".join(f"--{key} {there}" for key, (there, _) in changed.items())
+            advice = f"type {flags} to keep its schedule"
         raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        if is_primary():
-            out.mkdir(parents=True, exist_ok=True)
         for path in (out, *(out / name for name in ("config.toml", "checkpoints", "metrics.jsonl", "loss.png"))):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:
-        raise UserError(f"cannot write the run directory {out}: {error.strerror}; type another --out") from error
-    check_shared(out)
-    return out
+        raise _not_writable(out, error) from error
+    barrier("ready")  # a process that is refused up to here ends all of them before process 0 has written anything
+    try:
+        new = make_directory(out) if is_primary() else []
+    except OSError as error:
+        raise _not_writable(out, error) from error
+    try:
+        check_shared(out)
+        yield out
+    except BaseException:
+        if new:
+            _remove_unused(out, new)
+        raise
+
+
+def _not_writable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the run directory {out}: {error.strerror}; type another --out")
+
+
+def _remove_unused(out: Path, new: list[Path]) -> None:
+    """Removes a new run directory, and its new parents, unless something was trained in it."""
+    metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
+    remove_empty([checkpoints])
+    if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size):
+        for file in (metrics, out / "config.toml"):
+            file.unlink(missing_ok=True)
+        remove_empty(new)
 
 
 def write_config(out: Path, config: TrainConfig) -> None:

@@ -98,6 +98,71 @@ def test_without_a_config_the_presets_are_listed(capsys):
     assert all(name in text and header in text for name, header in preset_names().items())
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_takes_fewer_steps_as_typed(name):
+    whole, lines = read_config(name), []
+    for steps in (1, 10, 100, whole.steps - 1):
+        config = parse_args("train", "", ["--config", name, "--steps", str(steps)], lines.append)
+        if whole.optimizer.warmup_steps <= steps:  # it fits, and stays
+            assert config == dataclasses.replace(whole, steps=steps)
+            assert not lines
+        else:
+            warmup = max(round(whole.optimizer.warmup_steps * steps / whole.steps), 1)
+            optimizer = dataclasses.replace(whole.optimizer, warmup_steps=warmup)
+            assert config == dataclasses.replace(whole, steps=steps, optimizer=optimizer)
+            assert lines.pop().startswith(f"--steps {steps} is shorter than the warmup of")
+
+
+def test_a_warmup_that_was_typed_is_not_changed(tmp_path):
+    for flag in ("--optimizer.warmup_steps", "--optimizer.warmup-steps"):
+        with pytest.raises(UserError, match=r"warmup_steps = 240 is more than the 100 updates"):
+            parse("--config", "quickstart", "--steps", "100", flag, "240")
+        assert parse("--config", "quickstart", "--steps", "100", flag, "7").optimizer.warmup_steps == 7
+    (tmp_path / "mine.toml").write_text("out='x'\nsteps=100\nbatch_size=1\n[data]\ntext='t'\n")
+    with pytest.raises(UserError, match=r"warmup_steps = 715 is more than the 100 updates"):
+        parse("--config", str(tmp_path / "mine.toml"))
+    config = parse("--config", "quickstart", "--steps", "100", "--optimizer.decay_steps", "8000")
+    assert config.optimizer.warmup_steps == 240  # 100 updates of a schedule of 8,000
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("model.vocab_size", 2**31),
+        ("model.n_embd", 2**31),
+        ("model.n_head", 2**31),
+        ("model.n_layer", 10**9),
+        ("model.block_size", 2**31),
+        ("model.loss_chunk", 2**40),
+        ("batch_size", 2**31),
+        ("batch_size", 10**30),
+        ("micro_batch_size", 10**30),
+        ("steps", 2**40),
+        ("optimizer.warmup_steps", 2**40),
+        ("optimizer.decay_steps", 2**40),
+        ("optimizer.learning_rate", 1e39),
+        ("optimizer.weight_decay", 1e39),
+        ("mesh.data", 2**40),
+        ("checkpoint.keep", 10**30),
+        ("eval.tokens", 10**30),
+        ("eval.sample_tokens", 2**40),
+        ("log.profile_steps", 2**40),
+    ],
+)
+def test_sizes_beyond_any_machine_are_refused(flag, value):
+    with pytest.raises(UserError, match=rf"^{flag} = .*; expected .*at most "):
+        parse("--config", "quickstart", f"--{flag}", str(value))
+
+
+def test_sizes_that_are_large_together_are_refused():
+    with pytest.raises(UserError, match=r"make about .* parameters; expected at most"):
+        parse("--config", "quickstart", "--model.n_layer", "4096", "--model.n_embd", "12288")
+    with pytest.raises(
+        UserError, match=r"tokens per update; expected at most 2,147,483,647; type --batch_size 2097151"
+    ):
+        parse("--config", "gpt2-124m", "--batch_size", "2097152")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -385,8 +385,8 @@ def sky():
 
 @pytest.mark.parametrize("part", ["setup", "run"])
 def test_shellcheck_finds_nothing_in_skypilots_scripts(sky, part):
-    # $ARGS is several words. If a command in an export fails, the training reports the empty variable.
-    lint(["shellcheck", "--shell=bash", "--exclude=SC2086,SC2155", "-"], sky[part])
+    # If a command in an export fails, the training reports the empty variable.
+    lint(["shellcheck", "--shell=bash", "--exclude=SC2155", "-"], sky[part])
 
 
 @pytest.mark.parametrize(("fate", "starts"), [("0", 1), ("2", 1), ("143", 1), ("134", 4)])
@@ -410,6 +410,32 @@ def test_skypilot_restarts_after_crashes_only(sky, tmp_path, fate, starts):
     variables = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
     launch = cluster.detect_cluster(cluster.ClusterFlags(), variables)
     assert (launch.processes, launch.coordinator, launch.arguments["process_id"]) == (2, "10.0.0.1:8476", 1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--config mine.toml --data.train 'it s/*.bin'", ["--config", "mine.toml", "--data.train", "it s/*.bin"]),
+        (
+            "--data.text * --out \"a b\"/$HOME --data.val ''",
+            ["--data.text", "*", "--out", "a b/$HOME", "--data.val", ""],
+        ),
+        ("--config x\n  --steps 3\n", ["--config", "x", "--steps", "3"]),
+        ("--out 'open", None),
+    ],
+)
+def test_skypilot_passes_arguments_as_typed(sky, tmp_path, typed, words):
+    python = tmp_path / "gpt2_jax" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" > ~/words\n")
+    python.chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "ARGS": typed}
+    done = subprocess.run(["bash", "-c", sky["run"]], env=environment, cwd=ROOT, capture_output=True, text=True)
+    if words is None:
+        assert (done.returncode, done.stderr) == (2, f"error: ARGS is {typed}; close its quotes\n")
+        return
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "words").read_text() == "\n".join(["-m", "gpt2_jax.train", *words]) + "\n"
 
 
 @pytest.mark.slow

@@ -323,7 +323,9 @@ def failed(start, make_directory):
             "unknown flag": start(here, "--stepz", 3),
             "found late": start(here, command=("-c", PLACING)),
         }
-        return {name: finish(processes) for name, processes in running.items()}
+        results = {name: finish(processes) for name, processes in running.items()}
+    left = [path for place in (here, elsewhere, held) for path in place.rglob("*")]
+    return results | {"left behind": sorted(path.name for path in left if path.name not in ("tiny.toml", "text.txt"))}
 
 
 def error_line(codes, outputs, errors):
@@ -349,6 +351,10 @@ def test_an_error_of_process_1_ends_both(failed):
     assert "the config differs from process 0: seed = 7 here, seed = 1337 on process 0;" in line
     line = error_line(*failed["another directory"])
     assert "is not the directory that process 0 writes; give an --out on a file system that all hosts share" in line
+
+
+def test_a_refused_start_leaves_nothing_behind(failed):
+    assert failed["left behind"] == ["run"]  # the one that was there
 
 
 def test_an_error_ends_a_process_that_waits_in_a_collective(failed):
@@ -399,6 +405,6 @@ def test_hosts_whose_data_differs_in_the_middle_do_not_train(start, directory, m
 def test_divergence_ends_both(start, directory):
     both = start(directory, "--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", 0)
     codes, _, errors = finish(both)
-    assert codes == [1, 1]
+    assert codes == [2, 2]
     (line,) = errors[0] + errors[1]
     assert "has loss nan" in line

@@ -1,6 +1,7 @@
 """The generate command as a user runs it, and text from tokens as they come."""
 
 import io
+import signal
 import subprocess
 import sys
 
@@ -124,6 +125,36 @@ def test_a_reader_that_has_enough_is_no_error(run):
     args = f"{sys.executable} -m gpt2_jax.generate --model {run[0]} --prompt abc --slide --max-new-tokens 100 | true"
     process = subprocess.run(["bash", "-c", args], capture_output=True, text=True, check=False)
     assert process.stderr == ""
+
+
+def test_text_commands_no_terminal_and_is_raw_in_a_pipe(run, monkeypatch, capsys):
+    args = ["--model", str(run[0]), "--prompt", "a\x1b[2J\r\x07\n\té", "--max-new-tokens", "2", "--temperature", "0"]
+    command.main(args)
+    assert capsys.readouterr().out.startswith("a\x1b[2J\r\x07\n\té")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    command.main(args)
+    shown = "a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\n\té"
+    assert capsys.readouterr().out.startswith(shown)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_text_is_written_ends_with_130(run):
+    args = [
+        "-m",
+        "gpt2_jax.generate",
+        "--model",
+        str(run[0]),
+        "--prompt",
+        "abc",
+        "--slide",
+        "--max-new-tokens",
+        "1000000",
+    ]
+    process = subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(10).startswith(b"abc")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"interrupted\n")
 
 
 def test_text_is_whole_characters_as_it_comes():
