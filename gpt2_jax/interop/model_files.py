@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax import parsing
 from gpt2_jax.errors import UserError, one_line
 
 FindFile = Callable[[str], Path | None]  # finds a file of a model by its name; None if there is none
@@ -80,12 +80,9 @@ def read_text(path: Path) -> str:
         UserError: it cannot be read, is not UTF-8, or is larger than `LARGEST_TEXT`.
     """
     try:
-        with permission(path), open(path, "rb") as file:
-            data = file.read(LARGEST_TEXT + 1)
-        if len(data) > LARGEST_TEXT:
-            raise UserError(f"{path} is larger than {LARGEST_TEXT:,} bytes, the most for such a file; copy it again")
-        return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with permission(path):
+            return parsing.read_text(path, LARGEST_TEXT)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); copy it again") from error
 
 
@@ -96,8 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: as `read_text`, or it is not a JSON object.
     """
     try:
-        table = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        table = parsing.parse_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); copy it again") from error
     if not isinstance(table, dict):
         raise UserError(f"{path} holds {type(table).__name__}; expected a JSON object")
