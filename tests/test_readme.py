@@ -10,9 +10,10 @@ import jax
 import pytest
 
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, TrainConfig, flatten, validate
+from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig, TrainConfig, flatten
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
 from gpt2_jax.config.toml import preset_names, read_config, to_toml
+from gpt2_jax.config.validation import validate
 from gpt2_jax.model import GPT2, init_params
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from gpt2_jax.config import TrainConfig, flatten, shortened, validate
+from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import nearest_key, preset_names, read_config
+from gpt2_jax.config.validation import shortened, validate
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_regular, is_open_pipe, user_path
 

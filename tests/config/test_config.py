@@ -12,9 +12,10 @@ import tomllib
 import pytest
 
 from gpt2_jax import config as config_module
-from gpt2_jax.config import TrainConfig, differences, flatten, validate
+from gpt2_jax.config import TrainConfig, differences, flatten
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import PRESETS, preset_names, read_config, to_toml
+from gpt2_jax.config.validation import validate
 from gpt2_jax.errors import UserError
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from gpt2_jax import train as training
-from gpt2_jax.config import differences, validate
+from gpt2_jax.config import differences
 from gpt2_jax.config.flags import parse_args
+from gpt2_jax.config.validation import validate
 from gpt2_jax.errors import UserError
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.run.profiling import traced
