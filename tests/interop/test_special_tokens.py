@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 import safetensors.numpy
 from model_files import CONFIG, END, EXACT, write_byte_pairs
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gpt2_jax import load
 from gpt2_jax.convert import convert
 from gpt2_jax.data.tokenizer import Boundaries, boundaries
+from gpt2_jax.generation import Sampling, generate
 from gpt2_jax.interop import open_model
 
 ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
@@ -170,7 +170,7 @@ def test_every_format_keeps_the_tokenizer(models, tmp_path, kind):
 
 def test_a_text_ends_and_starts_where_the_model_says_in_every_format_of_tokenizer(tmp_path):
     """The end is an added token: likely, and beyond the vocabulary of vocab.json."""
-    config = dataclasses.replace(CONFIG, vocab_size=END + 4)
+    config = dataclasses.replace(CONFIG, vocab_size=END + 4, n_layer=1)
     theirs = torch_gpt2(config)
     theirs.config.bos_token_id, theirs.config.eos_token_id = END, END + 1
     theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id = END, END + 1
@@ -189,7 +189,7 @@ def test_a_text_ends_and_starts_where_the_model_says_in_every_format_of_tokenize
         for to in ("llmc", "orbax"):
             copy = load(str(convert(str(directory), to, tmp_path / f"{kind.__name__}-{to}")))
             assert [copy.generate("the", 25, seed=seed) for seed in range(2)] == texts[kind][:2]
-        first = gpt2.model.apply({"params": gpt2.params}, np.array([[END]]))[0, -1].argmax()  # starts with BOS, not EOS
+        ((first,),) = generate(gpt2.model, gpt2.params, [[END]], 1, Sampling(0, stop=END + 1))  # from BOS, not from EOS
         expected = "" if first == END + 1 else gpt2.tokenizer.decode_bytes([int(first)]).decode("utf-8", "replace")
         assert gpt2.generate("", 1, temperature=0) == expected
     assert texts[legacy] == texts[fast]
