@@ -119,11 +119,7 @@ def test_an_export_without_biases_has_them_after_transformers_trained_it(tmp_pat
         theirs.transformer.h[1].mlp.c_fc.bias[3] = 0.5
     theirs.save_pretrained(tmp_path / "trained")
     assert json.loads((tmp_path / "trained" / "config.json").read_text())["bias"] is False
-    model, params = assert_loads(tmp_path / "trained", theirs, dataclasses.replace(config, bias=True))
-    tokens = np.arange(32)[None]
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-4)  # float32 matmuls
+    assert_loads(tmp_path / "trained", theirs, dataclasses.replace(config, bias=True))
 
 
 def test_biases_of_nanogpt_are_those_in_the_file(theirs_exact, tmp_path):

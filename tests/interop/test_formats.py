@@ -63,10 +63,11 @@ def source(directory, name, gelu):
 
 
 GENERATED = ("bytes-padded", "gpt2-50304", "byte-pairs-added")  # the end of the text is in each of them another token
+SLOW = ("gpt2-50432", "gpt2-added")  # reading GPT-2's files takes 0.3 s each time
 KINDS = (*RUNS, "byte-pairs-added", "gpt2-added")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_what_convert_writes_every_command_reads(request, tmp_path, capsys, kind):
     if kind.startswith("gpt2"):
         request.getfixturevalue("gpt2_vocabulary")
