@@ -13,12 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import tiktoken
 
-from gpt2_jax.data.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.data.tokenizer import Tokenizer, encode_byte_pairs, end_of_text
 from gpt2_jax.errors import UserError
 
-LONGEST_SPACE = (
-    999_998  # White-space characters in a row before a text. With more, tiktoken's pattern overflows its stack.
-)
 BEFORE_SPACE = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 
 
@@ -34,7 +31,7 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     if uses_gigatoken(tokenizer.name):
         return _gigatoken(tokenizer)
-    return lambda text: _tiktoken(tokenizer, text.decode("utf-8")).astype(np.uint16)
+    return lambda text: encode_byte_pairs(tokenizer, text.decode("utf-8")).astype(np.uint16)
 
 
 def flaw(error: ValueError) -> str:
@@ -72,10 +69,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         UserError: it has too many spaces in a row for tiktoken, or a character that the tokenizer does not have.
     """
-    if not isinstance(tokenizer, tiktoken.Encoding):
-        return tokenizer.encode_ordinary(text)
+    text = utf8(text).decode()
     try:
-        return _tiktoken(tokenizer, utf8(text).decode()).tolist()
+        if isinstance(tokenizer, tiktoken.Encoding):
+            return encode_byte_pairs(tokenizer, text).tolist()
+        return tokenizer.encode_ordinary(text)
     except ValueError as error:
         raise UserError(f"the prompt {flaw(error)}; remove some of them") from error
 
@@ -106,18 +104,6 @@ def last_safe_cut(data: bytes) -> int:
         if not start:
             return 0
         size *= 8
-
-
-def _tiktoken(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Encodes a text without surrogates, uint32 [tokens]. `encode_ordinary` gives the same, but panics on failure.
-
-    Raises:
-        ValueError: more than `LONGEST_SPACE` white-space characters in a row.
-    """
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError as error:
-        raise ValueError(f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split") from error
 
 
 class _Gigatoken:
@@ -157,7 +143,7 @@ class _Gigatoken:
         # gigatoken and tiktoken know different versions of Unicode, both newer than Python's. They can disagree only
         # about code points that Python's Unicode does not assign.
         if not text.isascii() and _unassigned()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any():
-            return _tiktoken(self._encoding, text).astype(np.uint16)
+            return encode_byte_pairs(self._encoding, text).astype(np.uint16)
         return self._tokenizer.encode(text).astype(np.uint16)
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.compressed import ERRORS, SUFFIXES, open_decompressed, skip_to
 from gpt2_jax.data.corpus import DOWNLOADS, STDLIB, held_out_names, match_files, name_files, stdlib_files
-from gpt2_jax.data.encode import LONGEST_SPACE, last_safe_cut, uses_gigatoken
+from gpt2_jax.data.encode import last_safe_cut, uses_gigatoken
 from gpt2_jax.data.manifest import Split
+from gpt2_jax.data.tokenizer import LONGEST_SPACE, TOO_MANY_SPACES
 from gpt2_jax.errors import UserError, import_optional
 from gpt2_jax.parsing import is_count
 
@@ -326,7 +327,7 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
             except UnicodeDecodeError as error:
                 return f"is not UTF-8 text (byte {offset - n_pending + error.start})"
             if longest > LONGEST_SPACE and not uses_gigatoken(tokenizer):
-                return f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split"
+                return TOO_MANY_SPACES
             cut = last_safe_cut(data)
             uncut = len(data) - cut if cut else uncut + len(data)
             if uncut > MAX_RECORD_BYTES:

@@ -22,6 +22,8 @@ from gpt2_jax.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
+LONGEST_SPACE = 999_998  # White-space characters in a row. With more, tiktoken's pattern overflows its stack.
+TOO_MANY_SPACES = f"has more than {LONGEST_SPACE:,} spaces in a row, which tiktoken cannot split"
 BYTES_PATTERN = r"[\s\S]"  # splits a text into characters, so that no bytes merge
 
 
@@ -131,14 +133,21 @@ class ExtendedTokenizer:
 
         Raises:
             UserError: a character is not in the alphabet.
+            ValueError: as `encode_byte_pairs`.
         """
         tokens: list[int] = []
         start = 0
         for match in self.words.finditer(text) if self.words else ():
             assert match.lastindex
-            tokens += [*self.base.encode_ordinary(text[start : match.start()]), self._token[match[match.lastindex]]]
+            tokens += [*self._encode(text[start : match.start()]), self._token[match[match.lastindex]]]
             start = match.end()
-        return tokens + self.base.encode_ordinary(text[start:])
+        return tokens + self._encode(text[start:])
+
+    def _encode(self, text: str) -> list[int]:
+        if isinstance(self.base, CharTokenizer):
+            return self.base.encode_ordinary(text)
+        tokens: list[int] = encode_byte_pairs(self.base, text).tolist()
+        return tokens
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Decodes tokens to UTF-8, with the text of special tokens."""
@@ -234,6 +243,18 @@ def byte_encoding() -> tiktoken.Encoding:
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
+
+
+def encode_byte_pairs(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Encodes a text without surrogates, uint32 [tokens]. `encode_ordinary` gives the same, but panics on failure.
+
+    Raises:
+        ValueError: more than `LONGEST_SPACE` white-space characters in a row.
+    """
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError as error:
+        raise ValueError(TOO_MANY_SPACES) from error
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

@@ -17,11 +17,11 @@ from token_files import read_llmc
 from gpt2_jax import generate
 from gpt2_jax.config import DataConfig
 from gpt2_jax.config.toml import read_config
-from gpt2_jax.data import encode, open_data, sources
+from gpt2_jax.data import open_data, sources
 from gpt2_jax.data.corpus import read_corpus, tokenize
 from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.data.sources import FileSource
-from gpt2_jax.data.tokenizer import byte_encoding, get_tokenizer
+from gpt2_jax.data.tokenizer import LONGEST_SPACE, Boundaries, ExtendedTokenizer, byte_encoding, get_tokenizer
 from gpt2_jax.data.workers import BlockTokenizer
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel
@@ -142,6 +142,9 @@ def test_too_many_spaces_are_one_line_in_every_command(before, gpt2_vocabulary, 
         prepare(tmp_path / "a.txt", tmp_path / "out")
     with pytest.raises(UserError, match=f"the prompt {SPACES}; remove some of them"):
         LanguageModel(None, {}, lambda: get_tokenizer("gpt2")).stream([text])
+    extended = ExtendedTokenizer(get_tokenizer("gpt2"), {"<|im_end|>": 50257}, None, Boundaries())
+    with pytest.raises(UserError, match=f"the prompt {SPACES}; remove some of them"):
+        encode_prompt(extended, text)
 
 
 def test_a_document_with_too_many_spaces_is_skipped(gpt2_vocabulary, without_gigatoken, tmp_path):
@@ -155,7 +158,7 @@ def test_a_document_with_too_many_spaces_is_skipped(gpt2_vocabulary, without_gig
 
 
 def test_as_many_spaces_as_tiktoken_takes_are_no_error(gpt2_vocabulary, without_gigatoken, tmp_path):
-    text = "x" + " " * encode.LONGEST_SPACE + "x\n" + " " * 2_000_000  # at the end there may be more
+    text = "x" + " " * LONGEST_SPACE + "x\n" + " " * 2_000_000  # at the end there may be more
     (tmp_path / "a.txt").write_text(text)
     tokens = prepare(tmp_path / "a.txt", tmp_path / "out", "--val-fraction", "0")
     encoding = tiktoken.get_encoding("gpt2")
