@@ -164,7 +164,7 @@ mkdir -p ~/gpt2_jax ~/storage ~/training
 cd ~/gpt2_jax
 tar -xzf ~/gpt2_jax.tar.gz
 python3 -m pip install --quiet --user uv
-python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
+python3 -m uv venv --quiet --allow-existing --python 3.13 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'
 ${init:+(source .venv/bin/activate; bash ~/gpt2_jax_init.sh)
 }mountpoint -q ~/storage || $mount

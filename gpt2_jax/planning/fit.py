@@ -88,7 +88,7 @@ def fastest_change(config: TrainConfig, devices: Sequence[jax.Device], where: st
             "--topology v5e:4x4"
         )
     best: tuple[float, Change, Plan] | None = None
-    sizes = _divisors(config.batch_size // len(devices))
+    sizes = _divisors(max(config.batch_size // len(devices), 1))
     for remat in REMATS:
         low, high = 0, len(sizes)  # sizes[:low] do not fit, sizes[high:] do
         while low < high:

@@ -57,6 +57,11 @@ def test_a_plan_for_simulated_devices(capsys):
     assert table["estimate"] is None  # the speed of a CPU is unknown
 
 
+def test_find_with_too_few_sequences_says_so():
+    with pytest.raises(UserError, match="4 sequences does not divide over 8 devices; set batch_size"):
+        plan.main(["--config", "quickstart", "--find", "--topology", "v5e:2x4"])
+
+
 def test_the_keys_of_the_json_stay(capsys, monkeypatch):
     """Programs read them: bench/results/scaling.json has the plans of earlier versions."""
 
