@@ -312,14 +312,13 @@ def failed(start, make_directory):
     """
     held, here, elsewhere = (make_directory() for _ in range(3))
     (held / "run").mkdir()
-    unwritable = make_directory()
-    (unwritable / "run" / "metrics.jsonl").mkdir(parents=True)
+    crash = PLACING.replace('UserError("found late")', "ZeroDivisionError")
     with exclusive(held / "run", "training"):
         running = {
             "another directory": start(here, directories=(here, elsewhere)),
             "held directory": start(held),
             "another seed": start(here, process_args=((), ("--seed", 7))),
-            "crash": start(unwritable),
+            "crash": start(here, command=("-c", crash)),
             "unknown flag": start(here, "--stepz", 3),
             "found late": start(here, command=("-c", PLACING)),
         }
