@@ -21,6 +21,8 @@ from gpt2_jax.files import replace_text
 
 FOREGROUND_BYTES = 1 << 27  # Hashed at once: 0.1 s with the SHA instructions of a processor, else 0.5 s.
 
+KEPT = "data*.json"  # The files of a run directory that keep digests, one per process that hashed.
+
 Identity = tuple[int, int, int]
 """Size, modification time in nanoseconds, and inode: equal for a file that was not written since."""
 
@@ -176,7 +178,7 @@ def _identity(path: Path) -> Identity:
 def _read_kept(directory: Path) -> dict[Identity, str]:
     """The digests that earlier starts of a run kept. A damaged file knows none: the digests are computed again."""
     kept: dict[Identity, str] = {}
-    for path in sorted(directory.glob("data*.json")):
+    for path in sorted(directory.glob(KEPT)):
         with contextlib.suppress(UserError, ValueError, TypeError):
             for table in (read_json(path) or {}).get("files", []):
                 row = from_table(_Kept, table)

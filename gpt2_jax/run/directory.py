@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpt2_jax.config import TrainConfig, differences
 from gpt2_jax.config.toml import read_config, to_toml
+from gpt2_jax.data.contents import KEPT
 from gpt2_jax.distributed.agreement import barrier, check_shared, is_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import make_directory, remove_empty, replace_text, user_path
@@ -84,7 +85,7 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
     metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
     remove_empty([checkpoints])
     if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size):
-        for file in (metrics, out / "config.toml"):
+        for file in (metrics, out / "config.toml", *out.glob(KEPT)):
             file.unlink(missing_ok=True)
         remove_empty(new)
 
