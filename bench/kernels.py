@@ -5,7 +5,7 @@
 tokamax (openxla/tokamax) cannot be installed beside this project: it needs typeguard 2, and our tyro needs typeguard 4.
 Install it with `pip install --target DIR tokamax` and set PYTHONPATH=DIR; otherwise it is left out.
 
-Shapes are those of 124M. A kernel that the device cannot run has its reason instead of figures. Errors are
+Shapes are those of 124M. A tokamax kernel that the device cannot run has its reason instead of figures. Errors are
 those of the output and of all gradients against JAX's attention and Optax's cross-entropy in float32, each relative to
 its norm; the largest counts. The matmul of two square random matrices is the chip's ceiling.
 """
@@ -67,7 +67,9 @@ def compare(
             pairs = zip(run(), right, strict=True)
             errors = [float(jnp.linalg.norm(value - x) / jnp.linalg.norm(x)) for value, x in pairs]
             figures[name] = {"error_of_values": max(errors)}
-        except Exception as error:  # a kernel that does not support the device or the shape
+        except Exception as error:
+            if not name.startswith("tokamax"):  # whose kernels do not all support every device and shape
+                raise
             figures[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     working = {name: functools.partial(timed, run) for name, run in runs.items() if "error" not in figures[name]}
     for name, seconds in take_turns(working, repeat).items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from gpt2_jax.errors import UserError, harmless, mendable
+from gpt2_jax.errors import UserError, fixable, strip_controls
 
 RETRY_SECONDS = 0.05  # until a lost Ctrl-C is raised again
 
@@ -20,7 +20,7 @@ RETRY_SECONDS = 0.05  # until a lost Ctrl-C is raised again
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Runs a command's `main` on `sys.argv`, then exits.
 
-    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and for `mendable` errors; 130
+    The exit code is that of `main`; 2 after a `UserError`, which is printed in one line, and for `fixable` errors; 130
     after Ctrl-C; 141 if the reader of stdout has closed it.
     """
     gc.freeze()  # Imported modules stay alive: scanning them in every collection took a tenth of the start.
@@ -35,30 +35,30 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         with _interruptible(interrupts):
             code = main(sys.argv[1:])
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
+        code = _report("interrupted", 130)
     except UserError as error:
-        code = _say("error: " + str(error).replace("\n", " "), 2)
+        code = _report("error: " + str(error).replace("\n", " "), 2)
     except Exception as error:
         if interrupts:  # a library caught the interrupt, and raised an error of its own
-            code = _say("interrupted", 130)
+            code = _report("interrupted", 130)
         elif isinstance(error, BrokenPipeError):
             code = 141
-        elif line := mendable(error):
-            code = _say(f"error: {line}", 2)
+        elif line := fixable(error):
+            code = _report(f"error: {line}", 2)
         else:
             raise
     if (failed := _drop_unless_writable(sys.stdout)) and not code:  # a full disk may show only now
-        code = 141 if isinstance(failed, BrokenPipeError) else _say(f"error: {mendable(failed) or failed}", 2)
+        code = 141 if isinstance(failed, BrokenPipeError) else _report(f"error: {fixable(failed) or failed}", 2)
     _drop_unless_writable(sys.stderr)
     if interrupts and code == 130 and "jax" in sys.modules:  # its threads may still compile, and crash at the shutdown
         os._exit(code)
     sys.exit(code)
 
 
-def _say(line: str, code: int) -> int:
+def _report(line: str, code: int) -> int:
     """Prints a line to standard error, which may be closed, and returns `code`."""
     with suppress(OSError):
-        print(harmless(line), file=sys.stderr or open(os.devnull, "w"), flush=True)  # noqa: SIM115
+        print(strip_controls(line), file=sys.stderr or open(os.devnull, "w"), flush=True)  # noqa: SIM115
     return code
 
 
@@ -97,10 +97,10 @@ def _exit_at_once(number: int, frame: Any) -> None:
 
 @contextmanager
 def _interruptible(interrupts: list[int]) -> Iterator[None]:
-    """Raises KeyboardInterrupt at Ctrl-C, again and again until it gets through.
+    """Raises KeyboardInterrupt at Ctrl-C, and again if it is lost.
 
-    Python prints an exception in a callback of the garbage collector or in `__del__`, and goes on. JAX has such a
-    callback, and most of the start is in it or near it: of 16 interrupts, 2 were lost.
+    Python prints an exception in a callback of the garbage collector or in `__del__`, and continues. JAX has such a
+    callback, which ran in much of the start: 2 of 16 interrupts were lost.
 
     Args:
         interrupts: receives the number of each signal.

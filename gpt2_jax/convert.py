@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.tokenizer import tokenizer_name
-from gpt2_jax.errors import UserError, harmless, one_line
+from gpt2_jax.errors import UserError, one_line, strip_controls
 from gpt2_jax.files import user_path
 from gpt2_jax.interop import MODEL_KINDS, open_model
 from gpt2_jax.interop.huggingface import write_huggingface
@@ -53,8 +53,8 @@ def main(args: Sequence[str]) -> int:
     flags = parse_flags(Flags, args, prog=PROG, description="Convert a model to another format.")
     out = convert(flags.source, flags.to, flags.out, flags.dtype)
     files = sorted(path.name for path in out.iterdir())
-    print(harmless(f"wrote     {out}: {', '.join(files)}"))
-    print(harmless(f"next      {_next_command(flags, out, files)}"))
+    print(strip_controls(f"wrote     {out}: {', '.join(files)}"))
+    print(strip_controls(f"next      {_next_command(flags, out, files)}"))
     return 0
 
 
@@ -111,7 +111,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     model = open_model(source)
-    print(harmless(f"from      {model.where}: {architecture_summary(model.config)}"))
+    print(strip_controls(f"from      {model.where}: {architecture_summary(model.config)}"))
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
     try:

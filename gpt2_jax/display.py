@@ -1,6 +1,6 @@
 """Progress display: a bar in a terminal; elsewhere plain lines, at most one every five seconds.
 
-The work that is shown does not end with its reader: after `| head`, or on a full disk, it goes on without a display.
+Work continues without a display when its output cannot be written: after `| head`, or on a full disk.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
-from gpt2_jax.errors import harmless
+from gpt2_jax.errors import strip_controls
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class _Console(Console):
-    """rich's console, without its answer to a reader that has gone: it ends the program."""
+    """rich's console, which would end the program when the reader closes the pipe."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -55,7 +55,7 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._bar:
-            with self._going_on():
+            with self._survive_closed_output():
                 self._bar.start()
         return self
 
@@ -63,18 +63,18 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
-            with self._going_on():
+            with self._survive_closed_output():
                 self._bar.stop()
 
     def print(self, text: str) -> None:
         """Prints a line that stays on the screen."""
-        with self._going_on():
-            self.console.print(harmless(text), markup=False)
+        with self._survive_closed_output():
+            self.console.print(strip_controls(text), markup=False)
             self.console.file.flush()
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Goes on silently if the output cannot be written, after a line on stderr unless its reader has gone."""
+    def _survive_closed_output(self) -> Iterator[None]:
+        """Turns the display off if its output cannot be written, and says so on stderr unless the pipe was closed."""
         try:
             yield
         except OSError as error:
@@ -83,7 +83,7 @@ class Display:
             if isinstance(error, BrokenPipeError):
                 return
             with suppress(OSError):  # it may be the same disk, or a terminal that was closed
-                print(f"standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+                print(f"standard output cannot be written ({error.strerror}); continuing without it", file=sys.stderr)
 
     def show(self, done: float, line: str, parts: Sequence[str]) -> None:
         """Shows progress: `parts` beside the bar, or a line that starts with `line`. The end is always shown."""

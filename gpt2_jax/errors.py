@@ -18,26 +18,26 @@ class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 2: it would happen again."""
 
 
-def one_line(error: Exception, length: int = 200) -> str:
-    """The message of a library's error on one line, cut to `length` characters."""
+def one_line(error: BaseException, length: int | None = 200) -> str:
+    """The message of an error on one line, cut to `length` characters; None cuts nothing."""
     return " ".join(str(error).split())[:length]
 
 
-def harmless(text: str) -> str:
-    """Text for a terminal: carriage returns are left out, and control characters become replacement characters.
+def strip_controls(text: str) -> str:
+    """Makes text safe to print on a terminal: removes carriage returns and replaces other control characters.
 
-    Line feeds and tabs stay. A file name or the text of a model can hold any character, also those that clear the
-    screen or type commands.
+    Line feeds and tabs stay. A file name or generated text can contain escape sequences that clear the screen or type
+    commands.
     """
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
-def mendable(error: BaseException) -> str:
-    """The line for an error of the system or a library that the user has to mend; "" for any other error."""
+def fixable(error: BaseException) -> str:
+    """The line for an error of the system or a library that the user can fix; "" for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = error.filename or "the output"  # standard output, or a file whose name the error does not have
         return f"{where} cannot be written: {error.strerror}; make room, or write elsewhere"
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
         return f"not enough memory ({text}); take a smaller model, a smaller --micro_batch_size or more devices"
     return text if "not in the list of known backends" in text else ""  # JAX_PLATFORMS has an unknown name

@@ -14,7 +14,7 @@ from gpt2_jax import runtime
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import Sampling
 from gpt2_jax.hardware import current_hardware
@@ -85,7 +85,7 @@ def main(args: Sequence[str]) -> int:
 
 def _show(text: str) -> None:
     """Writes a text to standard output at once: as it is, except that it may not command a terminal."""
-    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(strip_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 64  # Of arrays and objects in each other, and of parts of a dotted key.
-MAX_TOML_BYTES = 1 << 20  # A config with all 65,536 characters of an alphabet has 300 KB. 1 MB is parsed in 2 s.
+MAX_TOML_BYTES = 1 << 20  # A config with an alphabet of 65,536 characters has 190 KB. Parsing 0.9 MB takes 0.5 s.
 MAX_JSON_BYTES = 1 << 24  # The manifest of 100,000 token files.
 
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)

@@ -21,7 +21,7 @@ from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.data.workers import TokenizeOptions
 from gpt2_jax.data.writer import ShardWriter
 from gpt2_jax.display import Display, count
-from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import exclusive, make_directory, remove_empty, replace_text, user_path
 
 PROG = "python -m gpt2_jax.prepare"
@@ -175,7 +175,7 @@ def _download(flags: Flags, out: Path) -> Manifest:
 def _print_summary(flags: Flags, out: Path, manifest: Manifest) -> None:
     """Prints the numbers of tokens and documents, and the command that trains on them."""
     (train, train_documents), (val, val_documents) = manifest.count("train"), manifest.count("val")
-    tokens, size, name = train + val, manifest.text_bytes, harmless(str(out))
+    tokens, size, name = train + val, manifest.text_bytes, strip_controls(str(out))
     print(
         f"{'wrote':10}{name}: {train:,} training tokens ({count(train_documents, 'document')}), {val:,} validation "
         f"tokens ({count(val_documents, 'document')}), in {count(len(manifest.shards), 'file')}"

@@ -4,7 +4,7 @@ The same command resumes a run from its newest checkpoint, bit for bit. Started 
 over all of them (`distributed/cluster.py` says how the processes find each other).
 
 Exit codes, equal in all processes: 0 after the last update; 143 after SIGTERM, 130 after Ctrl-C and 129 when the
-terminal closes (with several processes always 143), with a checkpoint to resume from; 2 for what the user has to mend.
+terminal closes (with several processes always 143), with a checkpoint to resume from; 2 for what the user has to fix.
 Anything else is a crash, and the same command resumes from the last checkpoint.
 """
 
@@ -112,7 +112,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         exclusive(out, "training") if is_primary() else nullcontext(),
         Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data.fingerprint)
+        run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
         state, start = run_checkpoints.restore_or_init(initial)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)

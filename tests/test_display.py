@@ -59,7 +59,7 @@ open("done", "w").close()
     [
         ("| head -n 1", ""),
         ("| true", ""),
-        ("> /dev/full", "standard output cannot be written (No space left on device); going on without it\n"),
+        ("> /dev/full", "standard output cannot be written (No space left on device); continuing without it\n"),
     ],
 )
 def test_the_work_goes_on_when_nobody_reads(redirection, stderr, tmp_path):

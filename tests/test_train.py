@@ -273,7 +273,7 @@ def test_a_diverged_run_stops_with_the_update_and_keeps_what_was_good(tiny_run, 
 
 
 def test_a_reader_that_leaves_loses_no_update(tiny_run, tmp_path, monkeypatch):
-    """`train | head`: the lines end, the training goes on."""
+    """`train | head`: the lines end, the training continues."""
     read, write = os.pipe()
     with open(write, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
@@ -291,7 +291,7 @@ def test_the_command_with_a_reader_that_leaves(tiny_run, tmp_path, redirection):
     environment = os.environ | {"XLA_FLAGS": FAST_COMPILE}
     done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
-    full = "standard output cannot be written (No space left on device); going on without it\n"
+    full = "standard output cannot be written (No space left on device); continuing without it\n"
     assert done.stderr == (full if "full" in redirection else "")
     assert list(rows(tmp_path / "run", "loss")) == list(range(1, 41))
     assert (tmp_path / "run" / "checkpoints" / "40").exists()

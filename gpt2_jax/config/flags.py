@@ -14,7 +14,7 @@ import tyro
 
 from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import nearest_key, preset_names, read_config
-from gpt2_jax.config.validation import shortened, validate
+from gpt2_jax.config.validation import fit_warmup, validate
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_regular, is_open_pipe, user_path
 
@@ -50,9 +50,9 @@ def parse_args(
         raise SystemExit(0 if help_requested else 2)
     written = _read_config(name)
     config = apply_flags(written, rest, prog=f"{prog} --config {name}", description=description)
-    given = {word[2:].replace("-", "_") for word in rest if word.startswith("--")}
+    given = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     if "optimizer.warmup_steps" not in given:
-        config, line = shortened(config, written)
+        config, line = fit_warmup(config, written)
         if line:
             note(line)
     validate(config)
@@ -62,7 +62,7 @@ def parse_args(
 def _read_config(name: str) -> TrainConfig:
     """Reads a preset or a file. The config.toml of a run directory names the directory that it is in now.
 
-    So a run directory that was moved or copied goes on where it is, and not where it was written.
+    So a run directory that was moved or copied resumes where it is now.
     """
     if name in preset_names():
         return read_config(name)

@@ -1,4 +1,4 @@
-"""Checks of a config that need neither data nor devices, and the warmup of a run that a flag has shortened."""
+"""Checks a config without data and devices, and fits the warmup into a run that a flag has shortened."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def _between(least: int, most: int) -> _Range:
     return f"{words}, at most {most:,}", lambda value: least <= value <= most
 
 
-# Limits far above any model of this kind. Beyond them a number no longer fits where the device or the host counts with
-# it, or the program would take hours to build, so the user would see a crash instead of the key that is wrong.
+# Limits far above any GPT-2: the deepest models have about 100 layers. A larger number overflows on the device or the
+# host, or takes hours to compile. The user would see a crash instead of the wrong key.
 MAX_INT = 2**31 - 1  # the largest number of 32 bits, in which devices count
-MAX_LAYERS, MAX_WIDTH, MAX_SEQUENCES, MAX_VOCABULARY = 4096, 2**20, 2**24, 2**26
+MAX_SEQUENCES = 2**24
+MODEL_LIMITS = {"vocab_size": 2**24, "block_size": 2**24, "n_layer": 2**10, "n_head": 2**16, "n_embd": 2**20}
 MAX_PARAMETERS = 2**40
 MAX_TOKENS = 2**62  # in a whole run, which the host counts with 64 bits
 _MAX_FLOAT = 3.4e38  # of float32
@@ -43,11 +44,8 @@ _RANGES: dict[str, _Range] = {
     "batch_size": _between(1, MAX_SEQUENCES),
     "micro_batch_size": _between(0, MAX_SEQUENCES),
     "seed": ("0 or more and below 2**32", lambda value: 0 <= value < 2**32),
-    "model.vocab_size": _between(0, MAX_VOCABULARY),
-    "model.block_size": _between(1, MAX_SEQUENCES),
-    "model.n_layer": _between(1, MAX_LAYERS),
-    "model.n_head": _between(1, MAX_WIDTH),
-    "model.n_embd": _between(1, MAX_WIDTH),
+    # A vocab_size of 0 is that of the tokenizer.
+    **{f"model.{key}": _between(0 if key == "vocab_size" else 1, limit) for key, limit in MODEL_LIMITS.items()},
     "model.dropout": _RATE,
     "model.loss_chunk": _COUNT_OR_0,
     "data.val_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
@@ -133,19 +131,18 @@ def _check_size(config: TrainConfig) -> None:
         )
 
 
-def shortened(config: TrainConfig, written: TrainConfig) -> tuple[TrainConfig, str]:
-    """A config whose `steps` a flag has shortened to less than its warmup, with a warmup that fits.
+def fit_warmup(config: TrainConfig, written: TrainConfig) -> tuple[TrainConfig, str]:
+    """Shortens the warmup of a config whose `steps` a flag has made shorter than it.
 
-    The warmup keeps its share of the run, and is at least one update. A warmup that fits stays as it is written, so the
-    mathematics changes only where there was none. Evaluations and checkpoints need no change: after the last update
-    there is always one.
+    The warmup keeps its share of the run, and is at least one update. A warmup that fits does not change. The
+    intervals of evaluations and checkpoints do not change either, because both also happen after the last update.
 
     Args:
-        config: with the flags, none of which sets `optimizer.warmup_steps`.
-        written: without the flags.
+        config: the config with the flags, none of which sets `optimizer.warmup_steps`.
+        written: the config without the flags.
 
     Returns:
-        The config, and a line that says what was changed; empty if nothing was.
+        The config, and a line that names the change; "" if there is none.
     """
     warmup, steps = config.optimizer.warmup_steps, config.steps
     if config.optimizer.decay_steps or not 1 <= steps < min(warmup, written.steps) or warmup > written.steps:

@@ -37,6 +37,7 @@ class Data:
         val_text: the held-out bytes that `val` predicts; None for token files.
         fingerprint: a checksum of all tokens of a text, or of the sizes and ends of token files, at once. A run is only
             resumed with the same data. `contents.py` has the checksums of whole files.
+        files: the token files, those to validate on last; empty for a text.
     """
 
     train: ShuffledWindows
@@ -45,6 +46,7 @@ class Data:
     tokenizer: Tokenizer | None
     val_text: bytes | None
     fingerprint: str
+    files: tuple[Path, ...] = ()
 
 
 def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
@@ -77,8 +79,11 @@ def _open_text(config: TrainConfig) -> tuple[Data, TrainConfig]:
 def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     data = config.data
     sources = data.sources or (SourceConfig(data.train),)
-    *files, val_files = token_files(data)
-    for directory in dict.fromkeys(path.parent for paths in [*files, val_files] for path in paths):
+    key = "data.sources" if data.sources else "data.train"
+    files = [find_token_files(source.train, key) for source in sources]
+    val_files = find_token_files(data.val, "data.val")
+    all_files = tuple(path for paths in [*files, val_files] for path in paths)
+    for directory in dict.fromkeys(path.parent for path in all_files):
         manifest = read_manifest(directory)
         if manifest and manifest.settings["tokenizer"] != data.tokenizer:
             raise UserError(
@@ -105,20 +110,7 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     )
     fingerprint = f"{n_tokens} + {val.n_tokens} tokens, crc32 {crc:08x}{shares}"
     sequences = ShuffledWindows(train, [source.weight for source in sources], config.seed)
-    return Data(sequences, n_tokens, val, tokenizer, None, fingerprint), config
-
-
-def token_files(data: DataConfig) -> list[list[Path]]:
-    """Finds the token files of each source, and then those to validate on; empty if the data is a text.
-
-    Raises:
-        UserError: a glob matches no file.
-    """
-    if data.text:
-        return []
-    key = "data.sources" if data.sources else "data.train"
-    patterns = [source.train for source in data.sources] or [data.train]
-    return [*(find_token_files(pattern, key) for pattern in patterns), find_token_files(data.val, "data.val")]
+    return Data(sequences, n_tokens, val, tokenizer, None, fingerprint, all_files), config
 
 
 def _windows(

@@ -16,7 +16,7 @@ from gpt2_jax.data.manifest import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
 from gpt2_jax.display import Display, count
-from gpt2_jax.errors import UserError, harmless
+from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, user_path
 
 PROG = "python -m gpt2_jax.data"
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> int:
             length = min(flags.window_tokens, len(file))
             start = int(rng.integers(0, len(file) - length + 1))
             text = tokenizer.decode_bytes(file[start : start + length].tolist()).decode("utf-8", "replace")
-            print(f"\n{harmless(file.path.name)}, tokens {start:,} to {start + length:,}:\n    {text!r}")
+            print(f"\n{strip_controls(file.path.name)}, tokens {start:,} to {start + length:,}:\n    {text!r}")
     return 0
 
 

@@ -172,7 +172,7 @@ def download_shakespeare(directory: Path) -> Path:
             with urllib.request.urlopen(source, timeout=60) as response:
                 content, origin = response.read(), source
         except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error, None)
             raise UserError(f"{source} cannot be downloaded ({reason}); without network, copy it to {path}") from error
     if (found := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
         raise UserError(

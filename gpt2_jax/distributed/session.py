@@ -22,7 +22,7 @@ from jax._src import distributed
 
 from gpt2_jax.distributed.agreement import FOREVER, barrier, coordination_client
 from gpt2_jax.distributed.cluster import Cluster, ClusterFlags
-from gpt2_jax.errors import UserError, harmless, mendable, one_line
+from gpt2_jax.errors import UserError, fixable, one_line, strip_controls
 
 EXIT_KEY = "gpt2_jax/exit"  # The key that ends all processes. Its value is an exit code, or DONE.
 DONE = "done"
@@ -146,7 +146,7 @@ def _publish_exit_code(error: BaseException, exit_codes: Mapping[type[Exception]
     elif isinstance(error, KeyboardInterrupt):
         code = 130
     else:
-        code = next((code for kind, code in exit_codes.items() if isinstance(error, kind)), 2 if mendable(error) else 1)
+        code = next((code for kind, code in exit_codes.items() if isinstance(error, kind)), 2 if fixable(error) else 1)
     if _process_id():
         time.sleep(1)  # process 0 goes first: if all processes found the same error, it prints it
     try:
@@ -155,9 +155,9 @@ def _publish_exit_code(error: BaseException, exit_codes: Mapping[type[Exception]
         with suppress(jax.errors.JaxRuntimeError):
             return int(coordination_client().blocking_key_value_get(EXIT_KEY, 1000))
     where = f"process {_process_id()} on {socket.gethostname()}: " if _process_id() else ""
-    text = harmless(" ".join(str(error).split()))
-    if isinstance(error, tuple(exit_codes)) or mendable(error):
-        print(f"error: {where}{mendable(error) or text}", file=sys.stderr)
+    text = strip_controls(one_line(error, None))
+    if isinstance(error, tuple(exit_codes)) or fixable(error):
+        print(f"error: {where}{fixable(error) or text}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif isinstance(error, jax.errors.JaxRuntimeError) and CONNECTION_LOST.search(str(error)):

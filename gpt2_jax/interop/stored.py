@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.config.validation import MODEL_LIMITS
 from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel
@@ -26,9 +27,6 @@ from gpt2_jax.interop.model_files import FindFile, no_files
 from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.sharding import state_sharding, with_shardings
-
-# The largest sizes that a file may name. The deepest models of this kind have about 100 layers.
-LARGEST = {"vocab_size": 1 << 24, "block_size": 1 << 24, "n_layer": 1 << 10, "n_head": 1 << 16, "n_embd": 1 << 20}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,9 +171,9 @@ def check_sizes(where: str, config: GPT2Config) -> None:
     """Checks the sizes in a config that comes from a file.
 
     Raises:
-        UserError: a size is not a whole number from 1 to `LARGEST`, or `n_embd` is not a multiple of `n_head`.
+        UserError: a size is not a whole number from 1 to its limit, or `n_embd` is not a multiple of `n_head`.
     """
-    for key, largest in LARGEST.items():
+    for key, largest in MODEL_LIMITS.items():
         value = getattr(config, key)
         if type(value) is not int or not 1 <= value <= largest:
             raise UserError(

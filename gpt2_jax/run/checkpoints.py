@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import TrainConfig
-from gpt2_jax.data import token_files
+from gpt2_jax.data import Data
 from gpt2_jax.data.contents import Contents
 from gpt2_jax.display import si
 from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
@@ -30,17 +28,14 @@ class RunCheckpoints:
         config: resolved.
         model: the model that is trained.
         mesh: the devices.
-        fingerprint: identifies the data. A checkpoint is only resumed with the data that it was trained on.
+        data: the data. A checkpoint is only resumed with the data that it was trained on.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, config: TrainConfig, model: GPT2, mesh: Mesh, fingerprint: str
-    ) -> None:
-        self._checkpoints, self._fingerprint = checkpoints, fingerprint
+    def __init__(self, checkpoints: Checkpoints, config: TrainConfig, model: GPT2, mesh: Mesh, data: Data) -> None:
+        self._checkpoints, self._fingerprint = checkpoints, data.fingerprint
         self._config, self._model, self._mesh = config, model, mesh
-        files = list(itertools.chain(*token_files(config.data)))
-        self._contents = Contents(files, checkpoints.directory.parent, jax.process_index())
-        self._trained_on: list[str | None] = []  # the contents of these files, as far as they were ever known
+        self._contents = Contents(data.files, checkpoints.directory.parent, jax.process_index())
+        self._trained_on: list[str | None] = []  # the SHA-256 of each file, if it was ever known
         self._unrolled = model.clone(config=model.config.unrolled())
         self.newest = 0  # the newest step that this process saved or restored
 
@@ -90,7 +85,7 @@ class RunCheckpoints:
             )
 
     def _open_contents(self) -> None:
-        """Compares whole token files, as far as that takes no time, and starts to hash the rest in the background."""
+        """Compares the token files whose SHA-256 is known, and starts to hash the others in the background."""
         left = self._contents.hash_rest() if is_primary() else 0
         state = self._compare_contents()
         if not is_primary():
@@ -112,7 +107,7 @@ class RunCheckpoints:
             The contents on process 0.
 
         Raises:
-            UserError: the content of a file is not the same.
+            UserError: a file has another content.
         """
         state = broadcast_from_primary("contents", self._contents.state())
         self._compare_with(state)
@@ -129,7 +124,7 @@ class RunCheckpoints:
             val_loss: the validation loss at this step, if it was evaluated; ranks the checkpoint.
 
         Raises:
-            UserError: the data is found to be other data than the run was trained on. Nothing is saved.
+            UserError: a token file is not the one that the run was trained on. Nothing is saved.
         """
         if step == self.newest:
             return

@@ -119,6 +119,9 @@ def test_a_warmup_that_was_typed_is_not_changed(tmp_path):
         with pytest.raises(UserError, match=r"warmup_steps = 240 is more than the 100 updates"):
             parse("--config", "quickstart", "--steps", "100", flag, "240")
         assert parse("--config", "quickstart", "--steps", "100", flag, "7").optimizer.warmup_steps == 7
+        assert parse("--config", "quickstart", "--steps=100", f"{flag}=7").optimizer.warmup_steps == 7
+        with pytest.raises(UserError, match=r"warmup_steps = 240 is more than the 100 updates"):
+            parse("--config", "quickstart", "--steps=100", f"{flag}=240")
     (tmp_path / "mine.toml").write_text("out='x'\nsteps=100\nbatch_size=1\n[data]\ntext='t'\n")
     with pytest.raises(UserError, match=r"warmup_steps = 715 is more than the 100 updates"):
         parse("--config", str(tmp_path / "mine.toml"))
@@ -157,7 +160,7 @@ def test_sizes_beyond_any_machine_are_refused(flag, value):
 
 def test_sizes_that_are_large_together_are_refused():
     with pytest.raises(UserError, match=r"make about .* parameters; expected at most"):
-        parse("--config", "quickstart", "--model.n_layer", "4096", "--model.n_embd", "12288")
+        parse("--config", "quickstart", "--model.n_layer", "1024", "--model.n_embd", "12288")
     with pytest.raises(
         UserError, match=r"tokens per update; expected at most 2,147,483,647; type --batch_size 2097151"
     ):

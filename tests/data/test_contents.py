@@ -227,9 +227,12 @@ def test_a_run_is_not_resumed_with_data_that_changed_in_the_middle(files, tmp_pa
     write_nanogpt(files[0], OTHERS[::-1][::-1])
     monkeypatch.setattr(contents_module, "FOREGROUND_BYTES", 0)
     started, save = [], training.RunCheckpoints.save
+    hashing, sha256 = threading.Event(), contents_module.sha256
+    monkeypatch.setattr(contents_module, "sha256", lambda path: hashing.wait(60) and sha256(path))
 
     def wait(self, *args):
         started.append(args[0])
+        hashing.set()
         deadline = time.monotonic() + 60
         while None in self._contents.sha256:
             assert time.monotonic() < deadline

@@ -6,7 +6,7 @@
 
 A case is a function of the seed and its number. A reader fails a case with any other exception, with more than
 `MEMORY` bytes beyond what its imports take, or after `SECONDS`. The files of the case are then left in a directory that
-is printed, and belong into `targets.py` once they are mended.
+is printed, and belong in `targets.py` once they are fixed.
 """
 
 import argparse

@@ -7,6 +7,9 @@ import shutil
 import pytest
 import safetensors.numpy
 from model_files import CONFIG, END, EXACT, write_byte_pairs
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch_gpt2 import torch_gpt2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -95,17 +98,9 @@ def both(directory):
 def characters(directory):
     """Characters, to which a user of transformers added tokens."""
     letters = {letter: number for number, letter in enumerate(sorted(set(WORDS + "ab, cd!<>|_[]PADUNKmsk\n")))}
-    table = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "vocab": letters, "merges": []},
-    }
-    (directory / "tokenizer.json").write_text(json.dumps(table))
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    plain = Tokenizer(BPE(letters, []))
+    plain.decoder = Fuse()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=plain)
     theirs.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "[PAD]"})
     theirs.add_tokens(["wordy"])
     theirs.save_pretrained(directory)
