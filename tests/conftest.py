@@ -32,6 +32,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the file of the longest tests, so that no process waits for one of them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
 def pytest_sessionfinish() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
