@@ -92,20 +92,34 @@ def _compare_data(directory: Path, data: Data) -> str:
     if not steps:
         return "no checkpoint yet: nothing to compare the data with"
     newest = max(steps, key=lambda path: int(path.name))
-    try:
-        info = parse_json(read_text(newest / INFO, MAX_JSON_BYTES))
-        recorded = info["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint {newest} cannot be read ({one_line(error)}); if it is damaged, move it away"
-        ) from error
+    recorded, digests = read_info(newest / INFO)
     if recorded != data.fingerprint:
         raise UserError(
             f"the data of {directory} has changed since checkpoint {newest.name} ({recorded} -> {data.fingerprint}), "
             "and with it the sequences of every update; restore the old data"
         )
-    Contents(data.files, directory, 0).check(info.get("sha256", []), directory)
+    Contents(data.files, directory, 0).check(digests, directory)
     return f"the data is that of checkpoint {newest.name}"
+
+
+def read_info(path: Path) -> tuple[str, list[str | None]]:
+    """What a checkpoint says of the data: its fingerprint, and the SHA-256 of each token file, as far as it was known.
+
+    Raises:
+        UserError: the file of this information cannot be read, or holds something else.
+    """
+    try:
+        info = parse_json(read_text(path, MAX_JSON_BYTES))
+        if not isinstance(info, dict) or not isinstance(recorded := info.get("data"), str):
+            raise ValueError("it does not name the data")
+        digests = info.get("sha256", [])  # missing in older ones
+        if not isinstance(digests, list) or not all(digest is None or isinstance(digest, str) for digest in digests):
+            raise ValueError("sha256 is not a list of digests")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}); if it is damaged, move the checkpoint away"
+        ) from error
+    return recorded, digests
 
 
 def _name(location: Location, data: Data, config: TrainConfig, tokenizer: Tokenizer) -> str:

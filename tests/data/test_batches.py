@@ -191,7 +191,7 @@ def test_other_data_than_that_of_the_newest_checkpoint_is_an_error(tmp_path, cap
     with pytest.raises(UserError, match=r"the data of .*run has changed since checkpoint 9 \(other -> .*; restore the"):
         main([str(run), "--update", "2"])
     (run / "checkpoints/9/info/metadata").write_text("{}")
-    with pytest.raises(UserError, match=r"the checkpoint .*/9 cannot be read \('data'\)"):
+    with pytest.raises(UserError, match=r"/9/info/metadata cannot be read \(it does not name the data\)"):
         main([str(run), "--update", "2"])
 
 
