@@ -38,6 +38,8 @@ class Data:
         fingerprint: a checksum of all tokens of a text, or of the sizes and ends of token files, at once. A run is only
             resumed with the same data. `contents.py` has the checksums of whole files.
         files: the token files, those to validate on last; empty for a text.
+        documents: the names of the training documents of a text, each with the number of tokens before it; empty for
+            token files.
     """
 
     train: ShuffledWindows
@@ -47,6 +49,7 @@ class Data:
     val_text: bytes | None
     fingerprint: str
     files: tuple[Path, ...] = ()
+    documents: tuple[tuple[str, int], ...] = ()
 
 
 def open_data(config: TrainConfig) -> tuple[Data, TrainConfig]:
@@ -73,7 +76,8 @@ def _open_text(config: TrainConfig) -> tuple[Data, TrainConfig]:
     crc = zlib.crc32(corpus.val.tobytes(), zlib.crc32(corpus.train.tobytes()))
     fingerprint = f"{len(corpus.train)} + {len(corpus.val)} tokens, crc32 {crc:08x}"
     sequences = ShuffledWindows([train], [1.0], config.seed)
-    return Data(sequences, train.n_tokens, val, corpus.tokenizer, corpus.val_text, fingerprint), config
+    opened = Data(sequences, train.n_tokens, val, corpus.tokenizer, corpus.val_text, fingerprint, (), corpus.documents)
+    return opened, config
 
 
 def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:

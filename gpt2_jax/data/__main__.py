@@ -1,4 +1,4 @@
-"""Shows and checks a directory of token files: `python -m gpt2_jax.data DIR`."""
+"""Shows and checks token files, or shows the sequences of an update of a run: `python -m gpt2_jax.data DIR`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.config.flags import parse_flags
+from gpt2_jax.data.batches import CONFIG, describe_update
 from gpt2_jax.data.manifest import Manifest, read_manifest, verify
 from gpt2_jax.data.shards import TokenFile, open_token_files
 from gpt2_jax.data.tokenizer import end_of_text_token, get_tokenizer, read_characters, vocab_size
@@ -20,6 +21,10 @@ from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, user_path
 
 PROG = "python -m gpt2_jax.data"
+DESCRIPTION = """Show and check what a directory of token files holds. With --update N and a run directory, show the
+sequences that update N of the run trains on, with the file and the offset of each."""
+WINDOWS = 3  # samples of a directory of token files
+RUN_WINDOWS = 16  # sequences of an update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,32 +32,43 @@ class Flags:
     """Flags of the command."""
 
     directory: tyro.conf.Positional[str]
-    """Directory of token files, in any format that training reads."""
+    """Directory of token files, in any format that training reads; with --update, a run directory."""
+    update: int | None = None
+    """Update of a run whose sequences to show: the one that has this number as its step in metrics.jsonl."""
     tokenizer: TokenizerName | None = None
-    """Tokenizer of the files; by default from manifest.json or meta.pkl, else gpt2."""
-    windows: int = 3
-    """Text samples to show."""
+    """Tokenizer of the files; by default from manifest.json or meta.pkl, else gpt2. A run has its own."""
+    windows: int | None = None
+    """Text samples to show; by default 3 of token files, 16 of an update."""
     window_tokens: int = 48
-    """Tokens per sample."""
+    """Tokens to show of each sample."""
     seed: int = 0
-    """Seed that chooses the samples."""
+    """Seed that chooses the samples of token files."""
 
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    flags = parse_flags(Flags, args, prog=PROG, description="Show and check what a directory of token files holds.")
+    flags = parse_flags(Flags, args, prog=PROG, description=DESCRIPTION)
     directory = user_path(flags.directory, "DIR")
+    if (flags.windows or 0) < 0 or flags.window_tokens < 1 or flags.seed < 0:
+        raise UserError("--windows and --seed must be 0 or more, and --window-tokens at least 1")
+    if flags.update is not None:
+        if flags.tokenizer:
+            raise UserError("--tokenizer does not go with --update: the config of the run names the tokenizer")
+        windows = RUN_WINDOWS if flags.windows is None else flags.windows
+        for line in describe_update(directory, flags.update, windows, flags.window_tokens):
+            print(line)
+        return 0
     try:
         paths = sorted(path for path in directory.iterdir() if path.suffix in (".bin", ".npy"))
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from error
     manifest = read_manifest(directory)
+    if not paths and (directory / CONFIG).is_file():
+        raise UserError(f"{directory} is a run directory; type --update N to show the sequences of update N")
     if not paths:
         raise UserError(f"{directory} has no token files (.bin, .npy); make some with python -m gpt2_jax.prepare")
     for path in paths:
         check_regular(path)
-    if flags.windows < 0 or flags.window_tokens < 1 or flags.seed < 0:
-        raise UserError("--windows and --seed must be 0 or more, and --window-tokens at least 1")
     files = open_token_files(paths)
     meta = directory / "meta.pkl"
     guess: TokenizerName = "chars" if meta.exists() else "gpt2"
@@ -63,11 +79,12 @@ def main(args: Sequence[str]) -> int:
     with Display(0, len(files), "reading") as display:
         _print_files(display, files, name, vocab_size(name, characters))
         _check_manifest(display, directory, manifest, files)
-    if flags.windows and any(map(len, files)):
+    n_windows = WINDOWS if flags.windows is None else flags.windows
+    if n_windows and any(map(len, files)):
         tokenizer = get_tokenizer(name, characters)
         rng = np.random.default_rng(flags.seed)
         weights = np.array([len(file) for file in files], dtype=float)
-        for number in rng.choice(len(files), size=flags.windows, p=weights / weights.sum()):
+        for number in rng.choice(len(files), size=n_windows, p=weights / weights.sum()):
             file = files[number]
             length = min(flags.window_tokens, len(file))
             start = int(rng.integers(0, len(file) - length + 1))

@@ -125,7 +125,7 @@ class Contents:
             if found and before and found != before:
                 raise UserError(
                     f"the data of {out} has changed: the SHA-256 of {path} is {found[:12]}…, and was {before[:12]}… "
-                    "when the run was trained on it; restore the old data, or type another --out"
+                    "when the run was trained on it; restore the old data, or train in another --out"
                 )
             digests[number] = found or before
         return digests

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
@@ -57,12 +58,14 @@ class TokenizedCorpus:
         val: uint16 [tokens].
         val_text: the held-out bytes that `val` predicts.
         tokenizer: made the tokens.
+        documents: the names of the training documents, each with the number of tokens before it in `train`.
     """
 
     train: np.ndarray
     val: np.ndarray
     val_text: bytes
     tokenizer: Tokenizer
+    documents: tuple[tuple[str, int], ...]
 
 
 def read_corpus(config: DataConfig) -> Corpus:
@@ -198,11 +201,13 @@ def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
         characters = "".join(sorted(used))
     tokenizer = get_tokenizer(config.tokenizer, characters)
 
-    def stream(documents: Sequence[Document]) -> np.ndarray:
-        parts = [encode_document(tokenizer, document.content, document.name) for document in documents]
-        return np.concatenate(parts)
+    def parts(documents: Sequence[Document]) -> list[np.ndarray]:
+        return [encode_document(tokenizer, document.content, document.name) for document in documents]
 
     val_text = b"".join(document.content for document in corpus.val)
     if end_of_text(tokenizer) is None:  # nothing precedes the first character, so it is not predicted
         val_text = val_text.decode("utf-8", "replace")[1:].encode()
-    return TokenizedCorpus(stream(corpus.train), stream(corpus.val), val_text, tokenizer)
+    train, val = parts(corpus.train), parts(corpus.val)
+    names = [document.name for document in corpus.train]
+    documents = tuple(zip(names, itertools.accumulate(map(len, train), initial=0), strict=False))
+    return TokenizedCorpus(np.concatenate(train), np.concatenate(val), val_text, tokenizer, documents)

@@ -6,6 +6,7 @@ target there and the first input of the next window. Each epoch visits every win
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -84,12 +85,8 @@ class TokenWindows:
         Raises:
             UserError: a window holds a token beyond the vocabulary, or cannot be read.
         """
-        stream_of = np.searchsorted(self._first_window, index, side="right") - 1
-        starts = (index - self._first_window[stream_of]) * self.block_size
-        groups = [(stream, np.flatnonzero(stream_of == stream)) for stream in np.unique(stream_of)]
-        if self.document_start is not None:
-            for stream, rows in groups:
-                starts[rows] = self._move_to_documents(self.streams[stream], starts[rows])
+        stream_of, starts = self.locate(index)
+        groups = _rows_of_each(stream_of)
         windows = np.empty((len(index), self.block_size + 1), self._dtype)
         for stream, rows in groups:
             self.streams[stream].read(starts[rows], windows, rows)
@@ -97,6 +94,19 @@ class TokenWindows:
             for stream, rows in groups:
                 self._check_vocabulary(windows[rows], self.names[stream])
         return windows.astype(np.int32)
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the windows with these indices, int [n]: their streams, int [n], and their starts in them, int [n].
+
+        Raises:
+            UserError: a stream cannot be read, where `document_start` needs it.
+        """
+        stream_of = np.searchsorted(self._first_window, index, side="right") - 1
+        starts = (index - self._first_window[stream_of]) * self.block_size
+        if self.document_start is not None:
+            for stream, rows in _rows_of_each(stream_of):
+                starts[rows] = self._move_to_documents(self.streams[stream], starts[rows])
+        return stream_of, starts
 
     def _move_to_documents(self, stream: Tokens, starts: np.ndarray) -> np.ndarray:
         """Moves each start to the first document start in its stride, if there is one and the window still fits."""
@@ -132,6 +142,26 @@ class TokenWindows:
         return window
 
 
+def _rows_of_each(numbers: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each different number in int [n], and the rows that have it, int [any]."""
+    return [(int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """The place of a training sequence.
+
+    Attributes:
+        source: the number of its source.
+        stream: the number of its stream in the source.
+        start: the number of tokens before it in the stream.
+    """
+
+    source: int
+    stream: int
+    start: int
+
+
 class ShuffledWindows:
     """The endless sequence of training windows. Window n is a pure function of (seed, n).
 
@@ -146,24 +176,40 @@ class ShuffledWindows:
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         """Reads the windows at these positions of the sequence, int [n] -> int32 [n, block_size + 1]."""
-        if len(self.sources) == 1:
-            return self._read(0, index)
-        source_of, own_index = self._mixture.assign(index)
+        parts = self._assign(index)
+        if len(parts) == 1:
+            source, _, own_index = parts[0]
+            return self.sources[source][own_index]
         windows = np.empty((len(index), self.sources[0].block_size + 1), dtype=np.int32)
-        for source in np.unique(source_of):
-            rows = source_of == source
-            windows[rows] = self._read(int(source), own_index[rows])
+        for source, rows, own_index in parts:
+            windows[rows] = self.sources[source][own_index]
         return windows
 
-    def _read(self, source: int, index: np.ndarray) -> np.ndarray:
-        """Reads windows of one source; `index` counts the windows of this source over all epochs."""
-        windows = self.sources[source]
-        epochs, positions = np.divmod(index, len(windows))
+    def locate(self, index: np.ndarray) -> list[Location]:
+        """Finds the windows at these positions of the sequence, int [n].
+
+        Raises:
+            UserError: as `TokenWindows.locate`.
+        """
+        places = np.empty((len(index), 3), dtype=np.int64)
+        for source, rows, own_index in self._assign(index):
+            places[rows] = np.stack([np.full(len(rows), source), *self.sources[source].locate(own_index)], axis=1)
+        return [Location(*place) for place in places.tolist()]
+
+    def _assign(self, index: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Each source, the rows of `index` that it fills, int [any], and the index of its window for each of them."""
+        source_of, own_index = self._mixture.assign(index)
+        groups = _rows_of_each(source_of)
+        return [(source, rows, self._shuffle(source, own_index[rows])) for source, rows in groups]
+
+    def _shuffle(self, source: int, index: np.ndarray) -> np.ndarray:
+        """The windows of one source at these positions, which count its windows over all epochs, int [n] -> int [n]."""
+        size = len(self.sources[source])
+        epochs, positions = np.divmod(index, size)
         shuffled = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            shuffled[rows] = permute(positions[rows], len(windows), self.seed + (source << 32), int(epoch))
-        return windows[shuffled]
+        for epoch, rows in _rows_of_each(epochs):
+            shuffled[rows] = permute(positions[rows], size, self.seed + (source << 32), epoch)
+        return shuffled
 
 
 LocalRows = Callable[[int], np.ndarray]
@@ -198,12 +244,24 @@ class BatchSource:
 
     def __getitem__(self, update: int) -> np.ndarray:
         """int32 [micro_batches, sequences of this process, block_size + 1]."""
+        index = self._index(update)
+        windows = self.sequences[index.flatten()]
+        return windows.reshape(*index.shape, windows.shape[-1])
+
+    def locate(self, update: int) -> list[Location]:
+        """Finds the sequences of `self[update]`, micro-batch after micro-batch.
+
+        Raises:
+            UserError: as `TokenWindows.locate`.
+        """
+        return self.sequences.locate(self._index(update).flatten())
+
+    def _index(self, update: int) -> np.ndarray:
+        """The positions of the sequences in the order of the run, int [micro_batches, sequences of this process]."""
         first, size = self.schedule.at(int(update))
         micro_batch = size // self.num_micro_batches[size]
         starts = np.arange(first, first + size, micro_batch)
-        index = starts[:, None] + self.local_rows(micro_batch)
-        windows = self.sequences[index.flatten()]
-        return windows.reshape(*index.shape, windows.shape[-1])
+        return starts[:, None] + self.local_rows(micro_batch)
 
 
 def read_ahead(source: BatchSource, start: int, stop: int) -> grain.DatasetIterator[np.ndarray]:

@@ -175,6 +175,20 @@ def read_metrics(folder: Path) -> None:
     MetricsFile(folder / "metrics.jsonl", 1)
 
 
+def checkpoint_info() -> list[Files]:
+    info = {"data": "90 + 10 tokens, crc32 01234567", "layout": 2, "sha256": ["0" * 64, None]}
+    odd = [{**info, key: value} for key, value in [("data", [1]), ("sha256", 5), ("sha256", [5]), ("sha256", {})]]
+    return with_values("metadata", info, *odd)
+
+
+def read_checkpoint_info(folder: Path) -> None:
+    from gpt2_jax.data.batches import read_info
+
+    data, digests = read_info(folder / "metadata")
+    for digest in digests:
+        assert f"{data} {(digest or '')[:12]}"
+
+
 def configs() -> list[Files]:
     from gpt2_jax.config.toml import PRESETS, read_config, to_toml
 
@@ -253,6 +267,7 @@ TARGETS = {
     "manifest": Target(manifests, read_prepared),
     "progress": Target(progress_files, read_prepared),
     "metrics": Target(metrics, read_metrics),
+    "info": Target(checkpoint_info, read_checkpoint_info),
     "toml": Target(configs, read_configs),
     "llmc": Target(llmc, read_model),
     "huggingface": Target(functools.partial(converted, "huggingface"), read_model),
