@@ -41,6 +41,7 @@ from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import validation_loss
 from gpt2_jax.run.initial import open_initial
 from gpt2_jax.run.profiling import traced
+from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
 from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
 from gpt2_jax.step import Metrics, make_eval_step, make_train_step
@@ -88,6 +89,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         UserError: config, data, devices and run directory do not fit together.
         DivergedError: the loss is no longer finite.
     """
+    check_same_software()
     hardware = current_hardware()
     runtime.enable_compilation_cache(config.compilation_cache)
     config, attention = resolve(config, hardware)

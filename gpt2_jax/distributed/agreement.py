@@ -58,8 +58,15 @@ def broadcast_from_primary(name: str, value: str) -> str:
     return coordination_client().blocking_key_value_get(key, FOREVER)
 
 
-def assert_equal(name: str, value: str) -> None:
+def assert_equal(
+    name: str, value: str, advice: str = "start the same command with the same files on every host"
+) -> None:
     """Checks that a text of one or more lines is the same in all processes.
+
+    Args:
+        name: what the text is, for the error.
+        value: the text.
+        advice: what to do if it differs, for the error.
 
     Raises:
         UserError: it differs from that of process 0.
@@ -68,10 +75,7 @@ def assert_equal(name: str, value: str) -> None:
     if expected != value:
         pairs = itertools.zip_longest(expected.splitlines(), value.splitlines(), fillvalue="nothing")
         theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
-        raise UserError(
-            f"the {name} differs from process 0: {ours} here, {theirs} on process 0; start the same command with the "
-            "same files on every host"
-        )
+        raise UserError(f"the {name} differs from process 0: {ours} here, {theirs} on process 0; {advice}")
 
 
 def check_shared(directory: Path) -> None:

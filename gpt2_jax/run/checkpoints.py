@@ -15,6 +15,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
 from gpt2_jax.model import GPT2
+from gpt2_jax.run.provenance import describe_changes, made_by
 from gpt2_jax.step import TrainState, abstract_state, init_state, state_shardings
 
 LAYOUT = 2  # of the saved state; 1, up to version 0.1.0, had the gradient norm in the optimizer state
@@ -33,7 +34,7 @@ class RunCheckpoints:
 
     def __init__(self, checkpoints: Checkpoints, config: TrainConfig, model: GPT2, mesh: Mesh, data: Data) -> None:
         self._checkpoints, self._fingerprint = checkpoints, data.fingerprint
-        self._config, self._model, self._mesh = config, model, mesh
+        self._config, self._model, self._mesh, self._made_by = config, model, mesh, made_by(mesh)
         self._contents = Contents(data.files, checkpoints.directory.parent, jax.process_index())
         self._trained_on: list[str | None] = []  # the SHA-256 of each file, if it was ever known
         self._unrolled = model.clone(config=model.config.unrolled())
@@ -83,6 +84,9 @@ class RunCheckpoints:
                 "CHANGELOG.md says what changed); resume it with that version, or start from its parameters with "
                 f"--init_from {path} and another --out"
             )
+        before = info.get("made_by", {})  # missing in older ones
+        if is_primary() and (line := describe_changes(before, self._made_by)):
+            print(f"{'changed':10}{line}", flush=True)
 
     def _open_contents(self) -> None:
         """Compares the token files whose SHA-256 is known, and starts to hash the others in the background."""
@@ -132,7 +136,12 @@ class RunCheckpoints:
         self.newest = step
         if self._model.config.scan_layers:
             state = self._unstack(state)
-        info = {"data": self._fingerprint, "layout": LAYOUT, "sha256": self._trained_on}
+        info = {
+            "data": self._fingerprint,
+            "layout": LAYOUT,
+            "sha256": self._trained_on,
+            "made_by": self._made_by,
+        }
         self._checkpoints.save(step, state, info, val_loss)
 
     def _unstack(self, state: TrainState) -> TrainState:

@@ -383,6 +383,27 @@ def test_processes_that_cannot_connect_exit_in_time(spawn, directory):
     assert re.fullmatch(r"error: process 0 cannot listen on port \d+: Address already in use; give .*", lines[2])
 
 
+OTHER_OPTAX = """
+import importlib.metadata, sys
+version = importlib.metadata.version
+if sys.argv[-1] == "1":
+    importlib.metadata.version = lambda name: "0.0" if name == "optax" else version(name)
+from gpt2_jax.train import command
+command()
+"""
+
+
+@pytest.mark.slow
+def test_hosts_with_different_versions_do_not_train(start, directory):
+    line = error_line(*finish(start(directory, "--config", "tiny.toml", command=("-c", OTHER_OPTAX))))
+    assert re.fullmatch(
+        r"error: process 1 on .*: the software differs from process 0: optax 0\.0 here, optax [\d.]+ on process 0; "
+        "install the same code and the same versions on every host",
+        line,
+    )
+    assert not (directory / "run").exists()
+
+
 @pytest.mark.slow
 def test_hosts_whose_data_differs_in_the_middle_do_not_train(start, directory, make_directory):
     elsewhere = make_directory()

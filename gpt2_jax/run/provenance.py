@@ -1,0 +1,77 @@
+"""What trains a run: the code, the versions of its libraries, and the devices.
+
+All processes have to agree on the code and the versions. Each checkpoint records them, so that a resumed run can say
+what changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.distributed.agreement import assert_equal
+from gpt2_jax.errors import strip_controls
+
+PACKAGE = Path(__file__).parents[1]
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# Those that decide the bits of the result, by their names in the line about a change.
+_PROGRAM = {"code": "code of gpt2_jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax", "optax": "optax"}
+_DEVICES = {"device": "devices", "mesh": "mesh"}
+
+
+def hash_sources(package: Path) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the names and contents of all .py files below a directory."""
+    digest = hashlib.sha256()
+    names = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    for name, path in sorted(names.items()):
+        if path.is_file():  # Emacs marks a file that it edits with a link to nowhere
+            content = path.read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+@functools.cache  # as they were when the process first asked: somebody may edit or install while it trains
+def software() -> Mapping[str, str]:
+    """The hash of the package's code, and the versions of Python and of the libraries."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"code": hash_sources(PACKAGE), "python": f"{sys.version_info.major}.{sys.version_info.minor}", **versions}
+
+
+def check_same_software() -> None:
+    """Checks that all processes run the same code with the same versions.
+
+    Raises:
+        UserError: the code or a version differs from that of process 0.
+    """
+    lines = "\n".join(f"{name} {version}" for name, version in software().items())
+    assert_equal("software", lines, "install the same code and the same versions on every host")
+
+
+def made_by(mesh: Mesh) -> dict[str, str]:
+    """The entry "made_by" of a checkpoint: `software`, the kind of the devices, and the mesh with its processes."""
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    several = f" over {count} processes" if (count := jax.process_count()) > 1 else ""
+    return {**software(), "device": mesh.devices.flat[0].device_kind, "mesh": shape + several}
+
+
+def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The line about what changed since a checkpoint was saved and changes the bits of the result; "" for nothing.
+
+    Args:
+        before: `made_by` in the checkpoint. Keys that it does not have did not change.
+        now: `made_by` of this process.
+    """
+    changed = [key for key in (*_PROGRAM, *_DEVICES) if before.get(key, now[key]) != now[key]]
+    if not changed:
+        return ""
+    listed = ", ".join(f"{(_PROGRAM | _DEVICES)[key]} {before[key]} -> {now[key]}" for key in changed)
+    only = " (only rounding changes, and dropout masks)" if changed == ["mesh"] else ""
+    return strip_controls(f"{listed}; from here on the run need not equal an undisturbed one bit for bit{only}")
