@@ -17,7 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_jax.errors import UserError, one_line
+from gpt2_jax.checkpoint_info import read_info, seal
+from gpt2_jax.errors import DamagedError, UserError, fixable, one_line
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -25,12 +28,17 @@ def _val_loss(metrics: dict[str, float]) -> float:
 
 
 @contextmanager
-def _reading(checkpoint: Path, advice: str) -> Iterator[None]:
-    """Reports an error of Orbax as a UserError that names the checkpoint and ends with `advice`."""
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Reports an error of Orbax as a DamagedError that names the checkpoint.
+
+    Orbax raises a bare Exception for missing or cut files, and errors of many types for damaged ones.
+    """
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({one_line(error)}); {advice}") from error
+    except Exception as error:
+        if isinstance(error, UserError) or fixable(error):
+            raise
+        raise DamagedError(f"the checkpoint {checkpoint} is damaged ({one_line(error)})") from error
 
 
 class SavedState:
@@ -40,24 +48,24 @@ class SavedState:
         path: DIRECTORY/STEP of a `Checkpoints`.
 
     Raises:
-        UserError: it is not a complete checkpoint.
+        DamagedError: it is not a complete checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute() / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        with _reading(self._path.parent, "use another one"):
+        with _reading(self._path.parent):
             metadata = self._reader.metadata(self._path).item_metadata
-        if metadata is None:
-            raise UserError(f"the checkpoint {path} is incomplete: no tree of arrays in {self._path}; use another one")
-        self._tree = metadata.tree
+            if metadata is None:
+                raise ValueError(f"no tree of arrays in {self._path}")
+            self._tree = metadata.tree
 
     def read(self, *path: str) -> Any:
         """Reads the tree of NumPy arrays below the keys of `path`.
 
         Raises:
             KeyError: the checkpoint has no such keys.
-            UserError: the checkpoint cannot be read.
+            DamagedError: the checkpoint cannot be read.
         """
         part = functools.reduce(lambda tree, key: tree[key], path, self._tree)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
@@ -67,7 +75,7 @@ class SavedState:
             return functools.reduce(lambda inner, key: {key: inner}, reversed(path), tree)
 
         args = ocp.args.PyTreeRestore(nested(shapes), restore_args=nested(as_numpy), partial_restore=True)
-        with _reading(self._path.parent, "use another one"):
+        with _reading(self._path.parent):
             state = self._reader.restore(self._path, args=args)
         return functools.reduce(lambda tree, key: tree[key], path, state)
 
@@ -120,8 +128,16 @@ class Checkpoints:
         self._manager.close()
 
     def wait(self) -> None:
-        """Waits until all saves are on disk."""
+        """Waits until all saves are on disk.
+
+        Raises:
+            OSError: one could not be written. So does `save`, for the saves before.
+        """
         self._manager.wait_until_finished()
+
+    def is_saving(self) -> bool:
+        """True while a save runs in the background."""
+        return self._manager.is_saving_in_progress()
 
     def latest(self) -> int | None:
         """The newest restorable step; None if there is none."""
@@ -135,6 +151,10 @@ class Checkpoints:
         """All restorable steps, in order."""
         return sorted(self._manager.all_steps())
 
+    def reload(self) -> None:
+        """Reads the directory again, after checkpoints were renamed or a save failed."""
+        self._manager.reload()
+
     def save(self, step: int, state: Any, info: dict[str, Any], val_loss: float | None = None) -> None:
         """Copies `state` off the devices, then writes it in the background.
 
@@ -143,9 +163,10 @@ class Checkpoints:
             info: a JSON-serializable dict.
             val_loss: the validation loss at this step, if known; ranks the checkpoint.
         """
+        sealed = seal(step, val_loss, info)
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(info)),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed)),
             metrics=None if val_loss is None else {"val_loss": val_loss},
         )
 
@@ -153,20 +174,17 @@ class Checkpoints:
         """Restores the state of `step` with the shapes, dtypes and shardings of `abstract_state`.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            DamagedError: the checkpoint cannot be read.
         """
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        return self._read(step, state=ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args))
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args))
+        with _reading(self.directory / str(step)):
+            return self._manager.restore(step, args=args)["state"]
 
     def info(self, step: int) -> dict[str, Any]:
-        """The `info` that was saved with the state of `step`.
+        """The `info` that was saved with the state of `step`, with "step" and "val_loss".
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            DamagedError: it cannot be read.
         """
-        return self._read(step, info=ocp.args.JsonRestore())
-
-    def _read(self, step: int, **item: Any) -> Any:
-        advice = "if it is damaged, move it away to resume from an older one"
-        with _reading(self.directory.absolute() / str(step), advice):
-            return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
+        return read_info(self.directory / str(step))

@@ -14,6 +14,18 @@ class UserError(Exception):
     """Bad input: says what was found, what was expected and what to type. Commands exit with code 2."""
 
 
+class DamagedError(UserError):
+    """A checkpoint is not what was saved."""
+
+
+class SaveError(Exception):
+    """Checkpoints could not be saved, several times in a row. Commands exit with code 1: a later try may succeed."""
+
+
+class ReplicaError(Exception):
+    """Copies of the same arrays differ between devices. Commands exit with code 1: a restart may compute correctly."""
+
+
 class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 2: it would happen again."""
 
@@ -34,7 +46,7 @@ def strip_controls(text: str) -> str:
 
 def fixable(error: BaseException) -> str:
     """The line for an error of the system or a library that the user can fix; "" for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         where = error.filename or "the output"  # standard output, or a file whose name the error does not have
         return f"{where} cannot be written: {error.strerror}; make room, or write elsewhere"
     text = one_line(error, 300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,12 +95,31 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [row for row in read_rows(path) if row["step"] <= step]
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        replace_text(path, "".join(_to_json(row) for row in kept))
 
     def write(self, row: Row) -> None:
-        """Appends a row. It is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Appends a row. It is in the file when this returns.
+
+        Raises:
+            UserError: the file was deleted, or cannot be written.
+        """
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND)  # not created anew: rows would be missing
+        except OSError as error:
+            reason = "was deleted" if isinstance(error, FileNotFoundError) else f"cannot be written: {error.strerror}"
+            raise UserError(
+                f"{self.path} {reason} while the run trains; start it again to resume from the newest checkpoint"
+            ) from error
+        try:
+            with open(file, "w", encoding="utf-8") as text:
+                text.write(_to_json(row))
+        except OSError as error:  # of a file descriptor, so it does not know the name
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def _to_json(row: Row) -> str:
+    """A line of JSON. NaN and infinity, which JSON does not have, are an error."""
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -47,6 +47,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
     learning_rate: jax.Array
+    param_norm: jax.Array  # global norm of the new parameters: finite only if all of them are
 
 
 class TrainStep(Protocol):
@@ -120,7 +121,7 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         loss, grads = jax.lax.pmean((loss, grads), data)  # the only reduction over `data`
         updates, opt_state = chain.update(grads, state.opt_state, state.params)
         new_params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step))
+        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step), optax.tree.norm(new_params))
         return TrainState(state.step + 1, new_params, opt_state), metrics
 
     shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())

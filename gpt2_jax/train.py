@@ -19,7 +19,6 @@ from contextlib import closing, nullcontext
 import jax
 
 from gpt2_jax import runtime
-from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
@@ -30,13 +29,13 @@ from gpt2_jax.data.pipeline import BatchSource, read_ahead
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
-from gpt2_jax.errors import DivergedError, UserError
+from gpt2_jax.errors import DivergedError, ReplicaError, SaveError, UserError
 from gpt2_jax.files import exclusive
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.model import n_params
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.run import summary
-from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import validation_loss
 from gpt2_jax.run.initial import open_initial
@@ -51,6 +50,9 @@ pod slices need no flags. Elsewhere give --coordinator HOST:PORT (of process 0),
 or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. --coordinator-timeout SECONDS (300) limits the
 time to connect. --heartbeat-timeout SECONDS (100) is the silence after which a process counts as dead."""
 
+# After the others, the same command resumes, and may succeed. A run that diverged would diverge again.
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, DivergedError: 2, SaveError: 1, ReplicaError: 1}
+
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
@@ -61,15 +63,15 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     try:
-        with distributed_session(cluster, flags, exit_codes={UserError: 2, DivergedError: 2}):
+        with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []
             config = parse_args(summary.TRAIN, DESCRIPTION, args, notes.append)
             for line in notes if is_primary() else []:
                 print(line)
             return train(config)
-    except DivergedError as error:
+    except (DivergedError, SaveError, ReplicaError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2  # it would diverge again at the same update
+        return EXIT_CODES[type(error)]
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
@@ -88,6 +90,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     Raises:
         UserError: config, data, devices and run directory do not fit together.
         DivergedError: the loss is no longer finite.
+        SaveError: checkpoints could not be saved.
+        ReplicaError: copies of the training state differ between devices.
     """
     check_same_software()
     hardware = current_hardware()
@@ -112,7 +116,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         open_directory(config, saved) as out,
         jax.default_matmul_precision(matmul_precision(config.dtype)),
         exclusive(out, "training") if is_primary() else nullcontext(),
-        Checkpoints(out / "checkpoints", config.checkpoint.keep) as checkpoints,
+        open_checkpoints(out / "checkpoints", config.checkpoint) as checkpoints,
     ):
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
         state, start = run_checkpoints.restore_or_init(initial)
@@ -120,7 +124,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
         if is_primary():
             write_config(out, config)
-        print_line = reporter.display.print
+        print_line = run_checkpoints.print_line = reporter.display.print
         for line in summary.banner(config, data, mesh, attention, size, out, start):
             print_line(line)
         with (
@@ -141,29 +145,37 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                     reporter.update(pending)  # fetched only now, when the device already has its next work
                     step, val_loss = step + 1, None
                     pending = step, metrics
-                    if step == config.steps or is_due(step, config.eval.every):
+                    if is_due(step, config.log.every):
+                        run_checkpoints.check_saved()
+                    evaluates = step == config.steps or is_due(step, config.eval.every)
+                    saves = is_due(step, config.checkpoint.every) and step < config.steps
+                    if evaluates or saves or is_due(step, config.log.check_replicas):
                         reporter.catch_up(pending)
+                        fingerprint = run_checkpoints.fingerprint(state)
+                    if evaluates:
                         loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
                         val_loss = loss_sum / n_targets
-                        reporter.evaluation(step, val_loss, n_targets)
-                    if step == config.steps or is_due(step, config.checkpoint.every):
-                        reporter.catch_up(pending)
-                        run_checkpoints.save(step, state, val_loss)
+                        reporter.evaluation(step, val_loss, n_targets, fingerprint.state)
+                    if saves:
+                        if not evaluates:
+                            reporter.saved(step, fingerprint.state)
+                        run_checkpoints.save(step, state, fingerprint, val_loss)
             except UserError:  # damaged data, found late: keep what was trained
                 if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
                     reporter.catch_up(pending)
-                    run_checkpoints.save(step, state, val_loss)
+                    run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), val_loss)
                 raise
+            reporter.catch_up(pending)
+            fingerprint = run_checkpoints.fingerprint(state)
+            run_checkpoints.save_and_wait(step, state, fingerprint, val_loss)
             if step < config.steps:
-                reporter.catch_up(pending)
-                run_checkpoints.save(step, state, val_loss)
-                checkpoints.wait()
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
         loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
         sample = summary.sample_text(model, state.params, data, config)
         if is_primary():
-            for line in summary.closing(config, data, out, loss_sum, n_targets, sample, checkpoints.best()):
+            best = checkpoints.best()
+            for line in summary.closing(config, data, out, loss_sum, n_targets, sample, best, fingerprint.state):
                 print_line(line)
     return 0
 

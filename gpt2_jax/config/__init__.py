@@ -135,6 +135,10 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest checkpoints to keep.
     Of those saved right after an evaluation, the one with the lowest validation loss is kept too."""
+    strict: bool = False
+    """Refuse to resume if the newest checkpoint is damaged, instead of setting it aside and using the one before."""
+    max_failures: int = 3
+    """Saves in a row that may fail, as on a full disk, before the run ends with exit code 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +162,11 @@ class LogConfig:
     """Updates between training rows."""
     profile_steps: int = 0
     """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
+    check_replicas: int = 0
+    """Updates between comparisons of the copies of the training state on different devices; 0 compares only at saves
+    and evaluations."""
+    on_mismatch: Literal["stop", "restore"] = "stop"
+    """Action if the copies differ: end the run with exit code 1, or continue from the newest checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)

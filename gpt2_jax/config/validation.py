@@ -62,11 +62,13 @@ _RANGES: dict[str, _Range] = {
     "mesh.fsdp": _DEVICES,
     "checkpoint.every": _COUNT_OR_0,
     "checkpoint.keep": _COUNT,
+    "checkpoint.max_failures": _COUNT,
     "eval.every": _COUNT_OR_0,
     "eval.tokens": _between(0, MAX_TOKENS),
     "eval.sample_tokens": _between(0, MAX_SEQUENCES),
     "log.every": _COUNT,
     "log.profile_steps": _COUNT_OR_0,
+    "log.check_replicas": _COUNT_OR_0,
 }
 
 

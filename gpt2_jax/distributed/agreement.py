@@ -78,6 +78,18 @@ def assert_equal(
         raise UserError(f"the {name} differs from process 0: {ours} here, {theirs} on process 0; {advice}")
 
 
+def first_problem(problem: str) -> str:
+    """Returns the problem of the first process that has one, in all processes; "" if none has one."""
+    if jax.process_count() == 1:
+        return problem
+    client, directory = coordination_client(), f"gpt2_jax/{next(_calls)}/problems/"
+    if problem:
+        client.key_value_set(f"{directory}{jax.process_index():06}", problem)
+    barrier("problems")
+    problems = sorted(client.key_value_dir_get(directory))
+    return problems[0][1] if problems else ""
+
+
 def check_shared(directory: Path) -> None:
     """Checks that all processes see the files that process 0 writes into a directory.
 
@@ -88,8 +100,6 @@ def check_shared(directory: Path) -> None:
     if jax.process_count() == 1:
         return
     seen = directory / f".seen-{broadcast_from_primary('token', secrets.token_hex(8))}"
-    problems = f"gpt2_jax/{next(_calls)}/problems/"
-    client = coordination_client()
     problem = ""
     if is_primary():
         try:
@@ -103,12 +113,11 @@ def check_shared(directory: Path) -> None:
     if not found:
         where = f"{directory.absolute()} in process {jax.process_index()} on {socket.gethostname()}"
         problem = problem or f"{where} is not the directory that process 0 writes"
-        client.key_value_set(f"{problems}{jax.process_index()}", problem)
-    barrier("seen")
+    problem = first_problem(problem)
     if is_primary():
         seen.unlink(missing_ok=True)
-    if found_problems := sorted(client.key_value_dir_get(problems)):
-        raise UserError(f"{found_problems[0][1]}; give an --out on a file system that all hosts share")
+    if problem:
+        raise UserError(f"{problem}; give an --out on a file system that all hosts share")
 
 
 @contextmanager

@@ -1,28 +1,83 @@
-"""The checkpoints of a run: restores or creates the training state, and saves it with one entry per layer."""
+"""The checkpoints of a run: restores or creates the training state, and saves it with one entry per layer.
+
+What is saved is what is restored: each checkpoint has the fingerprint of its arrays, which is compared after restoring
+them. A damaged checkpoint is renamed to STEP.damaged, and the one before it is used.
+"""
 
 from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.config import TrainConfig
+from gpt2_jax.checkpoint import TEMPORARY, Checkpoints
+from gpt2_jax.checkpoint_info import read_info, set_aside
+from gpt2_jax.config import CheckpointConfig, TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.contents import Contents
 from gpt2_jax.display import si
-from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
-from gpt2_jax.errors import UserError
+from gpt2_jax.distributed.agreement import barrier, broadcast_from_primary, first_problem, is_primary
+from gpt2_jax.errors import DamagedError, ReplicaError, SaveError, UserError, fixable, one_line
+from gpt2_jax.fingerprint import StateFingerprint, make_state_fingerprint
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
 from gpt2_jax.model import GPT2
 from gpt2_jax.run.provenance import describe_changes, made_by
 from gpt2_jax.step import TrainState, abstract_state, init_state, state_shardings
 
+RETRY_SECONDS = 1.0  # until the last save of a run is tried again
 LAYOUT = 2  # of the saved state; 1, up to version 0.1.0, had the gradient norm in the optimizer state
+
+
+def open_checkpoints(directory: Path, config: CheckpointConfig) -> Checkpoints:
+    """Opens the checkpoints of a run, after setting aside those whose small files are damaged.
+
+    All processes call it together.
+
+    Raises:
+        DamagedError: one is damaged and `strict` is set, or all are damaged.
+    """
+    if is_primary() and directory.exists():
+        steps = sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+        damaged: dict[Path, DamagedError] = {}
+        for path in steps:
+            try:
+                read_info(path)
+            except DamagedError as error:
+                damaged[path] = error
+        if damaged:
+            _set_aside(damaged, config, intact=len(steps) - len(damaged))
+    barrier("checked")
+    return Checkpoints(directory, config.keep)
+
+
+def _set_aside(damaged: dict[Path, DamagedError], config: CheckpointConfig, intact: int) -> None:
+    """Renames damaged checkpoints and says so. If no other is left, they keep their names: a run must not start anew.
+
+    Raises:
+        DamagedError: nothing may be renamed.
+    """
+    _, error = max(damaged.items(), key=lambda item: int(item[0].name))
+    if config.strict:
+        raise DamagedError(f"{error}; leave out --checkpoint.strict to resume from an older one")
+    if not intact:
+        raise DamagedError(f"{error}, and no older one is intact; restore a copy of it, or type another --out")
+    for path, error in damaged.items() if is_primary() else ():
+        print(f"{'damaged':10}{error}; now {set_aside(path).name}", flush=True)
 
 
 class RunCheckpoints:
     """The checkpoints of one run. All processes call the same methods in the same order; each saves its shards.
+
+    Attributes:
+        newest: the newest step that this process saved or restored.
+        print_line: prints a line about a save that failed.
 
     Args:
         checkpoints: the checkpoints in the run directory.
@@ -33,47 +88,101 @@ class RunCheckpoints:
     """
 
     def __init__(self, checkpoints: Checkpoints, config: TrainConfig, model: GPT2, mesh: Mesh, data: Data) -> None:
-        self._checkpoints, self._fingerprint = checkpoints, data.fingerprint
+        self._checkpoints, self._data = checkpoints, data.fingerprint
         self._config, self._model, self._mesh, self._made_by = config, model, mesh, made_by(mesh)
         self._contents = Contents(data.files, checkpoints.directory.parent, jax.process_index())
         self._trained_on: list[str | None] = []  # the SHA-256 of each file, if it was ever known
         self._unrolled = model.clone(config=model.config.unrolled())
-        self.newest = 0  # the newest step that this process saved or restored
+        self._fingerprint = make_state_fingerprint(mesh, abstract_state(model, config.optimizer, mesh))
+        self._saving, self._failures = False, 0  # in the background; saves in a row that failed
+        self.newest = 0
+        self.print_line: Callable[[str], None] = print
+
+    def fingerprint(self, state: TrainState) -> StateFingerprint:
+        """The fingerprint of the state. Waits for the state.
+
+        Raises:
+            ReplicaError: devices have different copies of the same arrays.
+        """
+        found = self._fingerprint(state)
+        if deviating := found.deviating():
+            names = ", ".join(str(self._mesh.devices.flat[position]) for position in deviating)
+            raise ReplicaError(
+                f"after update {int(state.step)}, the training state on {names} differs from its copies on other "
+                f"devices: a device computes wrongly, or a kernel is not deterministic; {self._before()}"
+            )
+        return found
+
+    def _before(self) -> str:
+        return f"checkpoints/{self.newest} is from before" if self.newest else "nothing was saved"
 
     def restore_or_init(self, initial: StoredModel | None) -> tuple[TrainState, int]:
-        """The state of the newest checkpoint and its step, or a new state and 0.
+        """The state of the newest intact checkpoint and its step, or a new state and 0.
 
         Args:
             initial: the model that a new run starts from; None for random parameters.
 
         Raises:
-            UserError: the newest checkpoint is past `config.steps`, was trained on other data, or cannot be read.
+            UserError: the newest checkpoint is past `config.steps` or was trained on other data.
+            DamagedError: it is damaged and `checkpoint.strict` is set, or none is intact.
         """
         config, model, mesh = self._config, self._model, self._mesh
-        step = int(broadcast_from_primary("start", str(self._checkpoints.latest() or 0)))
-        if step:
-            self._check(step)
+        steps = json.loads(broadcast_from_primary("steps", json.dumps(self._checkpoints.steps())))
+        damaged: dict[Path, DamagedError] = {}
+        for step in reversed(steps):
+            path = self._checkpoints.directory / str(step)
+            self._check(path)
+            state, problem = self._try_restore(step)
+            if not problem:
+                break
+            damaged[path] = DamagedError(problem)
+            if config.checkpoint.strict:
+                break
+        if damaged:
+            _set_aside(damaged, config.checkpoint, intact=len(steps) - len(damaged))
+            barrier("set aside")
+            self._checkpoints.reload()
         self._open_contents()
-        if not step:
+        if not steps:
             params = initial.place(abstract_state(model, config.optimizer, mesh).params) if initial else None
             return init_state(model, config.optimizer, mesh, config.seed, params), 0
-        state: TrainState = self._checkpoints.restore(step, abstract_state(self._unrolled, config.optimizer, mesh))
-        if model.config.scan_layers:
-            state = jax.jit(stack_layers, out_shardings=state_shardings(model, config.optimizer, mesh))(state)
         self.newest = step
         return state, step
 
-    def _check(self, step: int) -> None:
-        path = self._checkpoints.directory / str(step)
-        out = path.parents[1]
+    def _try_restore(self, step: int) -> tuple[TrainState, str]:
+        """The state of a checkpoint, and what is wrong with it in any process; "" if it is what was saved."""
+        config, model, mesh = self._config, self._model, self._mesh
+        state: Any = None
+        problem = ""
+        try:
+            state = self._checkpoints.restore(step, abstract_state(self._unrolled, config.optimizer, mesh))
+        except DamagedError as error:
+            problem = str(error)
+        if problem := first_problem(problem):
+            return state, problem
+        if model.config.scan_layers:
+            state = jax.jit(stack_layers, out_shardings=state_shardings(model, config.optimizer, mesh))(state)
+        saved = self._checkpoints.info(step).get("fingerprint", {}).get("state")  # missing in older ones
+        if saved and (found := self._fingerprint(state).state) != saved:
+            path = self._checkpoints.directory / str(step)
+            problem = f"the checkpoint {path} is damaged (its arrays have the fingerprint {found}, not {saved})"
+        return state, problem
+
+    def _check(self, path: Path) -> None:
+        """Checks that the run can resume from a checkpoint, by what it says of itself.
+
+        Raises:
+            UserError: it is past the end of the run, of other data, or of another version.
+        """
+        out, step = path.parents[1], int(path.name)
         if step > self._config.steps:
             raise UserError(
                 f"{out} is already at update {step}, past steps = {self._config.steps}; type --steps {step}"
             )
         info = self._checkpoints.info(step)
-        if info["data"] != self._fingerprint:
+        if info["data"] != self._data:
             raise UserError(
-                f"the data of {out} has changed ({info['data']} -> {self._fingerprint}); restore the old data, or type "
+                f"the data of {out} has changed ({info['data']} -> {self._data}); restore the old data, or type "
                 "another --out"
             )
         self._trained_on = info.get("sha256", [])  # missing in older ones
@@ -121,28 +230,82 @@ class RunCheckpoints:
         self._contents.agree(state)
         self._trained_on = self._contents.check(self._trained_on, self._checkpoints.directory.parent)
 
-    def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+    def save(self, step: int, state: TrainState, fingerprint: StateFingerprint, val_loss: float | None) -> None:
         """Saves the state in the background, unless the newest checkpoint is of this step.
 
         Args:
+            fingerprint: that of `state`.
             val_loss: the validation loss at this step, if it was evaluated; ranks the checkpoint.
 
         Raises:
             UserError: a token file is not the one that the run was trained on. Nothing is saved.
+            SaveError: this save or those before failed, `checkpoint.max_failures` in a row.
         """
+        self.check_saved(wait=True)
         if step == self.newest:
             return
         self._compare_contents()
-        self.newest = step
+        if not self._checkpoints.directory.exists():
+            raise UserError(f"{self._checkpoints.directory} was deleted while the run trains; start it again")
         if self._model.config.scan_layers:
             state = self._unstack(state)
         info = {
-            "data": self._fingerprint,
+            "data": self._data,
             "layout": LAYOUT,
             "sha256": self._trained_on,
             "made_by": self._made_by,
+            "fingerprint": {"state": fingerprint.state, "params": fingerprint.params},
         }
-        self._checkpoints.save(step, state, info, val_loss)
+        try:
+            self._checkpoints.save(step, state, info, val_loss)
+            self._saving, self.newest = True, step
+        except Exception as error:
+            self._save_failed(error)
+
+    def save_and_wait(
+        self, step: int, state: TrainState, fingerprint: StateFingerprint, val_loss: float | None
+    ) -> None:
+        """`save`, again until it succeeds. The checkpoint is on disk when this returns.
+
+        Raises:
+            UserError, SaveError: as `save`.
+        """
+        while True:
+            self.save(step, state, fingerprint, val_loss)
+            self.check_saved(wait=True)
+            if self.newest == step:
+                return
+            time.sleep(RETRY_SECONDS)
+
+    def check_saved(self, wait: bool = False) -> None:
+        """Takes note of the save in the background: says if it failed. Without `wait`, only if it is over.
+
+        Raises:
+            SaveError: as `save`.
+        """
+        if not self._saving or (not wait and self._checkpoints.is_saving()):
+            return
+        self._saving = False
+        try:
+            self._checkpoints.wait()
+            self._failures = 0
+        except Exception as error:
+            self._save_failed(error)
+
+    def _save_failed(self, error: Exception) -> None:
+        """Counts a save that failed, and removes what it has written: its disk may be full."""
+        if jax.process_count() > 1:  # the others wait for this process in Orbax
+            raise error
+        self._failures += 1
+        for path in self._checkpoints.directory.glob(f"*{TEMPORARY}"):
+            shutil.rmtree(path, ignore_errors=True)
+        self._checkpoints.reload()
+        self.newest = self._checkpoints.latest() or 0
+        reason = fixable(error) or one_line(error)
+        line = f"a checkpoint could not be saved ({reason}); the newest is {self.newest or 'missing'}"
+        if self._failures >= self._config.checkpoint.max_failures:
+            raise SaveError(f"{line}; {self._failures} saves in a row failed; make room, and start the run again")
+        self.print_line(f"{line}; training continues, and tries again at the next save")
 
     def _unstack(self, state: TrainState) -> TrainState:
         if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(state)):

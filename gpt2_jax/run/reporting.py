@@ -54,20 +54,15 @@ class Reporter:
             pending: the step and its metrics. None, or an update that was already reported, does nothing.
 
         Raises:
-            DivergedError: the loss or the gradient norm is not finite.
+            DivergedError: the loss, the gradient norm or a parameter is not finite.
         """
         if pending is None or pending[0] <= self._reported:
             return
         step, metrics = pending
         self._reported = step
-        loss, grad_norm, learning_rate = map(float, jax.device_get(metrics))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            saved = self._checkpoints.newest
-            before = f"checkpoints/{saved} is from before" if saved else "nothing was saved"
-            raise DivergedError(
-                f"update {step} has loss {loss} and gradient norm {grad_norm}; {before}; type "
-                f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
-            )
+        loss, grad_norm, learning_rate, param_norm = map(float, jax.device_get(metrics))
+        found = f"loss {loss}, gradient norm {grad_norm} and parameters of norm {param_norm}"
+        self._check_finite(step, loss + grad_norm + param_norm, found)
         tokens = self._tokens_after(step)
         if not is_due(step, self._config.log.every) and step != self._config.steps:
             self._meter.start(tokens)
@@ -78,6 +73,7 @@ class Reporter:
             "tokens": tokens,
             "loss": loss,
             "grad_norm": grad_norm,
+            "param_norm": param_norm,
             "learning_rate": learning_rate,
             "tokens_per_second": speed and round(speed.tokens_per_second, 1),
             "mfu": speed and speed.mfu and round(speed.mfu, 4),
@@ -88,12 +84,36 @@ class Reporter:
         parts = format_row(row, left / speed.tokens_per_second if speed else None)
         self.display.show(step, f"update {step}/{self._config.steps}", parts)
 
-    def evaluation(self, step: int, loss: float, n_targets: int) -> None:
-        """Logs a validation loss in nats per token, and redraws the plot."""
+    def _check_finite(self, step: int, value: float, found: str) -> None:
+        """Raises a DivergedError that names what was `found` unless `value` is finite."""
+        if not math.isfinite(value):
+            saved = self._checkpoints.newest
+            before = f"checkpoints/{saved} is from before" if saved else "nothing was saved"
+            raise DivergedError(
+                f"update {step} has {found}; {before}; type "
+                f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
+            )
+
+    def evaluation(self, step: int, loss: float, n_targets: int, fingerprint: str) -> None:
+        """Logs a validation loss in nats per token with the fingerprint of the state, and redraws the plot.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        self._check_finite(step, loss, f"validation loss {loss}")
         self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
         if self._file:
-            self._file.write({"step": step, "tokens": self._tokens_after(step), "val_loss": loss})
-            plot(self._file.path, self._out / "loss.png")
+            row = {"step": step, "tokens": self._tokens_after(step), "val_loss": loss, "fingerprint": fingerprint}
+            self._file.write(row)
+            try:
+                plot(self._file.path, self._out / "loss.png")
+            except OSError as error:
+                self.display.print(f"{self._out / 'loss.png'} cannot be written ({error.strerror}); continuing")
+
+    def saved(self, step: int, fingerprint: str) -> None:
+        """Logs the fingerprint of the state that is saved after an update without an evaluation."""
+        if self._file:
+            self._file.write({"step": step, "tokens": self._tokens_after(step), "fingerprint": fingerprint})
 
     def catch_up(self, pending: tuple[int, Metrics] | None) -> None:
         """`update`, then stops the throughput clock: what follows is not training."""

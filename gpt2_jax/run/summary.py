@@ -70,7 +70,14 @@ def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) ->
 
 
 def closing(
-    config: TrainConfig, data: Data, out: Path, loss_sum: float, n_targets: int, sample: str | None, best: int | None
+    config: TrainConfig,
+    data: Data,
+    out: Path,
+    loss_sum: float,
+    n_targets: int,
+    sample: str | None,
+    best: int | None,
+    fingerprint: str,
 ) -> list[str]:
     """The lines with the loss of the finished run, its files and a command to type next.
 
@@ -78,6 +85,7 @@ def closing(
         loss_sum: nats over `n_targets` held-out tokens.
         sample: the text from `sample_text`.
         best: the step of the best checkpoint.
+        fingerprint: that of the final state.
     """
     lines = ["", f"{'loss':10}{loss_sum / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
     if data.val_text:
@@ -92,6 +100,7 @@ def closing(
         lines.append("    " + sample.replace("\n", "\n    ") + "\n")
     others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
     lines.append(f"{'run':10}{out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
+    lines.append(f"{'state':10}fingerprint {fingerprint}, of parameters and optimizer state")
     lines.append(f"{'next':10}{_next_command(config, out)}")
     return lines
 

@@ -1,0 +1,82 @@
+"""The facts beside the arrays of a checkpoint, sealed by a checksum. Reading them needs neither Orbax nor JAX.
+
+step         the update after which it was saved
+val_loss     the validation loss there, null if it was not evaluated; Orbax has a copy, and ranks checkpoints by it
+fingerprint  that of the arrays: "state", "params" (see fingerprint.py)
+data, sha256, layout, made_by    see run/checkpoints.py
+checksum     CRC-32 of all of the above as JSON with sorted keys
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.errors import DamagedError, one_line
+from gpt2_jax.parsing import parse_json, read_text
+
+INFO, METRICS = "info/metadata", "metrics/metrics"  # in a checkpoint, written by Orbax
+MAX_BYTES = 1 << 24  # the digests of 200,000 token files
+
+_TYPES: dict[str, type] = {"data": str, "sha256": list, "layout": int, "made_by": dict, "fingerprint": dict}
+
+
+def seal(step: int, val_loss: float | None, info: dict[str, Any]) -> dict[str, Any]:
+    """`info` with the step, the validation loss and the checksum."""
+    facts = {**info, "step": step, "val_loss": val_loss}
+    return {**facts, "checksum": _checksum(facts)}
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """The facts of a checkpoint. Those saved up to version 0.2.0 have no checksum, and fewer facts.
+
+    Raises:
+        DamagedError: the files are missing, or differ from what was written.
+    """
+    try:
+        info = parse_json(read_text(checkpoint / INFO, MAX_BYTES))
+        if not isinstance(info, dict):
+            raise ValueError("expected an object")
+        losses = parse_json(read_text(checkpoint / METRICS, MAX_BYTES)) if (checkpoint / METRICS).exists() else None
+        _check(checkpoint, info, losses)
+    except (OSError, ValueError) as error:
+        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else f"{INFO}: {one_line(error)}"
+        raise DamagedError(f"the checkpoint {checkpoint} is damaged ({reason})") from error
+    return info
+
+
+def _check(checkpoint: Path, info: dict[str, Any], losses: Any) -> None:
+    """Raises ValueError unless the facts are those that were written."""
+    checksum = info.pop("checksum", None)
+    if checksum is None and {"step", "val_loss", "fingerprint"} & info.keys():
+        raise ValueError("the checksum is missing")
+    for key, kind in _TYPES.items():
+        if key in info and not isinstance(info[key], kind):
+            raise ValueError(f"{key} is not of type {kind.__name__}")
+    if checksum is None:
+        return
+    if checksum != _checksum(info):
+        raise ValueError("the checksum differs")
+    if str(info["step"]) != checkpoint.name:
+        raise ValueError(f"it is that of checkpoint {info['step']}")
+    if losses != (None if info["val_loss"] is None else {"val_loss": info["val_loss"]}):
+        raise ValueError(f"{METRICS} has another validation loss")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that no one takes it for one to resume from, and returns the new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number, target = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    return checkpoint.rename(target)
