@@ -20,13 +20,13 @@ from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.tokenizer import tokenizer_name
 from gpt2_jax.errors import UserError, one_line, strip_controls
 from gpt2_jax.files import user_path
-from gpt2_jax.interop import MODEL_KINDS, open_model
+from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
 from gpt2_jax.interop.model_files import directory_files
 from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
 from gpt2_jax.interop.runs import write_orbax
-from gpt2_jax.interop.stored import architecture_summary
+from gpt2_jax.interop.stored import StoredModel, architecture_summary
 from gpt2_jax.interop.tokenizer_files import VOCABULARIES, read_tokenizer
 
 PROG = "python -m gpt2_jax.convert"
@@ -110,7 +110,10 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         raise UserError(f"--dtype {dtype} is for huggingface and llmc, and {to} is always float32; leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
-    model = open_model(source)
+    return use_model(source, lambda model: _convert(model.with_fingerprint(), to, out, dtype))
+
+
+def _convert(model: StoredModel, to: Format, out: Path, dtype: ExportDtype) -> Path:
     print(strip_controls(f"from      {model.where}: {architecture_summary(model.config)}"))
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
@@ -125,6 +128,8 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
             write_nanogpt(model, partial)
         else:
             write_orbax(model, partial)
+        rounded = ", before they were rounded to bfloat16" if dtype == "bfloat16" else ""
+        print(f"state     fingerprint {model.fingerprint}, of the parameters{rounded}")
         mask = _umask()  # mkdtemp and safetensors create files that only their owner can read
         for path in (partial, *partial.iterdir()):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -18,6 +18,10 @@ class DamagedError(UserError):
     """A checkpoint is not what was saved."""
 
 
+class DeletedError(DamagedError):
+    """A checkpoint was deleted while it was read: the run that it belongs to has saved newer ones."""
+
+
 class SaveError(Exception):
     """Checkpoints could not be saved, several times in a row. Commands exit with code 1: a later try may succeed."""
 

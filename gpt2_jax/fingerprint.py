@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -52,7 +52,7 @@ class StateFingerprint:
 
     def _total(self, part: slice) -> str:
         sharded, replicated = self.table[0, :, part, 0].sum(), self.table[0, 0, part, 1].sum()
-        return _hex(int(sharded) + int(replicated))
+        return to_hex(int(sharded) + int(replicated))
 
     def deviating(self) -> list[int]:
         """Positions in the flattened mesh of the devices whose copies differ from those of most others.
@@ -117,17 +117,13 @@ def make_state_fingerprint(mesh: Mesh, abstract_state: Any) -> Callable[[Any], S
     return fingerprint
 
 
-def fingerprint_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """The fingerprint of named arrays on the host, eight hex digits.
+def array_hash(name: str, array: np.ndarray) -> int:
+    """The part of an array on the host in a fingerprint: `to_hex` of the sum of all parts is the fingerprint.
 
     Args:
-        arrays: pairs of a name such as "h_0/attn/c_attn/kernel" and a C-contiguous array.
+        name: such as "h_0/attn/c_attn/kernel".
+        array: C-contiguous, with elements of 4 bytes.
     """
-    return _hex(sum(array_hash(name, array) for name, array in arrays))
-
-
-def array_hash(name: str, array: np.ndarray) -> int:
-    """The part of one array in the fingerprint, below 2^64: the sum of parts modulo 2^32 is the fingerprint."""
     flat = array.reshape(-1).view(np.uint32)
     salt = np.uint32(zlib.crc32(name.encode()))
     total = 0
@@ -138,7 +134,8 @@ def array_hash(name: str, array: np.ndarray) -> int:
     return total
 
 
-def _hex(total: int) -> str:
+def to_hex(total: int) -> str:
+    """A sum of hashes as a fingerprint, eight hex digits."""
     return f"{total % 2**32:08x}"
 
 

@@ -16,9 +16,10 @@ from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
-from gpt2_jax.generation import Sampling
+from gpt2_jax.generation import LanguageModel, Sampling
 from gpt2_jax.hardware import current_hardware
-from gpt2_jax.interop import MODEL_KINDS, open_model
+from gpt2_jax.interop import MODEL_KINDS, use_model
+from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.resolve import matmul_dtype
 
 PROG = "python -m gpt2_jax.generate"
@@ -67,10 +68,14 @@ def main(args: Sequence[str]) -> int:
         raise UserError(f"--max-new-tokens {flags.max_new_tokens}; expected 1 or more, or 0 for the default")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.samples, flags.seed, slide=flags.slide)
     prompt = _prompt(flags).removeprefix("\ufeff")  # the byte order mark of a file
-    stored = open_model(flags.model)
-    stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
     runtime.enable_compilation_cache("auto")
-    gpt2 = stored.load(None, jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform)))
+    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
+
+    def load(stored: StoredModel) -> LanguageModel:
+        stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
+        return stored.load(None, dtype)
+
+    gpt2 = use_model(flags.model, load)
     pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
     texts = [prompt] * flags.samples
     _show(prompt)

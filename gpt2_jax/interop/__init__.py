@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import DeletedError, UserError
 from gpt2_jax.files import check_regular, user_path
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.interop.huggingface import hub_files, open_huggingface
@@ -28,6 +30,8 @@ MODEL_KINDS = (
     "a run directory or a checkpoint in it, a directory with config.json, a name on the Hugging Face hub, nanoGPT's "
     "ckpt.pt, or llm.c's model_*.bin"
 )
+T = TypeVar("T")
+
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -74,18 +78,41 @@ def _open_directory(name: str, path: Path) -> StoredModel:
     )
 
 
-def load(name: str, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> LanguageModel:
+def use_model(name: str, use: Callable[[StoredModel], T]) -> T:
+    """Opens a MODEL and uses it; again with the next newest checkpoint if a run that trains deletes the opened one.
+
+    Raises:
+        UserError: as `open_model` and `use`.
+    """
+    while True:
+        try:
+            return use(open_model(name))
+        except DeletedError:
+            if user_path(name, "MODEL").name.isdigit():  # that checkpoint was asked for
+                raise
+
+
+def load(
+    name: str, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike = jnp.float32, fingerprint: str = ""
+) -> LanguageModel:
     """Loads a model of any format, one parameter at a time, straight to its devices.
 
     Args:
         name: any MODEL.
         mesh: shards or replicates the parameters (`sharding.make_mesh` makes one); one device by default.
         dtype: the dtype of activations and matmuls. Parameters are float32.
+        fingerprint: that of the parameters, as `gpt2_jax.convert` prints it, to compare with; "" compares only what a
+            run recorded.
 
     Returns:
         The model with the fastest attention backend for its device, its parameters and its tokenizer.
 
     Raises:
         UserError: there is no such model, it is damaged, or it is not a GPT-2.
+        DamagedError: its parameters have another fingerprint.
     """
-    return open_model(name).load(mesh, jnp.dtype(dtype))
+
+    def read(model: StoredModel) -> LanguageModel:
+        return (model.with_fingerprint(fingerprint) if fingerprint else model).load(mesh, jnp.dtype(dtype))
+
+    return use_model(name, read)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoints, SavedState
+from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import DamagedError, DeletedError, UserError
 from gpt2_jax.interop.model_files import check_permission, directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
 from gpt2_jax.interop.tokenizer_files import keep_tokenizer, read_named, read_tokenizer
@@ -45,16 +48,19 @@ def open_checkpoint(path: Path) -> StoredModel:
     saved_config = read_model_config(config_file)
     config, data = saved_config.model, saved_config.data
     check_sizes(str(config_file), config)
-    saved = SavedState(path)
+    with _noticing_deletion(path):
+        expected = read_info(path).get("fingerprint", {}).get("params", "")  # missing in older ones
+        saved = SavedState(path)
 
     # Orbax takes as long to read a block as to read one tensor. A block of any GPT-2 is smaller than `wte`.
     @functools.lru_cache(maxsize=1)
     def read_block(name: str) -> Any:
-        return saved.read("params", name)
+        with _noticing_deletion(path):
+            return saved.read("params", name)
 
     def read(name: str) -> np.ndarray:
         first, *rest = name.split("/")
-        tree = read_block(first) if first.startswith("h_") else saved.read("params", first)
+        tree = read_block(first) if first.startswith("h_") else read_block.__wrapped__(first)
         array: np.ndarray = functools.reduce(lambda tree, key: tree[key], rest, tree)
         return array[: config.vocab_size] if first == "wte" else array
 
@@ -62,7 +68,19 @@ def open_checkpoint(path: Path) -> StoredModel:
     named_in_config = functools.partial(get_tokenizer, data.tokenizer, data.characters)
     find_tokenizer = functools.partial(read_tokenizer, files, named_in_config)
     named = read_named(files, config.vocab_size)
-    return StoredModel(str(path), config, read, find_tokenizer, int(path.name), named, files)
+    model = StoredModel(str(path), config, read, find_tokenizer, int(path.name), named, files)
+    return model.with_fingerprint(expected) if expected else model
+
+
+@contextmanager
+def _noticing_deletion(checkpoint: Path) -> Iterator[None]:
+    """Reports a checkpoint that is damaged because it was deleted as a DeletedError."""
+    try:
+        yield
+    except DamagedError as error:
+        if checkpoint.exists():
+            raise
+        raise DeletedError(f"the checkpoint {checkpoint} was deleted while it was read; use a newer one") from error
 
 
 def write_orbax(model: StoredModel, directory: Path) -> None:
@@ -84,6 +102,7 @@ def write_orbax(model: StoredModel, directory: Path) -> None:
     config = model.config.unrolled("auto")
     (directory / "config.toml").write_text(to_toml(ModelConfig(config, data)), encoding="utf-8")
     keep_tokenizer(model, directory, make=False)
+    model = model if model.hashes is not None else model.with_fingerprint()
     params: Params = {}
     for parameter, array in model.parameters():
         *path, leaf = parameter.split("/")
@@ -91,4 +110,4 @@ def write_orbax(model: StoredModel, directory: Path) -> None:
             array = np.pad(array, ((0, padded_vocab_size(config) - len(array)), (0, 0)))
         functools.reduce(lambda node, key: node.setdefault(key, {}), path, params)[leaf] = array
     with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(model.step, {"params": params}, {})
+        checkpoints.save(model.step, {"params": params}, {"fingerprint": {"params": model.fingerprint}})

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.config.validation import MODEL_LIMITS
 from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import DamagedError, UserError
+from gpt2_jax.fingerprint import array_hash, to_hex
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.interop.model_files import FindFile, no_files
 from gpt2_jax.layers import STACKED
@@ -41,6 +42,8 @@ class StoredModel:
         step: number of updates that it was trained for, if the format records it.
         named: the tokens around a text that the format names; the others are the tokenizer's.
         files: finds the tokenizer's files, which a conversion keeps as they are.
+        expected: the fingerprint of the parameters (`fingerprint.py`), if the format records it; else "".
+        hashes: collects the hash of each parameter that is read, for `fingerprint`; None for no hashing.
     """
 
     where: str
@@ -50,6 +53,33 @@ class StoredModel:
     step: int = 0
     named: Boundaries = UNKNOWN
     files: FindFile = no_files
+    expected: str = ""
+    hashes: dict[str, int] | None = None
+
+    def with_fingerprint(self, expected: str = "") -> StoredModel:
+        """The same model, whose parameters are hashed when they are read, and compared with `expected` if it is given.
+
+        Hashing takes about 3.5 s per billion parameters.
+        """
+        return dataclasses.replace(self, expected=expected or self.expected, hashes={})
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the parameters read so far, eight hex digits."""
+        assert self.hashes is not None
+        return to_hex(sum(self.hashes.values()))
+
+    def _check_fingerprint(self) -> None:
+        """Compares all parameters, once they are read, with the expected fingerprint.
+
+        Raises:
+            DamagedError: they differ.
+        """
+        if self.expected and self.fingerprint != self.expected:
+            raise DamagedError(
+                f"the parameters of {self.where} have the fingerprint {self.fingerprint}, but {self.expected} was "
+                "expected: they are damaged, or those of another model; copy the model again, or use another checkpoint"
+            )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -103,12 +133,20 @@ class StoredModel:
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{self.where}: {name} holds {array.dtype}; expected float32, bfloat16 or float16")
-        return np.array(array, np.float32, order="C")  # It may be a transposed view, and writers copy memory in order.
+        array = np.array(array, np.float32, order="C")  # It may be a transposed view, and writers copy memory in order.
+        if self.hashes is not None:
+            self.hashes[name] = array_hash(name, array)
+        return array
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Reads all parameters, in the order of the model: pairs of name and array."""
+        """Reads all parameters, in the order of the model: pairs of name and array.
+
+        Raises:
+            DamagedError: after the last one, if they do not have the expected fingerprint.
+        """
         for name in parameter_shapes(self.config):
             yield name, self.parameter(name)
+        self._check_fingerprint()
 
     def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> LanguageModel:
         """Loads the model: see `interop.load`."""
@@ -126,6 +164,9 @@ class StoredModel:
         Args:
             abstract: the shapes and shardings to fill. Layers may be stacked, the vocabulary padded, and the positions
                 fewer than in the file.
+
+        Raises:
+            DamagedError: the parameters do not have the expected fingerprint.
         """
 
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
@@ -141,7 +182,9 @@ class StoredModel:
                 array[...] = self.parameter("/".join([first, *rest]))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
-        return jax.tree_util.tree_map_with_path(fill, abstract)
+        params: Params = jax.tree_util.tree_map_with_path(fill, abstract)
+        self._check_fingerprint()
+        return params
 
 
 @functools.cache
