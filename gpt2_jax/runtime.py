@@ -54,7 +54,7 @@ def enable_compilation_cache(directory: str) -> None:
         if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA trusts its own files as they are
         if not use_program_cache(path, CACHE_BYTES):
-            print(f"compiled programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}", file=sys.stderr)
+            print(f"programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}", file=sys.stderr)
     else:  # a user without a home directory has no cache, as in plain JAX
         jax.config.update("jax_compilation_cache_dir", None)
 

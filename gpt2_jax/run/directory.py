@@ -92,7 +92,7 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
 
 
 def write_config(out: Path, config: TrainConfig) -> None:
-    """Writes config.toml, complete and resolved. The directory of compiled programs stays with the flag that named it."""
+    """Writes config.toml, complete and resolved, but for a directory of compiled programs: only a flag can name one."""
     if config.compilation_cache not in CACHES_IN_FILES:
         config = dataclasses.replace(config, compilation_cache="auto")
     replace_text(out / "config.toml", to_toml(config))
