@@ -60,7 +60,7 @@ def main() -> None:
             "filled": lambda: first_update(flags, filled),
         }
         runs = take_turns(actions, args.repeat)
-        programs = [path.stat().st_size for path in filled.iterdir() if path.is_file()]
+        programs = [path.stat().st_size for path in filled.rglob("*") if path.is_file()]
     medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
     figures = {
         "flags_of_training": flags,

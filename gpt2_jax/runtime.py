@@ -8,14 +8,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
 
+from gpt2_jax.compilation_cache import is_private, use_program_cache
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import user_path
 
-CACHE_BYTES = 8 << 30  # JAX evicts the least recently used programs. The quickstart's take 260 KB on one CPU.
+CACHE_BYTES = 8 << 30  # The least recently used programs are removed. The quickstart's take 260 KB on one CPU.
 
 MAX_KEPT_BYTES = 256 << 20  # A program with more temporary memory returns it to the kernel after each call.
 
@@ -24,14 +26,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def enable_compilation_cache(directory: str) -> None:
-    """Caches compiled programs on disk, for this process and later ones.
+    """Caches compiled programs on disk, for this process and later ones of this user.
 
     Args:
-        directory: "auto" for gpt2_jax in the user's cache directory, empty for no cache. JAX_COMPILATION_CACHE_DIR and
-            JAX_ENABLE_COMPILATION_CACHE override "auto".
+        directory: "auto" for gpt2_jax/programs in the user's cache directory, empty for no cache. The programs are in
+            a directory of the user's own in it. JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE override
+            "auto": then JAX's own cache is used, or none.
 
     Raises:
-        UserError: the directory cannot be created or written.
+        UserError: the directory cannot be created or written, or the user's own in it is not private.
     """
     if directory == "auto":
         if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
@@ -40,39 +43,33 @@ def enable_compilation_cache(directory: str) -> None:
         path = Path(cache, "gpt2_jax", "programs") if os.path.isabs(cache) else None  # "~" stays if nobody has a home
     else:
         path = user_path(directory, "compilation_cache") if directory else None
-    if path and not _is_writable(path):
-        if directory != "auto":
-            raise UserError(f"compilation_cache = {directory!r} cannot be written; type --compilation_cache ''")
-        path = None  # a user without a home directory has no cache, as in plain JAX
-    jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up to a slow start
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES if path and _owner_is_known(path) else -1)
+    problem = ""
+    if path:
+        path /= f"user-{os.geteuid()}" if hasattr(os, "geteuid") else "user"  # others may use the same directory
+        problem = _make_private(path)
+        if problem and directory != "auto":
+            raise UserError(f"compilation_cache = {directory!r} {problem}; type --compilation_cache ''")
+    if path and not problem:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up to a slow start
+        if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA trusts its own files as they are
+        if not use_program_cache(path, CACHE_BYTES):
+            print(f"programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}", file=sys.stderr)
+    else:  # a user without a home directory has no cache, as in plain JAX
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
-def _owner_is_known(directory: Path) -> bool:
-    """False for a user id that is not in the table of users, as containers give to a process.
-
-    To evict programs, JAX asks for the size of each file, and etils looks up the name of its owner on the way. Without
-    one, JAX warns at every compilation and caches nothing. So such a cache has no limit.
-    """
+def _make_private(path: Path) -> str:
+    """Creates a directory that only this user can write and read, and returns what is wrong with it or ""."""
     try:
-        import pwd
-    except ImportError:  # Windows
-        return True
-    try:
-        for owner in {os.getuid(), *(entry.stat().st_uid for entry in os.scandir(directory))}:
-            pwd.getpwuid(owner)
-    except (KeyError, OSError):
-        return False
-    return True
-
-
-def _is_writable(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
     except OSError:
-        return False
-    return os.access(path, os.W_OK)
+        return "cannot be written"
+    if path.is_symlink() or not is_private(status):
+        return f"has {path.name}, which is not a directory that only you can write"
+    return "" if os.access(path, os.W_OK) else "cannot be written"
 
 
 def use_single_malloc_arena() -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from jax._src import compilation_cache as cache_of_jax
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax import runtime
@@ -51,12 +52,14 @@ def jax_config():
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
-        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_enable_xla_caches",
     )
-    before = {name: getattr(jax.config, name) for name in names}
+    before, get_file_cache = {name: getattr(jax.config, name) for name in names}, cache_of_jax.get_file_cache
     yield jax.config
     for name, value in before.items():
         jax.config.update(name, value)
+    cache_of_jax.get_file_cache = get_file_cache
+    cache_of_jax.reset_cache()
 
 
 def page_faults(*args: str) -> int:
@@ -87,23 +90,68 @@ def test_malloc_settings_of_the_user_win(monkeypatch):
     runtime.keep_freed_memory(program(1 << 20))
 
 
+def own(directory: Path) -> Path:
+    """The directory of this user in a directory for all."""
+    return directory / (f"user-{os.geteuid()}" if hasattr(os, "geteuid") else "user")
+
+
 def test_programs_are_cached_in_the_users_cache_directory(monkeypatch, tmp_path, jax_config):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runtime.enable_compilation_cache("auto")
-    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "gpt2_jax" / "programs")
-    assert (tmp_path / "gpt2_jax" / "programs").is_dir()
+    programs = own(tmp_path / "gpt2_jax" / "programs")
+    assert jax_config.jax_compilation_cache_dir == str(programs)
+    assert jax_config.jax_persistent_cache_enable_xla_caches == "none"
+    assert programs.is_dir()
     runtime.enable_compilation_cache("")
     assert jax_config.jax_compilation_cache_dir is None
     runtime.enable_compilation_cache(str(tmp_path / "mine"))
-    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    assert jax_config.jax_compilation_cache_dir == str(own(tmp_path / "mine"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no owners and modes of this kind")
+def test_a_cache_that_others_can_write_is_not_used(monkeypatch, tmp_path, jax_config):
+    old = os.umask(0)
+    try:
+        runtime.enable_compilation_cache(str(tmp_path / "shared"))  # the directory of all is as the umask says
+    finally:
+        os.umask(old)
+    programs = own(tmp_path / "shared")
+    assert (programs.parent.stat().st_mode & 0o777, programs.stat().st_mode & 0o777) == (0o777, 0o700)
+    message = (
+        rf"compilation_cache = '.*/shared' has {programs.name}, which is not a directory that only you can write; "
+    )
+    for mode in (0o720, 0o702):
+        programs.chmod(mode)
+        with pytest.raises(UserError, match=message + "type --compilation_cache ''"):
+            runtime.enable_compilation_cache(str(tmp_path / "shared"))
+    programs.chmod(0o700)
+    programs.rename(tmp_path / "elsewhere")
+    programs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=message):
+        runtime.enable_compilation_cache(str(tmp_path / "shared"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(runtime, "is_private", lambda status: False)
+    runtime.enable_compilation_cache("auto")
+    assert jax_config.jax_compilation_cache_dir is None
+
+
+def test_a_jax_with_another_cache_has_none(monkeypatch, tmp_path, jax_config, capsys):
+    monkeypatch.delattr(cache_of_jax, "get_file_cache")
+    runtime.enable_compilation_cache(str(tmp_path))
+    assert jax_config.jax_compilation_cache_dir is None
+    line = f"programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def test_the_environment_overrides_the_default(monkeypatch, tmp_path, jax_config):
     before = jax_config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    get_file_cache = cache_of_jax.get_file_cache
     runtime.enable_compilation_cache("auto")
     assert jax_config.jax_compilation_cache_dir == before
+    assert cache_of_jax.get_file_cache is get_file_cache
 
 
 def test_a_cache_directory_that_cannot_be_created(monkeypatch, tmp_path, jax_config):
@@ -163,8 +211,12 @@ def test_a_cache_for_a_user_id_that_nobody_has(as_nobody):
     done = run("-c", COMPILING)
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
     done = run("-c", COMPILING, umask=0o077, HOME=str(home))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{home}/.cache/gpt2_jax/programs\n", "")
-    assert len(list((home / ".cache/gpt2_jax/programs").glob("*-cache"))) >= 3
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"{home}/.cache/gpt2_jax/programs/user-{NOBODYS_ID}\n",
+        "",
+    )
+    assert len(list((home / ".cache/gpt2_jax/programs").glob("*/*.program"))) >= 3
     done = run("-c", COMPILING, HOME="/proc")  # nobody can write there
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
 

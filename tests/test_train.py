@@ -323,6 +323,21 @@ def test_a_moved_run_goes_on_where_it_is(tiny_run, tmp_path, capsys):
     assert parse_args("train", "", [*map(str, config), "--out", "other"]).out == "other"
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_whatever_the_directory_of_its_programs(tiny_run, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(training.runtime, "enable_compilation_cache", used.append)
+    out = tmp_path / "run"
+    assert run_here([*tiny_run, "--out", out, "--compilation_cache", "/mine", "--steps", 2]) == 0
+    config = (out / "config.toml").read_text()
+    assert 'compilation_cache = "auto"\n' in config
+    older = config.replace('compilation_cache = "auto"', 'compilation_cache = "/mine"')
+    (out / "config.toml").write_text(older)
+    assert run_here(["--config", out / "config.toml", "--steps", 4]) == 0
+    assert used == ["/mine", "auto"]
+    assert list(rows(out, "loss")) == [1, 2, 3, 4]
+
+
 def test_a_shortened_run_goes_on_with_its_schedule(tiny_run, tmp_path, capsys):
     toml = TINY.replace("decay_steps = 40\n", "").replace("warmup_steps = 5", "warmup_steps = 20")
     (tmp_path / "tiny.toml").write_text(toml)

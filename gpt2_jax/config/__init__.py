@@ -195,7 +195,8 @@ class TrainConfig:
     Parameters, optimizer state, softmax, layer norm statistics and the loss are always float32."""
     compilation_cache: str = "auto"
     """Directory that caches compiled programs for the next start.
-    auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off."""
+    auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off.
+    Its programs are executed, so only a flag can name a directory: a file has auto or an empty value."""
     model: GPT2Config = dataclasses.field(default_factory=GPT2Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

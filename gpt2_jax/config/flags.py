@@ -28,7 +28,7 @@ def parse_args(
     """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
 
     Args:
-        note: called with a line for the user about a value that was changed to fit the others.
+        note: called with a line for the user about each value that was changed.
 
     Raises:
         UserError: something is wrong that can be found without data and devices.
@@ -48,9 +48,13 @@ def parse_args(
         print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
         print(f"\nTo list every key with its meaning, type {prog} --config NAME --help")
         raise SystemExit(0 if help_requested else 2)
-    written = _read_config(name)
+    ignored: list[str] = []
+    written = _read_config(name, ignored.append)
     config = apply_flags(written, rest, prog=f"{prog} --config {name}", description=description)
     given = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    if "compilation_cache" not in given:
+        for line in ignored:
+            note(line)
     if "optimizer.warmup_steps" not in given:
         config, line = fit_warmup(config, written)
         if line:
@@ -59,19 +63,19 @@ def parse_args(
     return config
 
 
-def _read_config(name: str) -> TrainConfig:
+def _read_config(name: str, note: Callable[[str], object]) -> TrainConfig:
     """Reads a preset or a file. The config.toml of a run directory names the directory that it is in now.
 
-    So a run directory that was moved or copied resumes where it is now.
+    So a run directory that was moved or copied resumes where it is now. `note` is for `read_config`.
     """
     if name in preset_names():
         return read_config(name)
     path = user_path(name, "--config")
     if not is_open_pipe(name):
         check_regular(path)
-    config = read_config(str(path))
-    is_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
-    return dataclasses.replace(config, out=str(path.parent)) if is_run else config
+    if path.name == "config.toml" and (path.parent / "checkpoints").is_dir():
+        return dataclasses.replace(read_config(str(path), note), out=str(path.parent))
+    return read_config(str(path))
 
 
 def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[str]]:

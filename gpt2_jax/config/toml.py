@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,6 +14,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.parsing import MAX_TOML_BYTES, parse_toml, read_text
 
 PRESETS = Path(__file__).parent / "presets"
+CACHES_IN_FILES = ("auto", "")  # the values of compilation_cache that are not a directory
 SHOWN = 100  # characters of a wrong key or value in an error
 
 
@@ -25,8 +26,14 @@ def preset_names() -> dict[str, str]:
     }
 
 
-def read_config(name: str) -> TrainConfig:
+def read_config(name: str, note: Callable[[str], object] | None = None) -> TrainConfig:
     """Reads a config from a preset or a TOML file.
+
+    The programs in a cache are executed, so a file that someone else may have written cannot choose its directory.
+
+    Args:
+        note: called with a line for the user if `compilation_cache` is a directory. It is then read as "auto", as the
+            config.toml of a run that was made before this rule has to be. Without `note` it is an error.
 
     Raises:
         UserError: there is no such preset or file, it is not TOML, or a key is unknown, missing or of the wrong type.
@@ -34,7 +41,16 @@ def read_config(name: str) -> TrainConfig:
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
     presets = f"give a .toml file or a preset: {', '.join(preset_names())}"
     table = _read_toml(path, f"--config {name}", presets)
-    return _from_table(TrainConfig, table, str(path))
+    config: TrainConfig = _from_table(TrainConfig, table, str(path))
+    if config.compilation_cache in CACHES_IN_FILES:
+        return config
+    found = f"{path}: compilation_cache = {config.compilation_cache[:SHOWN]!r}"
+    if note is None:
+        raise UserError(
+            f'{found}; a file can only have "auto" or ""; remove it, and type --compilation_cache DIR for a directory'
+        )
+    note(f'{found} is read as "auto"; to use the directory, type it as --compilation_cache')
+    return dataclasses.replace(config, compilation_cache="auto")
 
 
 def read_model_config(path: Path) -> ModelConfig:

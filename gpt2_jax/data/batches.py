@@ -66,7 +66,7 @@ def _read_config(directory: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"{directory} has no {CONFIG}; --update needs the directory of a run")
     try:
-        config = read_config(str(path))
+        config = read_config(str(path), note=lambda line: None)
         validate(config)
     except UserError as error:  # a converted model has a config without a run
         raise UserError(

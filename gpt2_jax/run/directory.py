@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt2_jax.config import TrainConfig, differences
-from gpt2_jax.config.toml import read_config, to_toml
+from gpt2_jax.config.toml import CACHES_IN_FILES, read_config, to_toml
 from gpt2_jax.data.contents import KEPT
 from gpt2_jax.distributed.agreement import barrier, check_shared, is_primary
 from gpt2_jax.errors import UserError
@@ -31,7 +32,7 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
     except OSError as error:
         raise UserError(f"cannot read the run directory {out}: {error.strerror}; type another --out") from error
     try:
-        return read_config(str(out / "config.toml"))
+        return read_config(str(out / "config.toml"), note=lambda line: None)
     except UserError as error:
         raise UserError(f"{out} has checkpoints but not the config of a run ({error}); type another --out") from error
 
@@ -91,5 +92,7 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
 
 
 def write_config(out: Path, config: TrainConfig) -> None:
-    """Writes config.toml, complete and resolved."""
+    """Writes config.toml, complete and resolved, but for a directory of compiled programs: only a flag can name one."""
+    if config.compilation_cache not in CACHES_IN_FILES:
+        config = dataclasses.replace(config, compilation_cache="auto")
     replace_text(out / "config.toml", to_toml(config))

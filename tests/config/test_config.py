@@ -17,6 +17,7 @@ from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import PRESETS, preset_names, read_config, to_toml
 from gpt2_jax.config.validation import validate
 from gpt2_jax.errors import UserError
+from gpt2_jax.run.directory import saved_config, write_config
 
 
 def parse(*args):
@@ -299,6 +300,44 @@ def test_mistakes_with_several_sources_are_one_clear_line(weight, flags, message
         return
     with pytest.raises(UserError, match=message):
         parse(*args)
+
+
+RUN = "out='x'\nsteps=1000\nbatch_size=1\ncompilation_cache='{}'\n[data]\ntext='stdlib'\n"
+
+
+def test_only_a_flag_can_name_a_directory_of_programs(tmp_path):
+    path = tmp_path / "config.toml"
+    for value in ("auto", ""):
+        path.write_text(RUN.format(value))
+        assert parse("--config", str(path)).compilation_cache == value
+    path.write_text(RUN.format("/theirs"))
+    flag = ["--compilation_cache", "/mine"]
+    for args in ([], flag):
+        with pytest.raises(UserError, match=r'cache = ./theirs.; a file can only have "auto" or ""; .* type --comp'):
+            parse("--config", str(path), *args)
+    assert parse("--config", "quickstart", *flag).compilation_cache == "/mine"
+
+
+def test_the_config_of_a_run_has_no_directory_of_programs(tmp_path):
+    config = parse("--config", "quickstart", "--compilation_cache", "/mine", "--out", str(tmp_path))
+    write_config(tmp_path, config)
+    assert saved_config(config) is None
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    assert saved_config(config) == dataclasses.replace(config, compilation_cache="auto")
+
+
+def test_a_run_of_a_version_that_wrote_the_directory_goes_on(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(RUN.format("/theirs"))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    notes = []
+    config = parse_args("train", "", ["--config", str(path)], notes.append)
+    assert (config.compilation_cache, saved_config(config).compilation_cache) == ("auto", "auto")
+    line = f"{path}: compilation_cache = '/theirs' is read as \"auto\"; to use the directory, type it as "
+    assert notes == [line + "--compilation_cache"]
+    for flag in (["--compilation_cache", "/mine"], ["--compilation-cache=/mine"]):
+        assert parse_args("train", "", ["--config", str(path), *flag], notes.append).compilation_cache == "/mine"
+    assert len(notes) == 1
 
 
 def test_integers_are_taken_for_floats(tmp_path):

@@ -165,7 +165,8 @@ def test_a_sequence_of_a_text_is_at_its_byte(tokenizer, n_files, tmp_path, capsy
 
 def test_long_batches_and_sequences_are_shortened(tmp_path, capsys):
     data, _ = files(tmp_path, "one file")
-    make_run(tmp_path / "run", replace(data, tokenizer="bytes"), batch_size=20)
+    cache = {"compilation_cache": "/mine"}  # as runs of earlier versions name one
+    make_run(tmp_path / "run", replace(data, tokenizer="bytes"), batch_size=20, **cache)
     text = show(capsys, tmp_path / "run", 1, "--window-tokens", "3")
     assert len(TOKEN_FILE.findall(text)) == 16
     assert text.endswith("' …\n\n… 4 more; --windows 20 shows all\n")

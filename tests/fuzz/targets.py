@@ -209,6 +209,26 @@ def read_configs(folder: Path) -> None:
     read_model_config(folder / "a.toml")
 
 
+# --- compiled programs ---------------------------------------------------------------------------------
+
+
+PROGRAM = bytes(range(256)) * 4
+
+
+def programs() -> list[Files]:
+    from gpt2_jax.compilation_cache import ProgramCache
+
+    with tempfile.TemporaryDirectory() as temporary:
+        ProgramCache(Path(temporary), 1 << 20).put("a", PROGRAM)
+        return [{path.name: path.read_bytes() for path in Path(temporary).iterdir()}]
+
+
+def read_program(folder: Path) -> None:
+    from gpt2_jax.compilation_cache import ProgramCache
+
+    assert ProgramCache(folder, 1 << 20).get("a") in (None, PROGRAM)
+
+
 # --- models --------------------------------------------------------------------------------------------
 
 
@@ -269,6 +289,7 @@ TARGETS = {
     "metrics": Target(metrics, read_metrics),
     "info": Target(checkpoint_info, read_checkpoint_info),
     "toml": Target(configs, read_configs),
+    "programs": Target(programs, read_program),
     "llmc": Target(llmc, read_model),
     "huggingface": Target(functools.partial(converted, "huggingface"), read_model),
     "nanogpt": Target(functools.partial(converted, "nanogpt"), read_model),
