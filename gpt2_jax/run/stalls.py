@@ -133,7 +133,8 @@ class Watch:
         if self._peers and (line := self._peers.ask(step, doing, min(self._seconds, ANSWER_SECONDS), self._stop)):
             _print(line)
         if self._ends_run and not self._stop.is_set() and self._look() == (step, doing):
-            _print(f"{self._name()}ending the run with exit code {EXIT_CODE}; {RESTART}")
+            restart = RESTART if self._peers else "the same command resumes from the last checkpoint"
+            _print(f"{self._name()}ending the run with exit code {EXIT_CODE}; {restart}")
             end_all(EXIT_CODE)
 
 

@@ -97,7 +97,7 @@ def test_a_stall_ends_the_run_if_asked_to(lines_of, monkeypatch):
     assert codes == []
     lines = lines_of(*[(7, "waiting")] * 20, ends_run=True)
     assert codes == [1]
-    assert lines[1].startswith("stall: ending the run with exit code 1; start all processes again")
+    assert lines[1].startswith("stall: ending the run with exit code 1; the same command resumes")
 
 
 def test_a_thread_watches_and_prints_the_stacks(capfd):
@@ -334,5 +334,5 @@ command()
     assert ended.returncode == 1
     assert "stall: no progress for 15 s after update 4, reading a batch of training data; the stacks" in ended.stderr
     assert "in block" in ended.stderr  # the thread that reads
-    assert "stall: ending the run with exit code 1; start all processes again with the same command" in ended.stderr
+    assert "stall: ending the run with exit code 1; the same command resumes from the last checkpoint" in ended.stderr
     assert training.train(parse_args("train", "", args), jax.devices()[:1]) == 0  # from checkpoint 4
