@@ -33,6 +33,7 @@ DEVICE = "waiting for the device"
 _DOING = {
     "gpt2_jax.run.evaluating": "evaluating",
     "gpt2_jax.run.checkpoints.restore_or_init": "restoring a checkpoint or creating the initial state",
+    "gpt2_jax.run.checkpoints.fingerprint": "comparing the copies of the training state",
     "gpt2_jax.run.checkpoints": "saving a checkpoint",
     "gpt2_jax.checkpoint": "waiting for checkpoints on disk",
     "gpt2_jax.run.directory": "opening the run directory",
