@@ -42,6 +42,7 @@ from gpt2_jax.run.initial import open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
+from gpt2_jax.run.stalls import watched
 from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
 from gpt2_jax.step import Metrics, make_eval_step, make_train_step
 
@@ -113,6 +114,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     sharding = batch_sharding(mesh, leading_axis=True)
 
     with (
+        watched(config.log) as watch,
         open_directory(config, saved) as out,
         jax.default_matmul_precision(matmul_precision(config.dtype)),
         exclusive(out, "training") if is_primary() else nullcontext(),
@@ -143,6 +145,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                     with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
                         state, metrics = update(state, put_batch(batch, sharding))
                     reporter.update(pending)  # fetched only now, when the device already has its next work
+                    watch.step = step
                     step, val_loss = step + 1, None
                     pending = step, metrics
                     if is_due(step, config.log.every):
@@ -151,6 +154,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
                     saves = is_due(step, config.checkpoint.every) and step < config.steps
                     if evaluates or saves or is_due(step, config.log.check_replicas):
                         reporter.catch_up(pending)
+                        watch.step = step
                         fingerprint = run_checkpoints.fingerprint(state)
                     if evaluates:
                         loss_sum, n_targets = evaluate(state.params, config.eval.tokens)

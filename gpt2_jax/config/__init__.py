@@ -167,6 +167,11 @@ class LogConfig:
     and evaluations."""
     on_mismatch: Literal["stop", "restore"] = "stop"
     """Action if the copies differ: end the run with exit code 1, or continue from the newest checkpoint."""
+    stall_seconds: float = 0.0
+    """Seconds without progress after which a process prints what it waits for and the stacks of its threads.
+    Take more than the longest compilation, evaluation or save lasts. 0 for never."""
+    stall_exit: bool = False
+    """End all processes with exit code 1 at such a stall, so that a launcher restarts them."""
 
 
 @dataclasses.dataclass(frozen=True)

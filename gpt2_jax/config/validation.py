@@ -69,6 +69,7 @@ _RANGES: dict[str, _Range] = {
     "log.every": _COUNT,
     "log.profile_steps": _COUNT_OR_0,
     "log.check_replicas": _COUNT_OR_0,
+    "log.stall_seconds": _FINITE,
 }
 
 
@@ -94,6 +95,8 @@ def validate(config: TrainConfig) -> None:
         raise UserError(
             "mesh.data and mesh.fsdp are both -1; only one of them can take the remaining devices; type --mesh.fsdp 1"
         )
+    if config.log.stall_exit and not config.log.stall_seconds:
+        raise UserError("log.stall_exit = true needs log.stall_seconds above 0; type --log.stall_seconds 600")
     _check_schedule(config)
     _check_data(config.data)
 

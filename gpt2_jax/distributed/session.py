@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import jax
 from jax._src import distributed
@@ -134,6 +135,23 @@ def _watch_for_exit(exiting: threading.Lock, reporter: subprocess.Popen[bytes]) 
         return
     if code != DONE and exiting.acquire(blocking=False):
         _exit(int(code), reporter)
+
+
+def end_all(code: int) -> NoReturn:
+    """Ends this process and all others of its run with an exit code, from any thread, whatever they are doing.
+
+    If process 0 does not answer, only this process ends. JAX ends the others when they miss it.
+    """
+    if jax.process_count() > 1:
+        # Not here: the call would wait for a process 0 that hangs.
+        threading.Thread(target=_set_exit_code, args=(code,), daemon=True).start()
+        time.sleep(3 * EXIT_BARRIER_SECONDS)  # the watcher ends this process earlier
+    os._exit(code)
+
+
+def _set_exit_code(code: int) -> None:
+    with suppress(jax.errors.JaxRuntimeError):  # another process was faster
+        coordination_client().key_value_set(EXIT_KEY, str(code))
 
 
 def _publish_exit_code(error: BaseException, exit_codes: Mapping[type[Exception], int]) -> int:

@@ -428,3 +428,63 @@ def test_divergence_ends_both(start, directory):
     assert codes == [2, 2]
     (line,) = errors[0] + errors[1]
     assert "has loss nan" in line
+
+
+# --- stalls ----------------------------------------------------------------------------------------------
+
+STALL = ["--steps", 100_000, "--log.stall_seconds", 8, "--log.stall_exit", "true"]
+
+BLOCKED_READ = """
+import sys, time
+from gpt2_jax.data.pipeline import BatchSource
+read = BatchSource.__getitem__
+def block(self, update):
+    if update == 20 and sys.argv[-1] == "1":
+        time.sleep(1000)
+    return read(self, update)
+BatchSource.__getitem__ = block
+from gpt2_jax.train import command
+command()
+"""
+
+
+def finish_stalled(processes, stopped=None):
+    """Exit codes, and the lines about stalls of both processes."""
+    errors = {}
+    for number in (0, 1):
+        if number != stopped:
+            errors[number] = processes[number].communicate(timeout=200)[1]
+    if stopped is not None:
+        processes[stopped].kill()
+        processes[stopped].communicate()
+    lines = {i: [line for line in error.splitlines() if line.startswith("stall: ")] for i, error in errors.items()}
+    return [process.returncode for process in processes], lines
+
+
+@pytest.mark.slow
+def test_a_read_that_blocks_ends_both_and_is_named(start, directory):
+    args = ["--config", "tiny.toml", *STALL]
+    codes, lines = finish_stalled(start(directory, *args, command=("-c", BLOCKED_READ)))
+    assert codes == [1, 1]
+    reported, compared, ending = lines[0]
+    assert re.match("stall: process 0 on .*: no progress for 8 s after update .*, waiting for the device;", reported)
+    assert re.match(
+        r"stall: process 1 on \S+: reading a batch of training data after update \d+; "
+        r"process 0 on \S+: waiting for the device after update \d+$",
+        compared,
+    )
+    assert "ending the run with exit code 1; start all processes again with the same command" in ending
+    assert re.match("stall: process 1 on .*: no progress for 8 s after .*, reading a batch", lines[1][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_stopped_is_named_by_the_other(start, directory, victim):
+    patient = ("--heartbeat-timeout", 100)  # as by default: JAX ends a process that misses another one for so long
+    both = start(directory, *STALL, process_args=(patient, patient))
+    wait_for(lambda: 6 in rows(directory / "run", "loss"), both)
+    both[victim].send_signal(signal.SIGSTOP)
+    codes, lines = finish_stalled(both, stopped=victim)
+    assert codes[1 - victim] == 1
+    named = lines[1 - victim][1]
+    assert re.match(r"stall: process 1 on \S+: no report: st" if victim else "stall: process 0 does not answer", named)
