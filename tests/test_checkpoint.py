@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import MeshConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import DamagedError
 from gpt2_jax.sharding import make_mesh
 
 
@@ -43,7 +43,7 @@ def test_a_restored_state_equals_the_saved_one(tmp_path):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         restored = checkpoints.restore(7, abstract(SINGLE))
         jax.tree.map(np.testing.assert_array_equal, restored, state(3))
-        assert checkpoints.info(7) == {"tokens": 11, "data": "é"}
+        assert checkpoints.info(7) == {"tokens": 11, "data": "é", "step": 7, "val_loss": None}
 
 
 def test_restores_on_another_mesh(tmp_path):
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path):
             if file.is_file():
                 file.unlink()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
-        with pytest.raises(UserError, match=r"c/1 cannot be read \(.*\); if it is damaged"):
+        with pytest.raises(DamagedError, match=r"c/1 is damaged \(.*\)"):
             checkpoints.info(1)
-        with pytest.raises(UserError, match=r"c/1 cannot be read \(.*\); if it is damaged"):
+        with pytest.raises(DamagedError, match=r"c/1 is damaged \(.*\)"):
             checkpoints.restore(1, abstract(SINGLE))

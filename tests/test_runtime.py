@@ -272,8 +272,9 @@ def test_each_program_is_compiled_once(twelve_updates):
     compiled, _ = twelve_updates
     ours = dict.fromkeys(("_new_state", "update", "evaluate", "_prefill", "_decode"), 1)
     assert {name: compiled[name] for name in ours} == ours
-    # JAX compiles small programs around the sampling: 9 in version 0.10.2. Their names are its own.
-    assert compiled.total() - len(ours) <= 12
+    # JAX compiles small programs around the sampling, 9 in version 0.10.2, with names of its own. A fingerprint has one
+    # for each of the 10 shapes of arrays in the state, and two more.
+    assert compiled.total() - len(ours) <= 12 + 12
 
 
 def test_each_update_moves_one_batch(twelve_updates):

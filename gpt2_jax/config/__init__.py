@@ -163,8 +163,8 @@ class LogConfig:
     profile_steps: int = 0
     """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
     check_replicas: int = 0
-    """Updates between comparisons of the copies of the training state on different devices; 0 compares only at saves
-    and evaluations."""
+    """Updates between comparisons of the copies of the training state on different devices.
+    0 compares them only when the run saves or evaluates."""
     on_mismatch: Literal["stop", "restore"] = "stop"
     """Action if the copies differ: end the run with exit code 1, or continue from the newest checkpoint."""
     stall_seconds: float = 0.0

@@ -35,10 +35,10 @@ def test_a_missing_or_incomplete_checkpoint_is_one_clear_line(theirs, tmp_path):
     with pytest.raises(UserError, match="has no h_3"):
         load(str(run))
     (run / "checkpoints" / "3" / "state" / "_METADATA").unlink()
-    with pytest.raises(UserError, match=r"the checkpoint .* is incomplete"):
+    with pytest.raises(UserError, match=r"the checkpoint .* is damaged"):
         load(str(run))
     shutil.rmtree(run / "checkpoints" / "3" / "state")
-    with pytest.raises(UserError, match=r"the checkpoint .* (cannot be read|is incomplete)"):
+    with pytest.raises(UserError, match=r"the checkpoint .* is damaged"):
         load(str(run))
     with pytest.raises(UserError, match="does not exist; expected a run directory or a checkpoint in it"):
         load(str(tmp_path / "nothing"))
