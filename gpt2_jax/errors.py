@@ -30,6 +30,19 @@ class ReplicaError(Exception):
     """Copies of the same arrays differ between devices. Commands exit with code 1: a restart may compute correctly."""
 
 
+class RewindError(Exception):
+    """The run is to continue from its newest checkpoint.
+
+    Args:
+        reason: why.
+        update: the outlier to pass over from now on, 0 for none.
+    """
+
+    def __init__(self, reason: str, update: int = 0) -> None:
+        super().__init__(reason)
+        self.update = update
+
+
 class DivergedError(Exception):
     """Training produced a loss or a gradient that is not finite. Commands exit with code 2: it would happen again."""
 

@@ -13,14 +13,15 @@ import optax
 
 from gpt2_jax.config import OptimizerConfig
 from gpt2_jax.layers import is_stacked
+from gpt2_jax.outliers import watch_outliers
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The chain that turns the mean gradient of a whole batch into an update.
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The chain that turns the mean gradient of a whole batch into an update. Its `update` takes the loss too.
 
     One update is `gradient_accumulator` → mean over the mesh axis `data` → this chain (`step.py`).
     """
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate_schedule(config),
@@ -31,6 +32,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             mask=decay_mask,
         ),
     )
+    if config.on_outlier == "off":
+        return optax.with_extra_args_support(chain)
+    return watch_outliers(chain, config.outlier_window, config.outlier_z_score, skip=config.on_outlier == "skip")
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -27,6 +27,7 @@ from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
 from gpt2_jax.optimizer import gradient_accumulator, learning_rate_schedule, make_optimizer
+from gpt2_jax.outliers import WatchedState, pass_over
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding, with_shardings
 
 
@@ -42,12 +43,13 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Metrics of one update over the whole batch and all devices: float32 scalars."""
+    """Metrics of one update over the whole batch and all devices: scalars, float32 unless a line says otherwise."""
 
     loss: jax.Array  # mean nats per token
     grad_norm: jax.Array  # global norm of the mean gradient, before clipping
     learning_rate: jax.Array
     param_norm: jax.Array  # global norm of the new parameters: finite only if all of them are
+    outlier: jax.Array | None = None  # int32, 1 if the update is one; None if nothing watches for them
 
 
 class TrainStep(Protocol):
@@ -101,11 +103,13 @@ def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params |
 # --- training ------------------------------------------------------------------------------------------
 
 
-def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainStep:
+def make_train_step(
+    model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int, options: dict[str, bool] | None = None
+) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences sharded over the mesh. Each pair of
-    `micro_batches` and `sequences` compiles once.
+    `micro_batches` and `sequences` compiles once. `options` are those of XLA.
     """
     data = _axis(mesh, "data")
     chain, schedule = make_optimizer(optimizer), learning_rate_schedule(optimizer)
@@ -119,9 +123,10 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         params = jax.lax.pcast(state.params, data, to="varying")
         loss, grads = _mean_over_micro_batches(loss_and_grads, params, tokens, key, data, mesh.shape["fsdp"])
         loss, grads = jax.lax.pmean((loss, grads), data)  # the only reduction over `data`
-        updates, opt_state = chain.update(grads, state.opt_state, state.params)
+        updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
         new_params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step), optax.tree.norm(new_params))
+        outlier = opt_state.outlier if isinstance(opt_state, WatchedState) else None
+        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step), optax.tree.norm(new_params), outlier)
         return TrainState(state.step + 1, new_params, opt_state), metrics
 
     shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
@@ -130,7 +135,14 @@ def make_train_step(model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: i
         in_shardings=(shardings, batch_sharding(mesh, leading_axis=True)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=options,
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def skip_update(state: TrainState) -> TrainState:
+    """The state after an update that is passed over: see `outliers.pass_over`. The state is donated."""
+    return TrainState(state.step + 1, state.params, pass_over(state.opt_state))
 
 
 def _mean_over_micro_batches(
@@ -201,10 +213,11 @@ def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.A
 # --- evaluation ----------------------------------------------------------------------------------------
 
 
-def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
+def make_eval_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> EvalStep:
     """The jitted evaluation: (params, tokens) -> (loss sum in nats, number of targets), float32 and int32 scalars.
 
-    `tokens` is int32 [sequences, block_size + 1], sequences sharded over the mesh. `IGNORE` marks padding.
+    `tokens` is int32 [sequences, block_size + 1], sequences sharded over the mesh. `IGNORE` marks padding. `options`
+    are those of XLA.
     """
     config = model.config
     axes = _axis(mesh, "data") + _axis(mesh, "fsdp")
@@ -222,6 +235,7 @@ def make_eval_step(model: GPT2, mesh: Mesh) -> EvalStep:
         _shard_map(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P()),
         in_shardings=(None, batch_sharding(mesh, leading_axis=False)),
         out_shardings=(replicated, replicated),
+        compiler_options=options,
     )
 
 

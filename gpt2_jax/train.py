@@ -29,11 +29,11 @@ from gpt2_jax.data.pipeline import BatchSource, read_ahead
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
-from gpt2_jax.errors import DivergedError, ReplicaError, SaveError, UserError
+from gpt2_jax.errors import DivergedError, ReplicaError, RewindError, SaveError, UserError
 from gpt2_jax.files import exclusive
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.model import n_params
-from gpt2_jax.resolve import build_model, matmul_precision, resolve
+from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, resolve
 from gpt2_jax.run import summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
@@ -42,9 +42,10 @@ from gpt2_jax.run.initial import open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
+from gpt2_jax.run.rewinding import check_skipped_updates, rewound, with_skipped_updates
 from gpt2_jax.run.stalls import watched
 from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
-from gpt2_jax.step import Metrics, make_eval_step, make_train_step
+from gpt2_jax.step import Metrics, make_eval_step, make_train_step, skip_update
 
 DESCRIPTION = """Train a GPT-2. Start the command once on every host to train over all of them. SLURM, Open MPI and TPU
 pod slices need no flags. Elsewhere give --coordinator HOST:PORT (of process 0), --processes N and --process I (from 0),
@@ -94,11 +95,20 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         SaveError: checkpoints could not be saved.
         ReplicaError: copies of the training state differ between devices.
     """
+    while True:
+        try:
+            return _train(config, devices)
+        except RewindError as error:  # resumes in this process, as the same command would
+            config = rewound(config, error)
+
+
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
     check_same_software()
     hardware = current_hardware()
     runtime.enable_compilation_cache(config.compilation_cache)
     config, attention = resolve(config, hardware)
     saved = saved_config(config)
+    config = with_skipped_updates(config, saved)
     initial, config = open_initial(config, saved)
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
@@ -108,8 +118,9 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     assert_equal("data", data.fingerprint)
 
     model = build_model(config, attention)
-    train_step = make_train_step(model, config.optimizer, mesh, config.seed)
-    evaluate = functools.partial(validation_loss, make_eval_step(model, mesh), data.val, config, mesh)
+    options = compiler_options(config, hardware.platform)
+    train_step = make_train_step(model, config.optimizer, mesh, config.seed, options)
+    evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
     source = BatchSource(data.train, schedule, accumulation, functools.partial(local_rows, mesh))
     sharding = batch_sharding(mesh, leading_axis=True)
 
@@ -122,6 +133,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     ):
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
         state, start = run_checkpoints.restore_or_init(initial)
+        check_skipped_updates(config, saved, start)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
         if is_primary():
@@ -138,12 +150,15 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
             if hardware.platform == "cpu" and start < config.steps:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
             step, val_loss = start, None
-            pending: tuple[int, Metrics] | None = None  # the update whose metrics are still on the device
+            pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device
             try:
                 while step < config.steps and not (signal_number := stop_requested(step)):
                     batch = next(batches)
                     with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
-                        state, metrics = update(state, put_batch(batch, sharding))
+                        if step + 1 in config.skip_updates:
+                            state, metrics = skip_update(state), None
+                        else:
+                            state, metrics = update(state, put_batch(batch, sharding))
                     reporter.update(pending)  # fetched only now, when the device already has its next work
                     watch.step = step
                     step, val_loss = step + 1, None

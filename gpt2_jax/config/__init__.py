@@ -114,6 +114,16 @@ class OptimizerConfig:
     """Decoupled weight decay of every tensor of rank 2 or more, embeddings included."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient: larger gradients are scaled down to it. 0 turns clipping off."""
+    on_outlier: Literal["off", "stop", "skip", "rewind"] = "off"
+    """Action at an update whose loss or gradient norm is an outlier, or not finite.
+    stop ends the run, skip leaves parameters and moments as they are.
+    rewind continues from the newest checkpoint and passes over the update. off watches for nothing."""
+    outlier_window: int = 128
+    """Updates that an update is compared with."""
+    outlier_z_score: float = 6.0
+    """Standard deviations above the mean of those updates that make an outlier."""
+    rewind_updates: int = 1
+    """Updates that rewind passes over: the outlier, and those right before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +201,9 @@ class TrainConfig:
     """Smaller batches at the start of the run, as pairs of tokens and sequences.
     Until the run has trained on that many tokens, each batch has that many sequences.
     After the last pair, batch_size applies."""
+    skip_updates: tuple[int, ...] = ()
+    """Updates to pass over: their batches are not trained on.
+    on_outlier = "rewind" adds to them."""
     init_from: str = ""
     """Model to fine-tune: any MODEL that gpt2_jax.load takes. Empty for random initial parameters."""
     seed: int = 1337
@@ -198,6 +211,12 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Dtype of activations and matmuls: auto is bfloat16 on accelerators and float32 on CPU.
     Parameters, optimizer state, softmax, layer norm statistics and the loss are always float32."""
+    deterministic: bool = False
+    """Bit-for-bit equal results on NVIDIA GPUs: excludes kernels that add in no fixed order, and turns off autotuning.
+    Updates are slower. CPUs and TPUs are deterministic without it."""
+    sdc_checker: bool = False
+    """Checks on TPU for silent data corruption: the compiler repeats a part of the computations and compares.
+    Updates are slower."""
     compilation_cache: str = "auto"
     """Directory that caches compiled programs for the next start.
     auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off.
@@ -232,9 +251,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # Keys that change speed, memory or output, but not the mathematics. At most they change the order of float additions
-# and, with dropout, which of the equally likely masks is drawn.
+# and, with dropout, which of the equally likely masks is drawn. A resumed run checks `skip_updates` by itself.
 _NOT_MATHEMATICAL = re.compile(
-    r"out|steps|micro_batch_size|compilation_cache|(mesh|checkpoint|eval|log)\..*"
+    r"out|steps|micro_batch_size|skip_updates|deterministic|sdc_checker|compilation_cache|(mesh|checkpoint|eval|log)\..*"
     r"|model\.(attention|scan_layers|remat|loss_chunk)"
     r"|data\.(text|train|val|sources)"  # files may move: the fingerprint of the data tells whether they are the same
 )

@@ -58,6 +58,13 @@ _RANGES: dict[str, _Range] = {
     "optimizer.epsilon": _POSITIVE,
     "optimizer.weight_decay": _FINITE,
     "optimizer.clip_norm": _FINITE,
+    "optimizer.outlier_window": _between(2, MAX_SEQUENCES),
+    "optimizer.outlier_z_score": _POSITIVE,
+    "optimizer.rewind_updates": _COUNT,
+    "skip_updates": (
+        f"numbers of updates, each at least 1 and at most {MAX_INT:,}",
+        lambda value: all(1 <= update <= MAX_INT for update in value),
+    ),
     "mesh.data": _DEVICES,
     "mesh.fsdp": _DEVICES,
     "checkpoint.every": _COUNT_OR_0,

@@ -23,7 +23,7 @@ from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import n_params
 from gpt2_jax.planning.flops import Part, flops
 from gpt2_jax.planning.hlo import Collective, HloModule
-from gpt2_jax.resolve import build_model, matmul_precision, resolve
+from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, resolve
 from gpt2_jax.sharding import abstract_batch, make_mesh
 from gpt2_jax.step import abstract_state, make_train_step
 
@@ -159,7 +159,8 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
     model = build_model(config, choice)
     state = abstract_state(model, config.optimizer, mesh)
     with jax.default_matmul_precision(matmul_precision(config.dtype)):
-        step = make_train_step(model, config.optimizer, mesh, config.seed)
+        options = compiler_options(config, hardware_of(devices[0]).platform)
+        step = make_train_step(model, config.optimizer, mesh, config.seed, options)
         traced = step.trace(state, tokens)
         state_bytes = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)

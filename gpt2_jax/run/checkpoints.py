@@ -23,7 +23,7 @@ from gpt2_jax.data import Data
 from gpt2_jax.data.contents import Contents
 from gpt2_jax.display import si
 from gpt2_jax.distributed.agreement import barrier, broadcast_from_primary, first_problem, is_primary
-from gpt2_jax.errors import DamagedError, ReplicaError, SaveError, UserError, fixable, one_line
+from gpt2_jax.errors import DamagedError, ReplicaError, RewindError, SaveError, UserError, fixable, one_line
 from gpt2_jax.fingerprint import StateFingerprint, make_state_fingerprint
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -103,18 +103,20 @@ class RunCheckpoints:
 
         Raises:
             ReplicaError: devices have different copies of the same arrays.
+            RewindError: the same, and `log.on_mismatch` is "restore".
         """
         found = self._fingerprint(state)
         if deviating := found.deviating():
             names = ", ".join(str(self._mesh.devices.flat[position]) for position in deviating)
-            raise ReplicaError(
+            problem = (
                 f"after update {int(state.step)}, the training state on {names} differs from its copies on other "
-                f"devices: a device computes wrongly, or a kernel is not deterministic; {self._before()}"
+                "devices: a device computes wrongly, or a kernel is not deterministic"
             )
+            if self._config.log.on_mismatch == "restore":
+                raise RewindError(problem)
+            before = f"checkpoints/{self.newest} is from before" if self.newest else "nothing was saved"
+            raise ReplicaError(f"{problem}; {before}")
         return found
-
-    def _before(self) -> str:
-        return f"checkpoints/{self.newest} is from before" if self.newest else "nothing was saved"
 
     def restore_or_init(self, initial: StoredModel | None) -> tuple[TrainState, int]:
         """The state of the newest intact checkpoint and its step, or a new state and 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.display import Display
 from gpt2_jax.distributed.agreement import is_primary
-from gpt2_jax.errors import DivergedError
+from gpt2_jax.errors import DivergedError, RewindError
 from gpt2_jax.metrics import MetricsFile, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
@@ -45,24 +46,37 @@ class Reporter:
         self._file = MetricsFile(out / "metrics.jsonl", start) if is_primary() else None
         self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
         self._reported = start
+        self._outliers = 0  # in a row
         self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
 
-    def update(self, pending: tuple[int, Metrics] | None) -> None:
+    def update(self, pending: tuple[int, Metrics | None] | None) -> None:
         """Waits for the metrics of an update and logs a row if one is due.
 
         Args:
-            pending: the step and its metrics. None, or an update that was already reported, does nothing.
+            pending: the step and its metrics, which are None for an update that was passed over. None, or an update
+                that was already reported, does nothing.
 
         Raises:
-            DivergedError: the loss, the gradient norm or a parameter is not finite.
+            DivergedError: the loss, the gradient norm or a parameter is not finite, or the update is an outlier and
+                `on_outlier` is "stop".
+            RewindError: it is an outlier and `on_outlier` is "rewind".
         """
         if pending is None or pending[0] <= self._reported:
             return
         step, metrics = pending
         self._reported = step
-        loss, grad_norm, learning_rate, param_norm = map(float, jax.device_get(metrics))
-        found = f"loss {loss}, gradient norm {grad_norm} and parameters of norm {param_norm}"
-        self._check_finite(step, loss + grad_norm + param_norm, found)
+        if metrics is None:
+            self._skipped(step, "by skip_updates")
+            return
+        *floats, outlier = jax.device_get(metrics)
+        loss, grad_norm, learning_rate, param_norm = map(float, floats)
+        found = f"loss {loss}, gradient norm {grad_norm}"
+        if outlier:
+            self._handle_outlier(step, found)
+        if outlier and self._config.optimizer.on_outlier == "skip":
+            return
+        self._check_finite(step, loss + grad_norm + param_norm, f"{found} and parameters of norm {param_norm}")
+        self._outliers = 0
         tokens = self._tokens_after(step)
         if not is_due(step, self._config.log.every) and step != self._config.steps:
             self._meter.start(tokens)
@@ -84,13 +98,35 @@ class Reporter:
         parts = format_row(row, left / speed.tokens_per_second if speed else None)
         self.display.show(step, f"update {step}/{self._config.steps}", parts)
 
+    def _handle_outlier(self, step: int, found: str) -> None:
+        optimizer = self._config.optimizer
+        problem = f"update {step} is an outlier, with {found}"
+        if optimizer.on_outlier == "rewind":
+            raise RewindError(problem, step)
+        self._outliers += 1
+        if optimizer.on_outlier == "stop" or self._outliers > optimizer.outlier_window:
+            many = f", as were the {optimizer.outlier_window} updates before" if optimizer.on_outlier == "skip" else ""
+            raise DivergedError(f"{problem}{many}; {self._before()}; look at it with {self._look_command(step)}")
+        self._skipped(step, f"outlier: {found}")
+
+    def _look_command(self, step: int) -> str:
+        return f"python -m gpt2_jax.data {shlex.quote(str(self._out))} --update {step}"
+
+    def _skipped(self, step: int, reason: str) -> None:
+        """Logs an update that changed nothing."""
+        self.display.print(f"update {step}: skipped ({reason})")
+        if self._file:
+            self._file.write({"step": step, "tokens": self._tokens_after(step), "skipped": reason})
+
+    def _before(self) -> str:
+        saved = self._checkpoints.newest
+        return f"checkpoints/{saved} is from before" if saved else "nothing was saved"
+
     def _check_finite(self, step: int, value: float, found: str) -> None:
         """Raises a DivergedError that names what was `found` unless `value` is finite."""
         if not math.isfinite(value):
-            saved = self._checkpoints.newest
-            before = f"checkpoints/{saved} is from before" if saved else "nothing was saved"
             raise DivergedError(
-                f"update {step} has {found}; {before}; type "
+                f"update {step} has {found}; {self._before()}; type "
                 f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
             )
 
@@ -115,7 +151,7 @@ class Reporter:
         if self._file:
             self._file.write({"step": step, "tokens": self._tokens_after(step), "fingerprint": fingerprint})
 
-    def catch_up(self, pending: tuple[int, Metrics] | None) -> None:
+    def catch_up(self, pending: tuple[int, Metrics | None] | None) -> None:
         """`update`, then stops the throughput clock: what follows is not training."""
         self.update(pending)
         self._meter.stop()

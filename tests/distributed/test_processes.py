@@ -427,7 +427,7 @@ def test_divergence_ends_both(start, directory):
     codes, _, errors = finish(both)
     assert codes == [2, 2]
     (line,) = errors[0] + errors[1]
-    assert "has loss nan" in line
+    assert "parameters of norm inf" in line
 
 
 # --- stalls ----------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""Updates to pass over: named in `skip_updates`, or added to it by a rewind.
+
+A rewind resumes the run from its newest checkpoint with a longer `skip_updates` (PaLM, Chowdhery et al. 2022, section
+5.1). The result is bit for bit that of a run that had this `skip_updates` from the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt2_jax.config import TrainConfig
+from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
+from gpt2_jax.errors import RewindError, UserError
+from gpt2_jax.files import user_path
+from gpt2_jax.run.directory import saved_config, write_config
+
+
+def with_skipped_updates(config: TrainConfig, saved: TrainConfig | None) -> TrainConfig:
+    """The config of a resumed run, with the updates that were passed over before."""
+    before = saved.skip_updates if saved else ()
+    return dataclasses.replace(config, skip_updates=tuple(sorted({*config.skip_updates, *before})))
+
+
+def check_skipped_updates(config: TrainConfig, saved: TrainConfig | None, start: int) -> None:
+    """Checks that updates which are newly named were not done yet.
+
+    Raises:
+        UserError: one was.
+    """
+    before = saved.skip_updates if saved else ()
+    done = [update for update in config.skip_updates if update <= start and update not in before]
+    if done:
+        raise UserError(
+            f"skip_updates names update {done[0]}, and the newest checkpoint of {config.out} is from after update "
+            f"{start}; move away the checkpoints from {done[0]} on, or type another --out"
+        )
+
+
+def rewound(config: TrainConfig, error: RewindError) -> TrainConfig:
+    """The config to resume with after a rewind, which is also written to the run directory."""
+    saved = saved_config(config)
+    out = user_path(config.out, "out")
+    steps = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()] if saved else []
+    newest = int(broadcast_from_primary("newest", str(max(steps, default=0))))
+    first = max(newest + 1, error.update - config.optimizer.rewind_updates + 1)
+    named = range(first, error.update + 1) if error.update else ()
+    config = with_skipped_updates(dataclasses.replace(config, skip_updates=(*config.skip_updates, *named)), saved)
+    if is_primary():
+        if saved:  # a kill before the first update must not forget them
+            write_config(out, dataclasses.replace(saved, skip_updates=config.skip_updates))
+        passing = f", passing over {error.update if len(named) == 1 else f'{first} to {error.update}'}" if named else ""
+        print(f"{error}; continuing from {f'checkpoints/{newest}' if newest else 'the start'}{passing}", flush=True)
+    return config
