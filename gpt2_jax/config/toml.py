@@ -142,8 +142,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_from_table(inner, item, file, f"{key}.") for item in value)
         if isinstance(value, list) and (rest == [...] or len(value) == 1 + len(rest)):
             return tuple(_convert(inner, item, where) for item in value)
-        example = "[5, 6]" if inner is int else "[[1000000, 64]]"
-        raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected a list such as {example}")
+        example = "numbers such as [5, 6]" if (inner, rest) == (int, [...]) else "pairs such as [[1000000, 64]]"
+        raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected a list of {example}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

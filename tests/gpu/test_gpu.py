@@ -24,8 +24,6 @@ from gpt2_jax.step import init_state, make_train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-
 
 def test_attention_is_as_exact_as_plain_attention(gpu):
     """In bfloat16, against float32, the chosen kernel may have twice the error of plain XLA: both round alike."""
@@ -81,11 +79,11 @@ def test_ten_updates_have_the_losses_of_the_cpu(gpu):
     np.testing.assert_allclose(losses(gpu), losses(jax.devices("cpu")[0]), rtol=0, atol=1e-4)
 
 
-def train(out, *flags, xla_flags=""):
+def train(out, *flags):
     """Starts the quickstart on the GPU."""
     command = [sys.executable, "-m", "gpt2_jax.train", "--config", "quickstart", "--out", str(out), *flags,
                "--log.every", "1", "--eval.sample_tokens", "0"]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": xla_flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
@@ -101,17 +99,27 @@ def test_the_loss_falls_on_real_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "xla_flags",
+    "extra",
     [
-        DETERMINISTIC,
-        pytest.param("", marks=pytest.mark.xfail(reason="XLA's default kernels may add in any order", strict=False)),
+        ["--deterministic", "true"],
+        pytest.param([], marks=pytest.mark.xfail(reason="XLA's default kernels may add in any order", strict=False)),
     ],
     ids=["deterministic", "default"],
 )
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, xla_flags):
-    flags = ["--steps", "100", "--optimizer.warmup_steps", "10", "--checkpoint.every", "20", "--eval.every", "0"]
-    assert train(tmp_path / "whole", *flags, xla_flags=xla_flags).wait(600) == 0
-    killed = train(tmp_path / "parts", *flags, xla_flags=xla_flags)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, extra):
+    flags = [
+        *extra,
+        "--steps",
+        "100",
+        "--optimizer.warmup_steps",
+        "10",
+        "--checkpoint.every",
+        "20",
+        "--eval.every",
+        "0",
+    ]
+    assert train(tmp_path / "whole", *flags).wait(600) == 0
+    killed = train(tmp_path / "parts", *flags)
     deadline = time.monotonic() + 300
     while 50 not in values(tmp_path / "parts", "loss"):
         assert killed.poll() is None
@@ -119,7 +127,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, xla_flags):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert train(tmp_path / "parts", *flags, xla_flags=xla_flags).wait(600) == 0
+    assert train(tmp_path / "parts", *flags).wait(600) == 0
     for key in ("loss", "grad_norm"):
         assert values(tmp_path / "parts", key) == values(tmp_path / "whole", key)
     whole, parts = (SavedState(tmp_path / run / "checkpoints" / "100").read("params") for run in ("whole", "parts"))

@@ -181,6 +181,13 @@ def reduces_gradients_once(table, n_params):
     return (reduction["kind"], reduction["axes"], reduction["n_bytes"]) == ("all-reduce", ["data"], 4 * (n_params + 1))
 
 
+@pytest.mark.slow
+@needs_libtpu
+def test_the_checker_of_silent_corruption_is_compiled_in():
+    plain, checked = (tpu_plan("quickstart", "v5e:2x4", *SMALL, "--sdc_checker", word) for word in ("false", "true"))
+    assert checked["memory"]["needed"] > plain["memory"]["needed"]  # of what it repeats and compares
+
+
 @needs_libtpu
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_small_training_step_compiles_for_tpu(remat):
