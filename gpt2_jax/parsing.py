@@ -60,14 +60,17 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Parses TOML.
 
     Raises:
-        ValueError: it is not TOML, or nested more than `MAX_DEPTH` deep.
+        ValueError: it is not TOML, nested more than `MAX_DEPTH` deep, or has an integer of more than 64 bits.
     """
     bare = TOML_STRING.sub("", text)
     _check_depth(bare)
     if max(part.count(".") for part in BETWEEN_KEYS.split(bare)) > MAX_DEPTH:
         raise ValueError(f"a key has more than {MAX_DEPTH} parts")
     with _no_recursion():
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
+    for key, value in table.items():
+        _check_integers(key, value)
+    return table
 
 
 @contextlib.contextmanager
@@ -86,6 +89,15 @@ def _check_depth(bare: str) -> None:
         depth += 1 if match[0] in "[{" else -1
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _check_integers(key: str, value: Any) -> None:
+    """Checks that integers have 64 bits, as TOML says: others are no floats, and Python prints none of 4,300 digits."""
+    if isinstance(value, list | dict):
+        for item in value.items() if isinstance(value, dict) else ((key, item) for item in value):
+            _check_integers(*item)
+    elif type(value) is int and not -1 << 63 <= value < 1 << 63:
+        raise ValueError(f"{key[:100]} is an integer of more than 64 bits")
 
 
 def is_count(value: Any) -> bool:
