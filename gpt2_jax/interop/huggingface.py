@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import Boundaries
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_hub_cache
 from gpt2_jax.interop.model_files import FindFile, check_permission, read_json
 from gpt2_jax.interop.state_dict import Tensors, check_state
 from gpt2_jax.interop.stored import StoredModel, check_sizes, parameter_shapes, torch_name
@@ -65,11 +66,15 @@ def hub_files(repository: str) -> FindFile:
 
     The returned function raises UserError if there is no such repository, or if it is not in the cache and the hub
     cannot be reached.
+
+    Raises:
+        UserError: there is no place for that cache.
     """
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    check_hub_cache(repository)
     unreachable = False
 
     def find(name: str) -> Path | None:
