@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_DEPTH = 64  # Of arrays and objects in each other, and of parts of a dotted key.
 MAX_TOML_BYTES = 1 << 20  # A config with an alphabet of 65,536 characters has 190 KB. Parsing 0.9 MB takes 0.5 s.
@@ -100,6 +100,6 @@ def _check_integers(key: str, value: Any) -> None:
         raise ValueError(f"{key[:100]} is an integer of more than 64 bits")
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """True for an integer from 0 to 2^63 − 1. Booleans are integers for Python, but not here."""
     return type(value) is int and 0 <= value < 1 << 63

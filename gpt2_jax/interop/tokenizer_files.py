@@ -33,6 +33,7 @@ from gpt2_jax.data.tokenizer import (
     CharTokenizer,
     ExtendedTokenizer,
     Tokenizer,
+    boundaries,
     end_of_text,
     gpt2_encoding,
 )
@@ -126,7 +127,11 @@ def read_tokenizer(find: FindFile, without_files: Callable[[], Tokenizer | None]
             return None
         lines = read_text(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return _byte_pairs(table, pairs, {}, settings)
+        tokenizer = _byte_pairs(table, pairs, {}, settings)
+        if not settings.get("tokenizer_config.json", {}).get("add_bos_token") or not tokenizer:
+            return tokenizer
+        start = boundaries(tokenizer).start
+        return _with_prefix(tokenizer, () if start is None else (start,))
 
 
 @contextlib.contextmanager
@@ -140,18 +145,49 @@ def _report_damage(path: Path) -> Iterator[None]:
 
 def _from_tokenizer_json(table: Mapping[str, Any], settings: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer in a `tokenizer.json`; None if it is of another kind."""
-    model, pre_tokenizer = table["model"], table.get("pre_tokenizer")
-    if model.get("type", "BPE") != "BPE" or table.get("normalizer"):
+    model, pre_tokenizer, prefix = table["model"], table.get("pre_tokenizer"), _prefix(table.get("post_processor"))
+    if model.get("type", "BPE") != "BPE" or table.get("normalizer") or prefix is None:
         return None
     added = {entry["content"]: _flags(entry, entry["id"]) for entry in table.get("added_tokens") or ()}
     if pre_tokenizer is None and not model["merges"]:
-        return _characters(model["vocab"], added, settings)
+        return _with_prefix(_characters(model["vocab"], added, settings), prefix)
     if not pre_tokenizer or pre_tokenizer["type"] != "ByteLevel":
         return None
     if pre_tokenizer["add_prefix_space"] or not pre_tokenizer.get("use_regex", True):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return _byte_pairs(model["vocab"], pairs, added, settings)
+    return _with_prefix(_byte_pairs(model["vocab"], pairs, added, settings), prefix)
+
+
+def _prefix(processor: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    """The tokens that a post-processor puts before a text; None if its kind is unknown.
+
+    It may also put some at the end, but a text to continue has no end.
+    """
+    if processor is None or processor["type"] == "ByteLevel":
+        return ()
+    if processor["type"] == "Sequence":
+        others = [part for part in processor["processors"] if part["type"] != "ByteLevel"]
+        return _prefix(others[0] if others else None) if len(others) <= 1 else None
+    if processor["type"] != "TemplateProcessing":
+        return None
+    pieces = itertools.takewhile(lambda piece: "SpecialToken" in piece, processor["single"])
+    known = processor["special_tokens"]
+    return tuple(token for piece in pieces for token in known[piece["SpecialToken"]["id"]]["ids"])
+
+
+def _with_prefix(
+    tokenizer: tiktoken.Encoding | CharTokenizer | ExtendedTokenizer | None, prefix: tuple[int, ...]
+) -> Tokenizer | None:
+    """A tokenizer with the tokens that precede a text to continue."""
+    if tokenizer is None or not prefix:
+        return tokenizer
+    if not all(type(token) is int and 0 <= token < tokenizer.n_vocab for token in prefix):
+        raise ValueError("a token before each text is not in the vocabulary")
+    if not isinstance(tokenizer, ExtendedTokenizer):
+        tokenizer = _extended(tokenizer, {}, boundaries(tokenizer))
+    tokenizer.boundaries = dataclasses.replace(tokenizer.boundaries, prefix=prefix)
+    return tokenizer
 
 
 def _flags(entry: Mapping[str, Any], token: int) -> _Added:
@@ -219,6 +255,8 @@ def _byte_pairs(
     A token that is neither a byte nor the result of a merge nor an added word is a special token.
     """
     merged = ["".join(pair) for pair in merges]
+    if settings.get("tokenizer_config.json", {}).get("add_prefix_space"):
+        return None
     added, around = _with_settings(vocab, added, settings)
     vocab = {content: token.token for content, token in added.items()} | dict(vocab)
     # tiktoken merges in the order of the token numbers, so the merges have to be in that order.
