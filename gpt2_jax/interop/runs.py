@@ -37,7 +37,8 @@ def newest_checkpoint(run: Path) -> Path:
 def open_checkpoint(path: Path) -> StoredModel:
     """Opens one checkpoint, RUN/checkpoints/STEP, with the config of its run.
 
-    Tokenizer files in RUN, which only a converted model has, come before the tokenizer that the config names.
+    Tokenizer files in RUN come before the tokenizer that the config names. A converted model may have some, and a run
+    that started from a model that has.
 
     Raises:
         UserError: it cannot be read.

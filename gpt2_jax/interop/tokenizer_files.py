@@ -58,6 +58,7 @@ SETTINGS = (
     "chat_template.jinja",
 )
 GENERATION = "generation_config.json"  # names the tokens around a text, for `generate` of transformers and for ours
+KEPT = (*VOCABULARIES, *SETTINGS, GENERATION)  # the files that `keep_tokenizer` may write
 
 # Vocabularies that imply GPT-2's tokenizer. nanoGPT pads to 50304 when it trains from scratch, and trains the padding.
 GPT2_VOCABS = (GPT2_VOCAB_SIZE, 50304)
@@ -335,6 +336,11 @@ def read_named(find: FindFile, vocab_size: int) -> Boundaries:
 # --- writing -------------------------------------------------------------------------------------------
 
 
+def has_tokenizer_files(model: StoredModel) -> bool:
+    """True if a model comes with the files of a tokenizer, of any kind."""
+    return any(model.files(name) for name in VOCABULARIES)
+
+
 def keep_tokenizer(model: StoredModel, directory: Path, make: bool) -> None:
     """Writes the tokenizer of a model beside it, and `generation_config.json` with the tokens around a text.
 
@@ -346,20 +352,18 @@ def keep_tokenizer(model: StoredModel, directory: Path, make: bool) -> None:
     Raises:
         UserError: the copy would be taken for a model with GPT-2's tokenizer, or a file cannot be read.
     """
-    tokenizer = model.tokenizer
-    copied = {name: path for name in (*VOCABULARIES, *SETTINGS) if (path := model.files(name))}
-    has_files = any(name in copied for name in VOCABULARIES)
-    if tokenizer is None and not has_files and model.config.vocab_size in GPT2_VOCABS:
+    if has_tokenizer_files(model):
+        for name in (*VOCABULARIES, *SETTINGS):
+            if path := model.files(name):
+                with permission(path):
+                    (directory / name).write_bytes(path.read_bytes())
+    elif make and model.tokenizer:
+        write_tokenizer(model.tokenizer, directory, model.config.block_size)
+    elif make and model.config.vocab_size in GPT2_VOCABS:
         raise UserError(
             f"the tokenizer of {model.where} is not known, and a model with {model.config.vocab_size:,} tokens and no "
             "tokenizer files is taken for one with GPT-2's; put its tokenizer.json beside the model"
         )
-    if has_files:
-        for name, path in copied.items():
-            with permission(path):
-                (directory / name).write_bytes(path.read_bytes())
-    elif tokenizer and make:
-        write_tokenizer(tokenizer, directory, model.config.block_size)
     around = model.boundaries if make else model.named
     if make or around != UNKNOWN:
         table = {"_from_model_config": True} | special_ids(around)
