@@ -1,7 +1,8 @@
 """Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
 A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
-into memory. A single line of JSON and a stretch of text without white space have to: they may have `MAX_RECORD_BYTES`.
+into memory. A line of JSON, a row of Parquet and a stretch of text without white space have to: they may have
+`MAX_RECORD_BYTES`. (To refuse a long row among short ones, it is read first. Parquet has at most 2 GB per row.)
 Each block has the cursor of the position after it, from which a later process resumes.
 """
 
@@ -236,10 +237,7 @@ class FileSource(Source):
                 if len(data) - whole > MAX_RECORD_BYTES:
                     if not self._skip_errors:
                         n_whole = line + data.count(b"\n", 0, whole)
-                        raise UserError(
-                            f"{path}, line {n_whole + 1} has more than "
-                            f"{MAX_RECORD_BYTES:,} bytes; divide it, leave it out, or type --on-error skip"
-                        )
+                        raise _too_long(f"{path}, line {n_whole + 1}")
                     skipped = len(data) - whole + (0 if data.endswith(b"\n") else _skip_line(file))
                     data = data[:whole]
                 content = Span(path, offset, len(data)) if file is disk else data
@@ -257,19 +255,34 @@ class FileSource(Source):
                     raise UserError(f"{path} has no column {self._field!r}; type --field with one of {columns}")
                 size, n_rows, row = path.stat().st_size, table.metadata.num_rows, 0
                 for group in range(table.num_row_groups):
-                    end = row + table.metadata.row_group(group).num_rows
-                    if end <= offset:
+                    info = table.metadata.row_group(group)
+                    end = row + info.num_rows
+                    if end <= max(offset, row):  # read before, or empty
                         row = end
                         continue
-                    for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=[self._field]):
+                    parts = [info.column(number) for number in range(info.num_columns)]
+                    sizes = [part.total_uncompressed_size for part in parts if part.path_in_schema == self._field]
+                    mean = 1 + sum(sizes) // info.num_rows
+                    if mean > MAX_RECORD_BYTES and not self._skip_errors:  # known before the row is read
+                        which = f"row {end}" if info.num_rows == 1 else f"one of the rows {row + 1} to {end}"
+                        raise _too_long(f"{path}, {which}")
+                    batch_size = max(min(BLOCK_BYTES // mean, 128), 1)
+                    for batch in table.iter_batches(batch_size, row_groups=[group], columns=[self._field]):
                         column = batch.column(0)
                         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
                             column = column.cast(pyarrow.large_binary())  # may not be UTF-8, which the workers check
                         texts = column.to_pylist()[max(offset - row, 0) :]
                         row += len(batch)
+                        first = row - len(texts) + 1
+                        lengths = [len(text) if isinstance(text, bytes) else 0 for text in texts]
+                        long = [n for n, length in enumerate(lengths) if length > MAX_RECORD_BYTES]
+                        if long and not self._skip_errors:
+                            raise _too_long(f"{path}, row {first + long[0]}")
+                        for n in long:
+                            texts[n] = b""
                         if texts:
-                            first = row - len(texts) + 1
-                            yield Block("texts", texts, str(path), first, None, [number, row, 0], size * row // n_rows)
+                            done, cursor = size * row // n_rows, [number, row, 0]
+                            yield Block("texts", texts, str(path), first, None, cursor, done, skipped=len(long))
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from error
 
@@ -300,6 +313,13 @@ def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
     if suffixes and suffixes[-1] == ".parquet":
         return "parquet"
     return "lines" if suffixes and suffixes[-1] in JSON_LINES else "text"
+
+
+def _too_long(where: str) -> UserError:
+    """The error for a record that has more than `MAX_RECORD_BYTES`."""
+    return UserError(
+        f"{where} has more than {MAX_RECORD_BYTES:,} bytes; divide it, leave it out, or type --on-error skip"
+    )
 
 
 def _skip_line(file: IO[bytes]) -> int:
