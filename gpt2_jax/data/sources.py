@@ -13,7 +13,6 @@ import codecs
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -23,7 +22,7 @@ import numpy as np
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.compressed import ERRORS, SUFFIXES, open_decompressed, skip_to
 from gpt2_jax.data.corpus import DOWNLOADS, STDLIB, held_out_names, match_files, name_files, stdlib_files
-from gpt2_jax.data.encode import last_safe_cut, uses_gigatoken
+from gpt2_jax.data.encode import SpaceCounter, last_safe_cut, uses_gigatoken
 from gpt2_jax.data.manifest import Split
 from gpt2_jax.data.tokenizer import LONGEST_SPACE, TOO_MANY_SPACES
 from gpt2_jax.errors import UserError, import_optional
@@ -31,7 +30,6 @@ from gpt2_jax.parsing import is_count
 
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 25  # A book has 1 MB. A worker takes several times this, and JSON of brackets 20 times.
-SPACES = re.compile(r"\s*")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -274,8 +272,8 @@ class FileSource(Source):
                         texts = column.to_pylist()[max(offset - row, 0) :]
                         row += len(batch)
                         first = row - len(texts) + 1
-                        lengths = [len(text) if isinstance(text, bytes) else 0 for text in texts]
-                        long = [n for n, length in enumerate(lengths) if length > MAX_RECORD_BYTES]
+                        sizes = [len(text) if isinstance(text, bytes) else 0 for text in texts]
+                        long = [n for n, n_bytes in enumerate(sizes) if n_bytes > MAX_RECORD_BYTES]
                         if long and not self._skip_errors:
                             raise _too_long(f"{path}, row {first + long[0]}")
                         for n in long:
@@ -337,7 +335,7 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
 
     It is not UTF-8, has more white space in a row than tiktoken takes, or no place to cut it in `MAX_RECORD_BYTES`.
     """
-    decoder, offset, uncut, spaces = codecs.getincrementaldecoder("utf-8")(), 0, 0, _SpaceCounter()
+    decoder, offset, uncut, spaces = codecs.getincrementaldecoder("utf-8")(), 0, 0, SpaceCounter()
     with open_decompressed(path) as (file, _):
         while True:
             data = file.read(BLOCK_BYTES)
@@ -355,38 +353,6 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
             offset += len(data)
             if not data:
                 return None
-
-
-class _SpaceCounter:
-    """Counts white-space characters in a row, over the blocks of a text."""
-
-    def __init__(self) -> None:
-        self._open = 0  # at the end of the last block
-
-    def add(self, text: str) -> int:
-        """Adds a block. Returns the longest row in it or up to it, if that is longer than half of a block."""
-        size, middle = len(text), len(text) // 2
-        first, last = _spaces_after(text, 0), _spaces_before(text, size)
-        longest = self._open + first if first < size else 0
-        if (right := _spaces_after(text, middle)) < size - middle:
-            longest = max(longest, _spaces_before(text, middle) + right)
-        self._open = self._open + size if first == size else last
-        return longest
-
-
-def _spaces_after(text: str, start: int) -> int:
-    match = SPACES.match(text, start)
-    return match.end() - start if match else 0
-
-
-def _spaces_before(text: str, end: int) -> int:
-    size = 64  # no copy of a whole block for a few spaces
-    while True:
-        part = text[max(end - size, 0) : end]
-        rest = part.rstrip()
-        if rest or size >= end:
-            return len(part) - len(rest)
-        size *= 8
 
 
 def _text_start(path: Path) -> int:

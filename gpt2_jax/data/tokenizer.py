@@ -154,7 +154,8 @@ class ExtendedTokenizer:
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Decodes tokens to UTF-8, with the text of special tokens."""
-        return b"".join(self._bytes.get(token) or self.base.decode_bytes([token]) for token in tokens)
+        known = self._bytes
+        return b"".join(known[token] if token in known else self.base.decode_bytes([token]) for token in tokens)
 
 
 LARGEST_META = 1 << 21  # bytes. 65,536 characters, the most that uint16 tokens can name, take at most 1.6 MB.

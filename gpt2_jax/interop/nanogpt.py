@@ -16,16 +16,11 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, read_characters
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop.keep_tokenizer import is_implied, keep_tokenizer
 from gpt2_jax.interop.model_files import directory_files, is_file
 from gpt2_jax.interop.state_dict import check_state
 from gpt2_jax.interop.stored import StoredModel, torch_name
-from gpt2_jax.interop.tokenizer_files import (
-    implied_tokenizer,
-    is_implied,
-    keep_tokenizer,
-    read_named,
-    read_tokenizer,
-)
+from gpt2_jax.interop.tokenizer_files import implied_tokenizer, read_named, read_tokenizer
 from gpt2_jax.interop.torch_files import import_torch, load_torch, state_tensors
 from gpt2_jax.parsing import is_count
 

@@ -9,8 +9,8 @@ from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.tokenizer import CharTokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
+from gpt2_jax.interop.keep_tokenizer import has_tokenizer_files, keep_tokenizer
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.interop.tokenizer_files import has_tokenizer_files, keep_tokenizer
 
 MUST_MATCH = ("n_layer", "n_head", "n_embd", "bias", "gelu")
 

@@ -20,6 +20,8 @@ from gpt2_jax.data.tokenizer import Boundaries, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import Sampling, generate
 from gpt2_jax.interop import open_model
+from gpt2_jax.interop.model_files import directory_files
+from gpt2_jax.interop.tokenizer_files import read_tokenizer
 
 ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
 WORDS = "the wordy in wordywordy swordy  wordy  the thin"
@@ -272,3 +274,12 @@ def test_a_space_before_each_text_is_not_forgotten(models, tmp_path):
     source = with_tokenizer(models, tmp_path / "model", legacy)
     (source / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     assert open_model(str(source)).tokenizer is None
+
+
+def test_a_token_may_be_an_empty_text(tmp_path):
+    characters(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    number = len(table["model"]["vocab"]) + len(table["added_tokens"])
+    table["added_tokens"].append({"id": number, "content": "", "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert read_tokenizer(directory_files(tmp_path), lambda: None).decode_bytes([0, number]) == b"\n"
