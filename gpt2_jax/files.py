@@ -98,6 +98,24 @@ def is_open_pipe(text: str) -> bool:
     return text.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
 
 
+def check_hub_cache(name: str) -> None:
+    """Checks that the libraries of the Hugging Face hub know where to keep their files.
+
+    Args:
+        name: of what is to be read from the hub, for the error.
+
+    Raises:
+        UserError: this user has no home directory. Some of them would write into a directory called `~`.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE  # imported late: few commands need it
+
+    if HF_HUB_CACHE.startswith("~"):
+        raise UserError(
+            f"{name} is not a file or directory here, and there is no home directory to keep files of the Hugging Face "
+            "hub in; give a path, or set HF_HOME to a directory"
+        )
+
+
 def make_directory(directory: Path) -> list[Path]:
     """Creates a directory and its parents, and returns those that are new, the deepest first.
 

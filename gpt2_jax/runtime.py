@@ -15,7 +15,7 @@ import jax
 
 from gpt2_jax.compilation_cache import is_private, use_program_cache
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import user_path
+from gpt2_jax.files import make_directory, user_path
 
 CACHE_BYTES = 8 << 30  # The least recently used programs are removed. The quickstart's take 260 KB on one CPU.
 
@@ -62,7 +62,7 @@ def enable_compilation_cache(directory: str) -> None:
 def _make_private(path: Path) -> str:
     """Creates a directory that only this user can write and read, and returns what is wrong with it or ""."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
     except OSError:

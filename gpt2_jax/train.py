@@ -38,7 +38,7 @@ from gpt2_jax.run import summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import validation_loss
-from gpt2_jax.run.initial import open_initial
+from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
@@ -138,6 +138,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
         if is_primary():
             write_config(out, config)
+            if initial:
+                keep_initial_tokenizer(initial, config, out)
         print_line = run_checkpoints.print_line = reporter.display.print
         for line in summary.banner(config, data, mesh, attention, size, out, start):
             print_line(line)

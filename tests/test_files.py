@@ -121,3 +121,15 @@ def test_a_directory_that_cannot_be_created_leaves_no_parents(tmp_path):
         make_directory(tmp_path / "a" / "b" / ("x" * 300))
     assert not list(tmp_path.iterdir())
     assert make_directory(tmp_path / "a" / "b") == [tmp_path / "a" / "b", tmp_path / "a"]
+
+
+NO_HOME = "is not a file or directory here, and there is no home directory .*; give a path, or set HF_HOME"
+
+
+def test_the_hub_needs_a_place_for_its_files(here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")  # as without a home
+    with pytest.raises(UserError, match=f"^gpt2 {NO_HOME}"):
+        call("generate --model", "gpt2")
+    with pytest.raises(UserError, match=f"^kjj0/fineweb10B-gpt2 {NO_HOME}"):
+        call("prepare SOURCE", "fineweb-10b-tokenized")
+    assert os.listdir() == ["sources.toml"]

@@ -160,6 +160,9 @@ def test_a_cache_directory_that_cannot_be_created(monkeypatch, tmp_path, jax_con
         UserError, match=r"compilation_cache = '.*file/x' cannot be written; type --compilation_cache ''"
     ):
         runtime.enable_compilation_cache(str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match="cannot be written"):
+        runtime.enable_compilation_cache(str(tmp_path / "new" / ("x" * 300)))
+    assert not (tmp_path / "new").exists()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     runtime.enable_compilation_cache("auto")  # a user without a home directory

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 from token_files import write_llmc
 from torch_gpt2 import as_params, torch_gpt2
+from transformers import AutoTokenizer
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax import train as training
@@ -29,8 +31,11 @@ from gpt2_jax.convert import convert
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import eval_batches
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop import open_model
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
+from gpt2_jax.run.directory import open_directory
+from gpt2_jax.run.initial import keep_initial_tokenizer
 from gpt2_jax.run.reporting import Reporter
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.step import abstract_state
@@ -553,6 +558,42 @@ def test_a_run_from_another_model_continues_without_it(tiny_run, origin, tmp_pat
     assert list(rows(tmp_path / "out", "loss")) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(UserError, match=r"init_from: .* -> ''"):
         run_here([*tiny_run, "--out", str(tmp_path / "out")])
+
+
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("files", "files of another tokenizer")]
+
+
+def test_a_start_that_fails_leaves_no_tokenizer(origin, tmp_path):
+    config = parse_args("train", "", ["--config", "quickstart", "--out", str(tmp_path / "new" / "out")])
+    with contextlib.suppress(UserError), open_directory(config, None) as out:
+        keep_initial_tokenizer(open_model(str(origin[1])), config, out)
+        assert {"vocab.json", "generation_config.json"} <= set(os.listdir(out))
+        raise UserError("no memory")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tokens", ["text", *SLOW_KINDS])
+def test_a_run_keeps_the_tokenizer_of_the_model_it_starts_from(tiny_run, origin, tmp_path, tokens):
+    theirs = AutoTokenizer.from_pretrained(origin[1])
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.add_bos_token = True
+    theirs.save_pretrained(origin[1])
+    args = [*tiny_run, "--init_from", origin[1], "--steps", "1", "--out", tmp_path / "out"]
+    if tokens != "text":
+        np.save(tmp_path / "tokens.npy", np.arange(200, dtype=np.uint16))
+        args += ["--data.text=", "--data.train", tmp_path / "tokens.npy", "--data.val", tmp_path / "tokens.npy"]
+    if "another" in tokens:
+        args += ["--data.tokenizer", "chars", "--data.characters", string.printable]
+    assert run_here(args) == 0
+    kept = open_model(str(tmp_path / "out"))
+    if "another" in tokens:
+        assert not (tmp_path / "out" / "tokenizer.json").exists()
+        return
+    assert kept.tokenizer.decode_bytes([257]) == b"[PAD]"
+    assert kept.boundaries == open_model(str(origin[1])).boundaries
+    copy = AutoTokenizer.from_pretrained(convert(str(tmp_path / "out"), "huggingface", tmp_path / "copy"))
+    text = "def x[PAD]<|endoftext|>"
+    assert (copy(text)["input_ids"], copy.pad_token_id) == (theirs(text)["input_ids"], 257)
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def main(args: Sequence[str]) -> int:
         tokenizer = get_tokenizer(name, characters)
         rng = np.random.default_rng(flags.seed)
         weights = np.array([len(file) for file in files], dtype=float)
-        for number in rng.choice(len(files), size=n_windows, p=weights / weights.sum()):
-            file = files[number]
+        for _ in range(n_windows):
+            file = files[rng.choice(len(files), p=weights / weights.sum())]
             length = min(flags.window_tokens, len(file))
             start = int(rng.integers(0, len(file) - length + 1))
             text = tokenizer.decode_bytes(file[start : start + length].tolist()).decode("utf-8", "replace")

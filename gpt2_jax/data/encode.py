@@ -16,6 +16,7 @@ import tiktoken
 from gpt2_jax.data.tokenizer import Tokenizer, encode_byte_pairs, end_of_text
 from gpt2_jax.errors import UserError
 
+SPACES = re.compile(r"\s*")
 BEFORE_SPACE = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 
 
@@ -103,6 +104,38 @@ def last_safe_cut(data: bytes) -> int:
                 return match.end()
         if not start:
             return 0
+        size *= 8
+
+
+class SpaceCounter:
+    """Counts white-space characters in a row, over the blocks of a text."""
+
+    def __init__(self) -> None:
+        self._open = 0  # at the end of the last block
+
+    def add(self, text: str) -> int:
+        """Adds a block. Returns the longest row in it or up to it, if that is longer than half of a block."""
+        size, middle = len(text), len(text) // 2
+        first, last = _spaces_after(text, 0), _spaces_before(text, size)
+        longest = self._open + first if first < size else 0
+        if (right := _spaces_after(text, middle)) < size - middle:
+            longest = max(longest, _spaces_before(text, middle) + right)
+        self._open = self._open + size if first == size else last
+        return longest
+
+
+def _spaces_after(text: str, start: int) -> int:
+    match = SPACES.match(text, start)
+    return match.end() - start if match else 0
+
+
+def _spaces_before(text: str, end: int) -> int:
+    size = 64  # no copy of a whole block for a few spaces
+    while True:
+        part = text[max(end - size, 0) : end]
+        rest = part.rstrip()
+        if rest or size >= end:
+            return len(part) - len(rest)
         size *= 8
 
 

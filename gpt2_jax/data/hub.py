@@ -23,7 +23,7 @@ from gpt2_jax.data.shards import open_tokens
 from gpt2_jax.data.sources import BLOCK_BYTES, Block, Source, checked_cursor
 from gpt2_jax.data.tokenizer import end_of_text_token
 from gpt2_jax.errors import UserError, import_optional, one_line
-from gpt2_jax.files import replace_text
+from gpt2_jax.files import check_hub_cache, replace_text
 
 OFFLINE = (
     "without network, prepare on another machine and copy the directory, or download the Parquet files there and "
@@ -147,6 +147,7 @@ def _info(repository: str) -> Any:
 
 def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
     """Calls a function that needs the hub, and turns its errors into `UserError`s."""
+    check_hub_cache(repository)
     try:
         return call()
     except Exception as error:  # of the HTTP stack: the libraries do not document its type

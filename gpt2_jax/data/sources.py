@@ -1,7 +1,8 @@
 """Sources of documents for `prepare`: local files and the standard library. `hub.py` has the datasets.
 
 A source is read once, in order, in blocks of about a megabyte, so neither a large file nor a large corpus has to fit
-into memory. A single line of JSON and a stretch of text without white space have to: they may have `MAX_RECORD_BYTES`.
+into memory. A line of JSON, a row of Parquet and a stretch of text without white space have to: they may have
+`MAX_RECORD_BYTES`. (To refuse a long row among short ones, it is read first. Parquet has at most 2 GB per row.)
 Each block has the cursor of the position after it, from which a later process resumes.
 """
 
@@ -12,7 +13,6 @@ import codecs
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -22,7 +22,7 @@ import numpy as np
 from gpt2_jax.config import TokenizerName
 from gpt2_jax.data.compressed import ERRORS, SUFFIXES, open_decompressed, skip_to
 from gpt2_jax.data.corpus import DOWNLOADS, STDLIB, held_out_names, match_files, name_files, stdlib_files
-from gpt2_jax.data.encode import last_safe_cut, uses_gigatoken
+from gpt2_jax.data.encode import SpaceCounter, last_safe_cut, uses_gigatoken
 from gpt2_jax.data.manifest import Split
 from gpt2_jax.data.tokenizer import LONGEST_SPACE, TOO_MANY_SPACES
 from gpt2_jax.errors import UserError, import_optional
@@ -30,7 +30,6 @@ from gpt2_jax.parsing import is_count
 
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 25  # A book has 1 MB. A worker takes several times this, and JSON of brackets 20 times.
-SPACES = re.compile(r"\s*")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -236,10 +235,7 @@ class FileSource(Source):
                 if len(data) - whole > MAX_RECORD_BYTES:
                     if not self._skip_errors:
                         n_whole = line + data.count(b"\n", 0, whole)
-                        raise UserError(
-                            f"{path}, line {n_whole + 1} has more than "
-                            f"{MAX_RECORD_BYTES:,} bytes; divide it, leave it out, or type --on-error skip"
-                        )
+                        raise _too_long(f"{path}, line {n_whole + 1}")
                     skipped = len(data) - whole + (0 if data.endswith(b"\n") else _skip_line(file))
                     data = data[:whole]
                 content = Span(path, offset, len(data)) if file is disk else data
@@ -257,19 +253,34 @@ class FileSource(Source):
                     raise UserError(f"{path} has no column {self._field!r}; type --field with one of {columns}")
                 size, n_rows, row = path.stat().st_size, table.metadata.num_rows, 0
                 for group in range(table.num_row_groups):
-                    end = row + table.metadata.row_group(group).num_rows
-                    if end <= offset:
+                    info = table.metadata.row_group(group)
+                    end = row + info.num_rows
+                    if end <= max(offset, row):  # read before, or empty
                         row = end
                         continue
-                    for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=[self._field]):
+                    parts = [info.column(number) for number in range(info.num_columns)]
+                    sizes = [part.total_uncompressed_size for part in parts if part.path_in_schema == self._field]
+                    mean = 1 + sum(sizes) // info.num_rows
+                    if mean > MAX_RECORD_BYTES and not self._skip_errors:  # known before the row is read
+                        which = f"row {end}" if info.num_rows == 1 else f"one of the rows {row + 1} to {end}"
+                        raise _too_long(f"{path}, {which}")
+                    batch_size = max(min(BLOCK_BYTES // mean, 128), 1)
+                    for batch in table.iter_batches(batch_size, row_groups=[group], columns=[self._field]):
                         column = batch.column(0)
                         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
                             column = column.cast(pyarrow.large_binary())  # may not be UTF-8, which the workers check
                         texts = column.to_pylist()[max(offset - row, 0) :]
                         row += len(batch)
+                        first = row - len(texts) + 1
+                        sizes = [len(text) if isinstance(text, bytes) else 0 for text in texts]
+                        long = [n for n, n_bytes in enumerate(sizes) if n_bytes > MAX_RECORD_BYTES]
+                        if long and not self._skip_errors:
+                            raise _too_long(f"{path}, row {first + long[0]}")
+                        for n in long:
+                            texts[n] = b""
                         if texts:
-                            first = row - len(texts) + 1
-                            yield Block("texts", texts, str(path), first, None, [number, row, 0], size * row // n_rows)
+                            done, cursor = size * row // n_rows, [number, row, 0]
+                            yield Block("texts", texts, str(path), first, None, cursor, done, skipped=len(long))
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from error
 
@@ -302,6 +313,13 @@ def _kind(path: Path) -> Literal["text", "lines", "parquet"]:
     return "lines" if suffixes and suffixes[-1] in JSON_LINES else "text"
 
 
+def _too_long(where: str) -> UserError:
+    """The error for a record that has more than `MAX_RECORD_BYTES`."""
+    return UserError(
+        f"{where} has more than {MAX_RECORD_BYTES:,} bytes; divide it, leave it out, or type --on-error skip"
+    )
+
+
 def _skip_line(file: IO[bytes]) -> int:
     """Reads to the end of a line, a piece at a time, and returns the number of bytes."""
     size = 0
@@ -317,7 +335,7 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
 
     It is not UTF-8, has more white space in a row than tiktoken takes, or no place to cut it in `MAX_RECORD_BYTES`.
     """
-    decoder, offset, uncut, spaces = codecs.getincrementaldecoder("utf-8")(), 0, 0, _SpaceCounter()
+    decoder, offset, uncut, spaces = codecs.getincrementaldecoder("utf-8")(), 0, 0, SpaceCounter()
     with open_decompressed(path) as (file, _):
         while True:
             data = file.read(BLOCK_BYTES)
@@ -335,38 +353,6 @@ def _flaw(path: Path, tokenizer: TokenizerName) -> str | None:
             offset += len(data)
             if not data:
                 return None
-
-
-class _SpaceCounter:
-    """Counts white-space characters in a row, over the blocks of a text."""
-
-    def __init__(self) -> None:
-        self._open = 0  # at the end of the last block
-
-    def add(self, text: str) -> int:
-        """Adds a block. Returns the longest row in it or up to it, if that is longer than half of a block."""
-        size, middle = len(text), len(text) // 2
-        first, last = _spaces_after(text, 0), _spaces_before(text, size)
-        longest = self._open + first if first < size else 0
-        if (right := _spaces_after(text, middle)) < size - middle:
-            longest = max(longest, _spaces_before(text, middle) + right)
-        self._open = self._open + size if first == size else last
-        return longest
-
-
-def _spaces_after(text: str, start: int) -> int:
-    match = SPACES.match(text, start)
-    return match.end() - start if match else 0
-
-
-def _spaces_before(text: str, end: int) -> int:
-    size = 64  # no copy of a whole block for a few spaces
-    while True:
-        part = text[max(end - size, 0) : end]
-        rest = part.rstrip()
-        if rest or size >= end:
-            return len(part) - len(rest)
-        size *= 8
 
 
 def _text_start(path: Path) -> int:

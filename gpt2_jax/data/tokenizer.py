@@ -83,11 +83,13 @@ class Boundaries:
         start: precedes a text ("BOS"); None if it is not known.
         ends: each of them ends a text ("EOS").
         pad: fills the shorter texts of a batch; it is never part of a text.
+        prefix: precede a text to continue. Most models have none; their `start` only replaces an empty text.
     """
 
     start: int | None = None
     ends: tuple[int, ...] = ()
     pad: int | None = None
+    prefix: tuple[int, ...] = ()
 
     def or_else(self, other: Boundaries) -> Boundaries:
         """Fills in from `other` what is not known here."""
@@ -95,6 +97,7 @@ class Boundaries:
             other.start if self.start is None else self.start,
             self.ends or other.ends,
             other.pad if self.pad is None else self.pad,
+            self.prefix or other.prefix,
         )
 
 
@@ -151,7 +154,8 @@ class ExtendedTokenizer:
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Decodes tokens to UTF-8, with the text of special tokens."""
-        return b"".join(self._bytes.get(token) or self.base.decode_bytes([token]) for token in tokens)
+        known = self._bytes
+        return b"".join(known[token] if token in known else self.base.decode_bytes([token]) for token in tokens)
 
 
 LARGEST_META = 1 << 21  # bytes. 65,536 characters, the most that uint16 tokens can name, take at most 1.6 MB.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from gpt2_jax.errors import UserError
 
 MAX_SECONDS = 10**6  # of a timeout
+MAX_PROCESSES = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _cluster(coordinator: str, processes: int, process: int, device: int | None 
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, where HOST runs process 0")
+    if processes > MAX_PROCESSES:
+        raise UserError(f"found --processes {processes}; expected at most {MAX_PROCESSES:,}")
     if process >= processes:
         raise UserError(f"found --process {process} of --processes {processes}; expected 0 to {processes - 1}")
     arguments = {

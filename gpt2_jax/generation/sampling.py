@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gpt2_jax.errors import UserError
 
 MIN_TEMPERATURE = 1e-6  # Lower ones count as 0: dividing by them would overflow float32.
+MAX_SAMPLES = 1 << 16  # Each has a cache of keys and values, in GPT-2 small of 75 MB.
 BLOCK = 256  # Tokens per block in `sample_categorical`: 197 blocks for GPT-2.
 
 
@@ -51,8 +52,8 @@ class Sampling:
             raise UserError(f"top_k = {self.top_k}; expected 1 or more, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p:g}; expected above 0 and at most 1")
-        if self.samples < 1:
-            raise UserError(f"samples = {self.samples}; expected at least 1")
+        if not 1 <= self.samples <= MAX_SAMPLES:
+            raise UserError(f"samples = {self.samples}; expected at least 1, at most {MAX_SAMPLES:,}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed}; expected 0 or more and below 2**32")
         if self.vocab_size is not None and self.vocab_size < 1:

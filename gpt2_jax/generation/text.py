@@ -104,7 +104,7 @@ class LanguageModel:
         around = self._named.or_else(boundaries(tokenizer))
         stop = around.ends[0] if around.ends else None
         start = stop if around.start is None else around.start
-        tokens = [self._encode(prompt, start) for prompt in prompts]
+        tokens = [self._encode(prompt, around.prefix, start) for prompt in prompts]
         if max_new_tokens is None:
             room = self.model.config.block_size - max(map(len, tokens), default=0)
             max_new_tokens = DEFAULT_TOKENS if sampling.slide or room < 1 else min(DEFAULT_TOKENS, room)
@@ -112,8 +112,8 @@ class LanguageModel:
         chunks = stream(self.model, self.params, tokens, max_new_tokens, sampling)
         return self._decode(chunks, [TextStream(tokenizer, around.ends) for _ in range(len(tokens) * sampling.samples)])
 
-    def _encode(self, prompt: str, start: int | None) -> list[int]:
-        tokens = encode_prompt(self.tokenizer, prompt)
+    def _encode(self, prompt: str, prefix: tuple[int, ...], start: int | None) -> list[int]:
+        tokens = [*prefix, *encode_prompt(self.tokenizer, prompt)]
         if tokens:
             return tokens
         if start is None:

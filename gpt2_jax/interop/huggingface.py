@@ -20,17 +20,12 @@ from safetensors.numpy import save_file
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import Boundaries
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_hub_cache
+from gpt2_jax.interop.keep_tokenizer import keep_tokenizer, special_ids
 from gpt2_jax.interop.model_files import FindFile, check_permission, read_json
 from gpt2_jax.interop.state_dict import Tensors, check_state
 from gpt2_jax.interop.stored import StoredModel, check_sizes, parameter_shapes, torch_name
-from gpt2_jax.interop.tokenizer_files import (
-    boundaries_in,
-    implied_tokenizer,
-    keep_tokenizer,
-    read_named,
-    read_tokenizer,
-    special_ids,
-)
+from gpt2_jax.interop.tokenizer_files import boundaries_in, implied_tokenizer, read_named, read_tokenizer
 from gpt2_jax.interop.torch_files import load_torch, state_tensors
 from gpt2_jax.model import LAYER_NORM_EPSILON
 
@@ -65,11 +60,15 @@ def hub_files(repository: str) -> FindFile:
 
     The returned function raises UserError if there is no such repository, or if it is not in the cache and the hub
     cannot be reached.
+
+    Raises:
+        UserError: there is no place for that cache.
     """
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    check_hub_cache(repository)
     unreachable = False
 
     def find(name: str) -> Path | None:

@@ -18,15 +18,10 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.shards import HEADER_BYTES, HEADER_INTS, read_header
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop.keep_tokenizer import is_implied, keep_tokenizer
 from gpt2_jax.interop.model_files import check_permission, directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
-from gpt2_jax.interop.tokenizer_files import (
-    implied_tokenizer,
-    is_implied,
-    keep_tokenizer,
-    read_named,
-    read_tokenizer,
-)
+from gpt2_jax.interop.tokenizer_files import implied_tokenizer, read_named, read_tokenizer
 from gpt2_jax.model import padded_vocab_size
 
 MAGIC = 20240326

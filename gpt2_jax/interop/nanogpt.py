@@ -16,17 +16,13 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import CharTokenizer, Tokenizer, read_characters
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop.keep_tokenizer import is_implied, keep_tokenizer
 from gpt2_jax.interop.model_files import directory_files, is_file
 from gpt2_jax.interop.state_dict import check_state
 from gpt2_jax.interop.stored import StoredModel, torch_name
-from gpt2_jax.interop.tokenizer_files import (
-    implied_tokenizer,
-    is_implied,
-    keep_tokenizer,
-    read_named,
-    read_tokenizer,
-)
+from gpt2_jax.interop.tokenizer_files import implied_tokenizer, read_named, read_tokenizer
 from gpt2_jax.interop.torch_files import import_torch, load_torch, state_tensors
+from gpt2_jax.parsing import is_count
 
 DATASET = "converted"  # the name that a checkpoint written here gives to its dataset
 # The sizes in `model_args`, with the defaults of nanoGPT's GPTConfig. Its first versions did not save `bias`.
@@ -70,7 +66,7 @@ def open_nanogpt(path: Path) -> StoredModel:
     files = directory_files(here)
     find_tokenizer = functools.partial(read_tokenizer, files, find_characters)
     step = checkpoint.get("iter_num")
-    step = step if type(step) is int and step >= 0 else 0
+    step = step if is_count(step) else 0
     return StoredModel(str(path), config, read, find_tokenizer, step, read_named(files, config.vocab_size), files)
 
 

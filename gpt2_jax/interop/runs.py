@@ -16,9 +16,10 @@ from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.errors import DamagedError, DeletedError, UserError
+from gpt2_jax.interop.keep_tokenizer import keep_tokenizer
 from gpt2_jax.interop.model_files import check_permission, directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
-from gpt2_jax.interop.tokenizer_files import keep_tokenizer, read_named, read_tokenizer
+from gpt2_jax.interop.tokenizer_files import read_named, read_tokenizer
 from gpt2_jax.model import Params, padded_vocab_size
 
 
@@ -37,7 +38,8 @@ def newest_checkpoint(run: Path) -> Path:
 def open_checkpoint(path: Path) -> StoredModel:
     """Opens one checkpoint, RUN/checkpoints/STEP, with the config of its run.
 
-    Tokenizer files in RUN, which only a converted model has, come before the tokenizer that the config names.
+    Tokenizer files in RUN come before the tokenizer that the config names. A converted model may have some, and a run
+    that started from a model that has.
 
     Raises:
         UserError: it cannot be read.

@@ -1,7 +1,4 @@
-"""Tokenizer files of `transformers`: `tokenizer.json`, or `vocab.json` with `merges.txt`, and their special tokens.
-
-The files travel with a model through every format, unchanged, so that `AutoTokenizer` gives the same tokens for the
-copy. Only a model without files gets files that are made here.
+"""Reads tokenizers of `transformers`: `tokenizer.json`, or `vocab.json` with `merges.txt`, and their special tokens.
 
 These files write a token as a string with one printable character per byte (`bytes_to_unicode` in GPT-2's
 `encoder.py`). Bytes that are printable in Latin-1 are written as themselves, the others as the characters from U+0100
@@ -14,8 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,12 +28,11 @@ from gpt2_jax.data.tokenizer import (
     CharTokenizer,
     ExtendedTokenizer,
     Tokenizer,
-    end_of_text,
+    boundaries,
     gpt2_encoding,
 )
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.model_files import FindFile, permission, read_json, read_text
-from gpt2_jax.interop.stored import StoredModel
+from gpt2_jax.interop.model_files import FindFile, read_json, read_text
 
 # The files that hold a tokenizer, of any kind, in the order in which transformers prefers them.
 VOCABULARIES = (
@@ -94,13 +88,6 @@ def implied_tokenizer(vocab_size: int) -> Tokenizer | None:
     return gpt2_encoding() if vocab_size in GPT2_VOCABS else None
 
 
-def is_implied(model: StoredModel) -> bool:
-    """True if `implied_tokenizer` gives the tokenizer of a model."""
-    tokenizer = model.tokenizer
-    known = isinstance(tokenizer, tiktoken.Encoding) and tokenizer.name == "gpt2"
-    return known and model.config.vocab_size in GPT2_VOCABS
-
-
 def read_tokenizer(find: FindFile, without_files: Callable[[], Tokenizer | None]) -> Tokenizer | None:
     """Reads the tokenizer of a model: byte pairs or characters. Returns None if it is of another kind, or unknown.
 
@@ -116,7 +103,8 @@ def read_tokenizer(find: FindFile, without_files: Callable[[], Tokenizer | None]
         return without_files()
     if path.name not in ("tokenizer.json", "vocab.json"):
         return None
-    settings = {name: read_json(file) for name in SETTINGS if name.endswith(".json") and (file := find(name))}
+    names = [name for name in SETTINGS if name.endswith(".json")]
+    settings = {name: read_json(file) if (file := find(name)) else {} for name in names}
     table = read_json(path)
     with _report_damage(path):
         if path.name == "tokenizer.json":
@@ -126,7 +114,9 @@ def read_tokenizer(find: FindFile, without_files: Callable[[], Tokenizer | None]
             return None
         lines = read_text(merges).splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return _byte_pairs(table, pairs, {}, settings)
+        tokenizer, config = _byte_pairs(table, pairs, {}, settings), settings["tokenizer_config.json"]
+        start = boundaries(tokenizer).start if tokenizer and config.get("add_bos_token") else None
+        return _with_prefix(tokenizer, () if start is None else (start,))
 
 
 @contextlib.contextmanager
@@ -140,18 +130,49 @@ def _report_damage(path: Path) -> Iterator[None]:
 
 def _from_tokenizer_json(table: Mapping[str, Any], settings: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer in a `tokenizer.json`; None if it is of another kind."""
-    model, pre_tokenizer = table["model"], table.get("pre_tokenizer")
-    if model.get("type", "BPE") != "BPE" or table.get("normalizer"):
+    model, pre_tokenizer, prefix = table["model"], table.get("pre_tokenizer"), _prefix(table.get("post_processor"))
+    if model.get("type", "BPE") != "BPE" or table.get("normalizer") or prefix is None:
         return None
     added = {entry["content"]: _flags(entry, entry["id"]) for entry in table.get("added_tokens") or ()}
     if pre_tokenizer is None and not model["merges"]:
-        return _characters(model["vocab"], added, settings)
+        return _with_prefix(_characters(model["vocab"], added, settings), prefix)
     if not pre_tokenizer or pre_tokenizer["type"] != "ByteLevel":
         return None
     if pre_tokenizer["add_prefix_space"] or not pre_tokenizer.get("use_regex", True):
         return None
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return _byte_pairs(model["vocab"], pairs, added, settings)
+    return _with_prefix(_byte_pairs(model["vocab"], pairs, added, settings), prefix)
+
+
+def _prefix(processor: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    """The tokens that a post-processor puts before a text; None if its kind is unknown.
+
+    It may also put some at the end, but a text to continue has no end.
+    """
+    if processor is None or processor["type"] == "ByteLevel":
+        return ()
+    if processor["type"] == "Sequence":
+        others = [part for part in processor["processors"] if part["type"] != "ByteLevel"]
+        return _prefix(others[0] if others else None) if len(others) <= 1 else None
+    if processor["type"] != "TemplateProcessing":
+        return None
+    pieces = itertools.takewhile(lambda piece: "SpecialToken" in piece, processor["single"])
+    known = processor["special_tokens"]
+    return tuple(token for piece in pieces for token in known[piece["SpecialToken"]["id"]]["ids"])
+
+
+def _with_prefix(
+    tokenizer: tiktoken.Encoding | CharTokenizer | ExtendedTokenizer | None, prefix: tuple[int, ...]
+) -> Tokenizer | None:
+    """A tokenizer with the tokens that precede a text to continue."""
+    if tokenizer is None or not prefix:
+        return tokenizer
+    if not all(type(token) is int and 0 <= token < tokenizer.n_vocab for token in prefix):
+        raise ValueError("a token before each text is not in the vocabulary")
+    if not isinstance(tokenizer, ExtendedTokenizer):
+        tokenizer = _extended(tokenizer, {}, boundaries(tokenizer))
+    tokenizer.boundaries = dataclasses.replace(tokenizer.boundaries, prefix=prefix)
+    return tokenizer
 
 
 def _flags(entry: Mapping[str, Any], token: int) -> _Added:
@@ -167,16 +188,15 @@ def _with_settings(
     vocab: Mapping[str, int], added: Mapping[str, _Added], settings: Mapping[str, Any]
 ) -> tuple[dict[str, _Added], Boundaries]:
     """All added tokens, from the vocabulary file and the settings of any version of transformers, and their roles."""
-    config, roles = settings.get("tokenizer_config.json", {}), settings.get("special_tokens_map.json", {})
+    config, roles = settings["tokenizer_config.json"], settings["special_tokens_map.json"]
     decoder = config.get("added_tokens_decoder") or {}
     roles = roles | config if decoder else config | roles
     added = dict(added)
-    added |= {content: _Added(token, special=False) for content, token in settings.get("added_tokens.json", {}).items()}
+    added |= {content: _Added(token, special=False) for content, token in settings["added_tokens.json"].items()}
     added |= {entry["content"]: _flags(entry, int(token)) for token, entry in decoder.items()}
-    more = [roles.get(key) or () for key in MORE_SPECIAL]
     named = {role: _content(roles.get(role)) for role in ROLES}
-    special = [*named.values(), *(_content(entry) for part in more for entry in _entries(part))]
-    for content in filter(None, special):
+    more = [_content(entry) for key in MORE_SPECIAL for entry in _entries(roles.get(key) or ())]
+    for content in filter(None, [*named.values(), *more]):
         number = added[content].token if content in added else vocab.get(content)
         if number is None:  # transformers adds what is named and nowhere numbered
             number = 1 + max([*vocab.values(), *(token.token for token in added.values())], default=-1)
@@ -218,6 +238,8 @@ def _byte_pairs(
 
     A token that is neither a byte nor the result of a merge nor an added word is a special token.
     """
+    if settings["tokenizer_config.json"].get("add_prefix_space"):  # tiktoken adds none
+        return None
     merged = ["".join(pair) for pair in merges]
     added, around = _with_settings(vocab, added, settings)
     vocab = {content: token.token for content, token in added.items()} | dict(vocab)
@@ -292,100 +314,3 @@ def read_named(find: FindFile, vocab_size: int) -> Boundaries:
     """
     path = find(GENERATION)
     return boundaries_in(read_json(path), vocab_size) if path else UNKNOWN
-
-
-# --- writing -------------------------------------------------------------------------------------------
-
-
-def keep_tokenizer(model: StoredModel, directory: Path, make: bool) -> None:
-    """Writes the tokenizer of a model beside it, and `generation_config.json` with the tokens around a text.
-
-    Files that the model has are copied as they are.
-
-    Args:
-        make: if the model has a tokenizer without files, make files.
-
-    Raises:
-        UserError: the copy would be taken for a model with GPT-2's tokenizer, or a file cannot be read.
-    """
-    tokenizer = model.tokenizer
-    copied = {name: path for name in (*VOCABULARIES, *SETTINGS) if (path := model.files(name))}
-    has_files = any(name in copied for name in VOCABULARIES)
-    if tokenizer is None and not has_files and model.config.vocab_size in GPT2_VOCABS:
-        raise UserError(
-            f"the tokenizer of {model.where} is not known, and a model with {model.config.vocab_size:,} tokens and no "
-            "tokenizer files is taken for one with GPT-2's; put its tokenizer.json beside the model"
-        )
-    if has_files:
-        for name, path in copied.items():
-            with permission(path):
-                (directory / name).write_bytes(path.read_bytes())
-    elif tokenizer and make:
-        write_tokenizer(tokenizer, directory, model.config.block_size)
-    around = model.boundaries if make else model.named
-    if make or around != UNKNOWN:
-        table = {"_from_model_config": True} | special_ids(around)
-        (directory / GENERATION).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def special_ids(around: Boundaries) -> dict[str, Any]:
-    """The inverse of `boundaries_in`: the keys of a config of transformers."""
-    ends = around.ends[0] if len(around.ends) == 1 else list(around.ends) or None
-    return {"bos_token_id": around.start, "eos_token_id": ends, "pad_token_id": around.pad}
-
-
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
-    """Makes the files from which `AutoTokenizer` reads the tokenizer `gpt2`, `bytes` or `chars`.
-
-    Args:
-        block_size: the longest text that the model reads, in tokens.
-    """
-    settings: dict[str, Any] = {"model_max_length": block_size}
-    if isinstance(tokenizer, tiktoken.Encoding):
-        vocab, merges = _vocab_and_merges(tokenizer)
-        (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-        (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-        settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-    elif isinstance(tokenizer, CharTokenizer):
-        vocab = {character: token for token, character in enumerate(tokenizer.characters)}
-        table: dict[str, Any] = {
-            "version": "1.0",
-            "added_tokens": [],
-            "normalizer": None,
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-        }
-        (directory / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    else:
-        raise TypeError(f"transformers has no files for a {type(tokenizer).__name__}")
-    if end_of_text(tokenizer) is not None:
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
-    """The contents of `vocab.json`, and the lines of `merges.txt`, recovered from the order of tiktoken's tokens."""
-    special = {encoding.encode_single_token(token): token for token in encoding.special_tokens_set}
-    ranks = {
-        encoding.decode_single_token_bytes(token): token for token in range(encoding.n_vocab) if token not in special
-    }
-
-    def text(token: bytes) -> str:
-        return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
-
-    merges = [" ".join(map(text, _halves(token, ranks))) for token in ranks if len(token) > 1]
-    vocab = {text(token): rank for token, rank in ranks.items()} | {token: rank for rank, token in special.items()}
-    return vocab, merges
-
-
-def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The two tokens that merge into `token`: the encoding of its bytes with only lower-numbered tokens."""
-    parts = [token[index : index + 1] for index in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
-        first = pairs.index(min(pairs))
-        parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return parts

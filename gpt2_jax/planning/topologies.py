@@ -39,9 +39,10 @@ TPU_SHAPES = {
     "v5p": "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8",
     "v6e": "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
 }
+MAX_CPU_DEVICES = 1024  # JAX simulates them, each with threads of its own: 10,000 take a minute to start.
 KNOWN = "; ".join(
     [f"{name}: {shapes}" for name, shapes in TPU_SHAPES.items()]
-    + [f"{', '.join(_GPUS)}, cpu: any number of devices, as in h100:8"]
+    + [f"{', '.join(_GPUS)}, cpu: a number of devices, as in h100:8"]
 )
 
 
@@ -58,11 +59,12 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     """
     name, _, shape = topology.partition(":")
     jax.config.update("jax_platforms", "cpu")
-    if name == "cpu" and shape.isdigit() and int(shape) > 0:
-        return _cpu_devices(int(shape))
-    if name in _GPUS and shape.isdigit() and int(shape) > 0:
-        return _gpu_devices(_GPUS[name], int(shape))
-    if name in TPU_SHAPES and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    count = int(shape) if re.fullmatch(r"[1-9][0-9]{0,5}", shape) else 0
+    if name == "cpu" and 0 < count <= MAX_CPU_DEVICES:
+        return _cpu_devices(count)
+    if name in _GPUS and count:
+        return _gpu_devices(_GPUS[name], count)
+    if name in TPU_SHAPES and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6}){1,2}", shape):
         return _tpu_devices(name, shape)
     raise UserError(f"unknown topology {topology!r}; known are {KNOWN}")
 

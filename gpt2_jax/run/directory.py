@@ -15,6 +15,7 @@ from gpt2_jax.data.contents import KEPT
 from gpt2_jax.distributed.agreement import barrier, check_shared, is_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import make_directory, remove_empty, replace_text, user_path
+from gpt2_jax.interop.keep_tokenizer import KEPT as TOKENIZER_FILES
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:
@@ -86,7 +87,8 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
     metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
     remove_empty([checkpoints])
     if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size):
-        for file in (metrics, out / "config.toml", *out.glob(KEPT)):
+        names = ("metrics.jsonl", "config.toml", *TOKENIZER_FILES)
+        for file in (*map(out.joinpath, names), *out.glob(KEPT)):
             file.unlink(missing_ok=True)
         remove_empty(new)
 

@@ -1,13 +1,15 @@
-"""`init_from`: opens the model that a run starts from, and checks that the config matches it."""
+"""`init_from`: opens the model that a run starts from, checks that the config matches it, and keeps its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.tokenizer import CharTokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
+from gpt2_jax.interop.keep_tokenizer import has_tokenizer_files, keep_tokenizer
 from gpt2_jax.interop.stored import StoredModel
 
 MUST_MATCH = ("n_layer", "n_head", "n_embd", "bias", "gelu")
@@ -58,3 +60,17 @@ def open_initial(config: TrainConfig, saved: TrainConfig | None = None) -> tuple
             data = dataclasses.replace(data, characters=tokenizer.characters)
     model = dataclasses.replace(ours, vocab_size=theirs.vocab_size)
     return stored, dataclasses.replace(config, model=model, data=data)
+
+
+def keep_initial_tokenizer(initial: StoredModel, config: TrainConfig, out: Path) -> None:
+    """Keeps the tokenizer's files of the initial model in the run directory: a config cannot name added tokens.
+
+    Not if token files were encoded with another tokenizer.
+
+    Raises:
+        UserError: the files are damaged, or may not be read.
+    """
+    if has_tokenizer_files(initial):
+        name = tokenizer_name(initial.tokenizer) if initial.tokenizer else None
+        if name in (None, config.data.tokenizer):
+            keep_tokenizer(initial, out, make=False)

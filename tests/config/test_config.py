@@ -254,6 +254,9 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
         ("x" * 1_000_000 + " = 1", "unknown key x{100}; did you mean"),
         ("steps = [" + "1," * 300_000 + "]", "expected int, found list"),
         ("steps = " + "9" * 10_000, "not TOML"),
+        ("optimizer.learning_rate = 1" + "0" * 400, "not TOML: learning_rate is an integer of more than 64 bits"),
+        ("seed = 0x" + "f" * 10_000, "not TOML: seed is an integer of more than 64 bits"),
+        ("dtype = [[1, 0b1" + "0" * 63 + "]]", "not TOML: dtype is an integer of more than 64 bits"),
     ],
 )
 def test_configs_beyond_every_limit_are_refused_at_once(text, message, tmp_path):

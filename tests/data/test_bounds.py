@@ -9,6 +9,7 @@ import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiktoken
 import zstandard
@@ -112,6 +113,34 @@ def test_a_skipped_line_does_not_move_the_others(tmp_path, monkeypatch):
             assert content.startswith(b"%d" % (block.first - 1))
         rest = list(source.blocks(block.cursor))
         assert [other.content.read() for other in rest] == [other.content.read() for other in blocks[number + 1 :]]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.binary()])
+def test_a_row_may_not_be_longer_than_the_limit(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 300)
+    sizes = [10, 300, 301, 0, 5, 299, 900, 1]
+    texts = [None if size == 5 else (b"%d" % number).ljust(size, b"x")[:size] for number, size in enumerate(sizes)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.binary()).cast(kind)}), path)
+    with pytest.raises(UserError, match=r"a.parquet, row 3 has more than 300 bytes; divide it, leave it out, or type"):
+        list(FileSource([str(path)], "text", 0, "bytes", False).blocks(None))
+    kept = [b"" if text and len(text) > 300 else text for text in texts]
+    for block_bytes in (1 << 20, 100):  # many rows in a block, and one
+        monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+        blocks = list(FileSource([str(path)], "text", 0, "bytes", True).blocks(None))
+        assert len(blocks) == (1 if block_bytes > 100 else len(sizes))
+        assert [text for block in blocks for text in block.content] == kept
+        assert sum(block.skipped for block in blocks) == 2
+
+
+def test_rows_that_are_certainly_too_long_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 300)
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"id": ["x" * 900] * 3, "text": ["ab", "x" * 1200, "cd"]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", None)
+    with pytest.raises(UserError, match=r"a.parquet, one of the rows 1 to 2 has more than 300 bytes; divide it"):
+        list(FileSource([str(path)], "text", 0, "bytes", False).blocks(None))
 
 
 def test_text_without_a_place_to_cut_it_is_refused_beyond_the_limit(tmp_path, peak, monkeypatch):

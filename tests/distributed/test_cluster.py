@@ -126,6 +126,7 @@ def test_flags_override_the_environment():
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, [], r"needs --processes N \(JAX_NUM_PROCESSES\) and --process I"),
         ({}, ["--process", 0], r"needs --coordinator HOST:PORT .* and --processes N"),
         (JAX, ["--process", 4], "found --process 4 of --processes 4; expected 0 to 3"),
+        (JAX, ["--processes", 10**400], "found --processes 1000+; expected at most 1,000,000"),
         (JAX | {"JAX_NUM_PROCESSES": "two"}, [], "JAX_NUM_PROCESSES = 'two'; expected a whole number"),
         (JAX, ["--coordinator", "host"], "'host'; expected HOST:PORT"),
         (JAX, ["--coordinator", "host:99999"], "'host:99999'; expected HOST:PORT"),

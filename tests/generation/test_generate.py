@@ -101,6 +101,7 @@ def test_slide_goes_past_block_size(run, capsys):
         (["--model", "runs/none", "--prompt", "x", "--top-k", "many"], "--top-k"),
         (["--model", "runs/none", "--prompt", "x", "--temperature", "-1"], "temperature = -1"),
         (["--model", "runs/none", "--prompt", "x", "--samples", "0"], "samples = 0; expected at least 1"),
+        (["--model", "runs/none", "--prompt", "x", "--samples", "9" * 400], "samples = 9+; expected .* at most 65,536"),
         (["--model", "runs/none", "--prompt", "x", "--prompt-file", "y"], "are both given; give one of them"),
         (["--model", "runs/none", "--prompt-file", "y"], "--prompt-file y: No such file"),
         (["--model", "./none", "--prompt", "x"], "./none does not exist; expected a run directory"),

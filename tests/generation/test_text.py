@@ -19,7 +19,7 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data.tokenizer import byte_encoding
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation import LanguageModel, Sampling, generate
-from gpt2_jax.interop.tokenizer_files import write_tokenizer
+from gpt2_jax.interop.keep_tokenizer import write_tokenizer
 from gpt2_jax.model import GPT2, init_params
 
 CONFIG = GPT2Config(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)

@@ -10,14 +10,18 @@ from model_files import CONFIG, END, EXACT, write_byte_pairs
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from torch_gpt2 import torch_gpt2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2_jax import load
 from gpt2_jax.convert import convert
 from gpt2_jax.data.tokenizer import Boundaries, boundaries
+from gpt2_jax.errors import UserError
 from gpt2_jax.generation import Sampling, generate
 from gpt2_jax.interop import open_model
+from gpt2_jax.interop.model_files import directory_files
+from gpt2_jax.interop.tokenizer_files import read_tokenizer
 
 ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
 WORDS = "the wordy in wordywordy swordy  wordy  the thin"
@@ -106,7 +110,24 @@ def characters(directory):
     theirs.save_pretrained(directory)
 
 
-KINDS = (legacy, decoder, named, pad_is_end, fast, both, characters)
+def starts(directory):
+    """Files whose settings put a token before each text."""
+    legacy(directory)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def template(directory):
+    """A tokenizer.json that does so."""
+    fast(directory)
+    theirs = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    words = [("<|endoftext|>", END), ("<|im_start|>", END + 2)]
+    around = TemplateProcessing("<|im_start|> <|endoftext|> $A", special_tokens=words)
+    theirs.post_processor = Sequence([ByteLevel(trim_offsets=False), around])
+    theirs.save(str(directory / "tokenizer.json"))
+
+
+KINDS = (legacy, decoder, named, pad_is_end, fast, both, characters, starts, template)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +158,7 @@ def test_tokens_are_those_of_transformers(models, tmp_path, kind):
     if theirs.bos_token_id is not None:
         assert around.start == theirs.bos_token_id
     assert around.pad in (None, theirs.pad_token_id)
-    assert ours.encode_ordinary(WORDS) == theirs(WORDS)["input_ids"]
+    assert [*around.prefix, *ours.encode_ordinary(WORDS)] == theirs(WORDS)["input_ids"]
     for number in range(ours.n_vocab):
         if number >= 128:  # of bytes that are no characters, theirs gives a replacement
             assert ours.decode_bytes([number]).decode("utf-8", "replace") == theirs.decode([number])
@@ -212,3 +233,53 @@ def test_any_of_several_ends_ends_a_text(models, tmp_path):
     copied = json.loads((tmp_path / "huggingface" / "generation_config.json").read_text())
     assert copied["eos_token_id"] == table["eos_token_id"]
     assert json.loads((tmp_path / "huggingface" / "config.json").read_text())["pad_token_id"] == END
+
+
+def test_a_prompt_has_the_tokens_of_transformers(models, tmp_path):
+    source = with_tokenizer(models, tmp_path / "model", template)
+    theirs = AutoTokenizer.from_pretrained(source)
+    gpt2 = load(str(source))
+    for prompt in ("the wordy", ""):
+        tokens = theirs(prompt)["input_ids"]
+        assert END in tokens
+        row = generate(gpt2.model, gpt2.params, [tokens], 5, Sampling(0, vocab_size=gpt2.tokenizer.n_vocab))[0]
+        text = gpt2.tokenizer.decode_bytes(row.tolist()).decode("utf-8", "replace")
+        assert gpt2.generate(prompt, 5, temperature=0) == prompt + text
+
+
+SINGLE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"type": "BertProcessing", "sep": ["a", 1], "cls": ["a", 1]}, "is not known"),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "X"}]}, "is not known"),
+        ({"type": "Sequence", "processors": [SINGLE, SINGLE]}, "is not known"),
+        (SINGLE | {"special_tokens": {}}, "KeyError"),
+        (SINGLE | {"special_tokens": {"a": {"ids": [10**30]}}}, "not in the vocabulary"),
+        (SINGLE | {"special_tokens": {"a": {"ids": ["1"]}}}, "not in the vocabulary"),
+        ([], "TypeError"),
+    ],
+)
+def test_what_precedes_a_prompt_may_be_of_a_kind_that_is_not_known(models, tmp_path, processor, message):
+    source = with_tokenizer(models, tmp_path / "model", fast)
+    table = json.loads((source / "tokenizer.json").read_text()) | {"post_processor": processor}
+    (source / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=message):
+        open_model(str(source)).open_tokenizer()
+
+
+def test_a_space_before_each_text_is_not_forgotten(models, tmp_path):
+    source = with_tokenizer(models, tmp_path / "model", legacy)
+    (source / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert open_model(str(source)).tokenizer is None
+
+
+def test_a_token_may_be_an_empty_text(tmp_path):
+    characters(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    number = len(table["model"]["vocab"]) + len(table["added_tokens"])
+    table["added_tokens"].append({"id": number, "content": "", "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert read_tokenizer(directory_files(tmp_path), lambda: None).decode_bytes([0, number]) == b"\n"

@@ -110,6 +110,10 @@ def test_the_help_names_every_flag(capsys):
     [
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known are v5e: 1x1, 2x2.*h200, cpu"),
         (["--topology", "h100"], "unknown topology 'h100'"),
+        (["--topology", "cpu:" + "9" * 5000], "unknown topology 'cpu:9+'"),
+        (["--topology", "cpu:99999"], "unknown topology 'cpu:99999'"),
+        (["--topology", "cpu:²"], "unknown topology 'cpu:²'"),
+        (["--topology", "v5e:2x" + "9" * 5000], "unknown topology 'v5e:2x9+'"),
         (["--topology"], "Missing value for argument '--topology'.*python -m gpt2_jax.plan --help"),
         (["--topology", "--json"], "Missing value for argument '--topology'"),
         (["--find", "yes"], "yes"),
