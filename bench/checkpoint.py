@@ -4,7 +4,7 @@
     python bench/checkpoint.py --config gpt2-124m --batch_size 16 --micro_batch_size 16
 
 Updates run one by one, and after some of them the state is saved. The call that saves blocks. The updates after it,
-until the checkpoint has its final name and for three more, take longer than the median update without a save. The sum
+until the checkpoint is complete and for three more, take longer than the median update without a save. The sum
 of both, in units of that median, is the stall. `torch.save` and `torch.load` write and read as many bytes in the same
 directory, and block. No one waits for the disk beyond what the libraries do. Flags are those of training, by default
 124M with 2 sequences of 1,024 tokens, as bench/peers.py takes. On CPUs, writing competes with training for processor
@@ -25,6 +25,7 @@ from record import Figures, Rows, arguments, duration, median_of, take_turns, ti
 from trainers import Ours, training_config
 
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint_info import COMPLETE
 from gpt2_jax.step import abstract_state
 
 ALONE = 3  # updates without a save, before each save
@@ -40,7 +41,7 @@ def save(ours: Ours, checkpoints: Checkpoints) -> Figures:
     written, last = None, 0
     while written is None or len(updates) < last:
         updates.append(timed(lambda: ours.updates(1)))
-        if written is None and (checkpoints.directory / str(step)).exists():  # renamed when complete
+        if written is None and (checkpoints.directory / str(step) / COMPLETE).exists():
             written, last = time.perf_counter() - start, len(updates) + AFTER
     checkpoints.wait()
     return {"step": step, "blocked_s": blocked, "written_s": written, "updates_s": updates}

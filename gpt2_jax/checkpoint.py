@@ -1,7 +1,8 @@
 """Checkpoints on disk: asynchronous, atomic and sharded. Keeps the newest ones and the best.
 
-Only this file uses Orbax. It saves and restores trees of arrays and knows nothing of the model. Orbax writes a
-checkpoint under a temporary name and renames it at the end, so every checkpoint that is listed is complete.
+Only this file uses Orbax. It saves and restores trees of arrays and knows nothing of the model. A checkpoint is
+complete when Orbax has written the file `COMPLETE` into it. No directory is renamed, which object stores do file by
+file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.checkpoint_info import read_info, seal
 from gpt2_jax.errors import DamagedError, UserError, fixable, one_line
-
-TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -98,6 +97,7 @@ class Checkpoints:
                 "info": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
+                atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
                 cleanup_tmp_directories=True,
                 # The policy below decides what to keep. best_fn is set because Orbax stores metrics only with it, and a
                 # resumed run needs them to know the best checkpoint.

@@ -17,10 +17,22 @@ from typing import Any
 from gpt2_jax.errors import DamagedError, one_line
 from gpt2_jax.parsing import parse_json, read_text
 
-INFO, METRICS = "info/metadata", "metrics/metrics"  # in a checkpoint, written by Orbax
+COMPLETE = "commit_success.txt"  # in a complete checkpoint: Orbax writes it last, and deletes it first
+INFO, METRICS = "info/metadata", "metrics/metrics"  # written by Orbax too
+DAMAGED = ".damaged"  # follows the step in the name of a checkpoint that was set aside
 MAX_BYTES = 1 << 24  # the digests of 200,000 token files
 
 _TYPES: dict[str, type] = {"data": str, "sha256": list, "layout": int, "made_by": dict, "fingerprint": dict}
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, in order. Others are being saved or deleted, or were left by a kill.
+
+    Raises:
+        OSError: the directory is missing, or cannot be read.
+    """
+    steps = [path for path in directory.iterdir() if path.name.isdigit() and (path / COMPLETE).exists()]
+    return sorted(steps, key=lambda path: int(path.name))
 
 
 def seal(step: int, val_loss: float | None, info: dict[str, Any]) -> dict[str, Any]:
@@ -40,13 +52,15 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
         DamagedError: the files are missing, or differ from what was written.
     """
     try:
+        if not (checkpoint / COMPLETE).exists():
+            raise ValueError(f"it is incomplete: {COMPLETE} is missing")
         info = parse_json(read_text(checkpoint / INFO, MAX_BYTES))
         if not isinstance(info, dict):
-            raise ValueError("expected an object")
+            raise ValueError(f"{INFO} is not an object")
         losses = parse_json(read_text(checkpoint / METRICS, MAX_BYTES)) if (checkpoint / METRICS).exists() else None
         _check(checkpoint, info, losses)
     except (OSError, ValueError) as error:
-        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else f"{INFO}: {one_line(error)}"
+        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else one_line(error)
         raise DamagedError(f"the checkpoint {checkpoint} is damaged ({reason})") from error
     return info
 
@@ -55,16 +69,18 @@ def _check(checkpoint: Path, info: dict[str, Any], losses: Any) -> None:
     """Raises ValueError unless the facts are those that were written."""
     checksum = info.pop("checksum", None)
     if checksum is None and {"step", "val_loss", "fingerprint"} & info.keys():
-        raise ValueError("the checksum is missing")
+        raise ValueError(f"the checksum in {INFO} is missing")
     for key, kind in _TYPES.items():
         if key in info and not isinstance(info[key], kind):
-            raise ValueError(f"{key} is not of type {kind.__name__}")
+            raise ValueError(f"{key} in {INFO} is not of type {kind.__name__}")
+    if not all(digest is None or isinstance(digest, str) for digest in info.get("sha256", [])):
+        raise ValueError(f"sha256 in {INFO} is not a list of digests")
     if checksum is None:
         return
     if checksum != _checksum(info):
-        raise ValueError("the checksum differs")
+        raise ValueError(f"the checksum in {INFO} differs")
     if str(info["step"]) != checkpoint.name:
-        raise ValueError(f"it is that of checkpoint {info['step']}")
+        raise ValueError(f"{INFO} is that of checkpoint {info['step']}")
     if losses != (None if info["val_loss"] is None else {"val_loss": info["val_loss"]}):
         raise ValueError(f"{METRICS} has another validation loss")
 
@@ -75,8 +91,8 @@ def set_aside(checkpoint: Path) -> Path:
     Raises:
         OSError: it cannot be renamed.
     """
-    number, target = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number, target = 1, checkpoint.with_name(checkpoint.name + DAMAGED)
     while target.exists():
         number += 1
-        target = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+        target = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}-{number}")
     return checkpoint.rename(target)

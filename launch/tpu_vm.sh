@@ -24,8 +24,8 @@ usage: launch/tpu_vm.sh COMMAND NAME --zone ZONE [flags] [-- arguments of python
   --type TYPE          accelerator type: v4-32, v5litepod-16, v5p-8, v6e-16, ... (for up, watch, create)
   --spot               cheaper, but preempted at any time
   --queued             request a queued resource, which waits until a TPU is free; give it to status and delete as well
-  --storage WHERE      storage of runs/ (for up, watch, setup): HOST:/SHARE for NFS, gs://BUCKET for a bucket with a
-                       hierarchical namespace, none for the TPU's own disk, which is deleted with the TPU
+  --storage WHERE      storage of runs/ (for up, watch, setup): HOST:/SHARE for NFS, gs://BUCKET for a bucket,
+                       none for the TPU's own disk, which is deleted with the TPU
   --init FILE          bash script that setup runs in the checkout on every worker before it mounts --storage, for
                        example to fetch data/, or to install gcsfuse for gs:// if the image lacks it
   --version VERSION    software version of the TPU VM; by default the one for --type
@@ -138,12 +138,6 @@ setup() {
   case $storage in
     none) ;;
     gs://*)
-      # Saving a checkpoint ends with renaming its directory, which is atomic only in a hierarchical namespace.
-      if [[ -z $dry_run && $(gcloud storage buckets describe "$storage" --raw \
-        --format='value(hierarchicalNamespace.enabled)' "${project[@]}") != True ]]; then
-        die "$storage has no hierarchical namespace, so checkpoints can break; create a bucket that has one:" \
-          "gcloud storage buckets create gs://NAME --uniform-bucket-level-access --enable-hierarchical-namespace"
-      fi
       # Without a metadata cache, so that every worker sees the files that another one writes.
       mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 $bucket ~/storage"
       ;;

@@ -1,5 +1,7 @@
 """Checkpoints: which are kept, what is restored, and recovery from an interrupted save."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint_info import complete_checkpoints
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.errors import DamagedError
 from gpt2_jax.sharding import make_mesh
@@ -70,15 +73,34 @@ def test_a_save_copies_the_state_before_it_returns(tmp_path):
 def test_incomplete_checkpoints_are_ignored_and_removed(tmp_path):
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         checkpoints.save(1, state(1), {})
-    half = tmp_path / "c" / "2.orbax-checkpoint-tmp"
+    half = tmp_path / "c" / "2"
     half.mkdir()
     (half / "state").write_text("half")
+    assert [path.name for path in complete_checkpoints(tmp_path / "c")] == ["1"]
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.save(2, state(2), {})  # the step of the incomplete one
-    assert not half.exists()
+    assert (half / "state").is_dir()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.steps() == [1, 2]
+
+
+def test_no_directory_is_renamed(tmp_path, monkeypatch):
+    """Object stores rename a directory file by file, so a kill would leave a part."""
+    renamed = []
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def record(source, *args, original=original, **keywords):
+            renamed.append(os.path.isdir(source))
+            return original(source, *args, **keywords)
+
+        monkeypatch.setattr(os, name, record)
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(1, state(1), {}, 1.0)
+        checkpoints.save(2, state(2), {}, 0.5)
+    assert [path.name for path in complete_checkpoints(tmp_path / "c")] == ["2"]
+    assert not any(renamed)
 
 
 def test_a_damaged_checkpoint_is_an_error(tmp_path):

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpt2_jax.checkpoint_info import complete_checkpoints, read_info
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.config.validation import validate
@@ -15,11 +16,9 @@ from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, Location
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 from gpt2_jax.display import count
-from gpt2_jax.errors import UserError, one_line, strip_controls
-from gpt2_jax.parsing import MAX_JSON_BYTES, parse_json, read_text
+from gpt2_jax.errors import UserError, strip_controls
 
 CONFIG = "config.toml"  # of a run directory
-INFO = "info/metadata"  # in a checkpoint. Orbax wrote it, but importing Orbax and JAX takes seconds.
 
 
 def describe_update(directory: Path, update: int, limit: int, window_tokens: int) -> Iterator[str]:
@@ -84,42 +83,23 @@ def _compare_data(directory: Path, data: Data) -> str:
         UserError: the data has changed, or the checkpoint cannot be read.
     """
     try:
-        steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+        steps = complete_checkpoints(directory / "checkpoints")
     except FileNotFoundError:
         steps = []
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not steps:
         return "no checkpoint yet: nothing to compare the data with"
-    newest = max(steps, key=lambda path: int(path.name))
-    recorded, digests = read_info(newest / INFO)
+    newest = steps[-1]
+    info = read_info(newest)
+    recorded = info.get("data")
     if recorded != data.fingerprint:
         raise UserError(
             f"the data of {directory} has changed since checkpoint {newest.name} ({recorded} -> {data.fingerprint}), "
             "and with it the sequences of every update; restore the old data"
         )
-    Contents(data.files, directory, 0).check(digests, directory)
+    Contents(data.files, directory, 0).check(info.get("sha256", []), directory)
     return f"the data is that of checkpoint {newest.name}"
-
-
-def read_info(path: Path) -> tuple[str, list[str | None]]:
-    """What a checkpoint says of the data: its fingerprint, and the SHA-256 of each token file, as far as it was known.
-
-    Raises:
-        UserError: the file of this information cannot be read, or holds something else.
-    """
-    try:
-        info = parse_json(read_text(path, MAX_JSON_BYTES))
-        if not isinstance(info, dict) or not isinstance(recorded := info.get("data"), str):
-            raise ValueError("it does not name the data")
-        digests = info.get("sha256", [])  # missing in older ones
-        if not isinstance(digests, list) or not all(digest is None or isinstance(digest, str) for digest in digests):
-            raise ValueError("sha256 is not a list of digests")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(error)}); if it is damaged, move the checkpoint away"
-        ) from error
-    return recorded, digests
 
 
 def _name(location: Location, data: Data, config: TrainConfig, tokenizer: Tokenizer) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoints, SavedState
-from gpt2_jax.checkpoint_info import read_info
+from gpt2_jax.checkpoint_info import complete_checkpoints, read_info
 from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
@@ -29,10 +29,10 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         UserError: it has none yet.
     """
-    steps = [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = complete_checkpoints(run / "checkpoints")
     if not steps:
         raise UserError(f"{run} has no checkpoint yet; wait for one, or lower its --checkpoint.every")
-    return max(steps, key=lambda path: int(path.name))
+    return steps[-1]
 
 
 def open_checkpoint(path: Path) -> StoredModel:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gpt2_jax.checkpoint import TEMPORARY, Checkpoints
-from gpt2_jax.checkpoint_info import read_info, set_aside
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint_info import DAMAGED, complete_checkpoints, read_info, set_aside
 from gpt2_jax.config import CheckpointConfig, TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.contents import Contents
@@ -44,7 +44,7 @@ def open_checkpoints(directory: Path, config: CheckpointConfig) -> Checkpoints:
         DamagedError: one is damaged and `strict` is set, or all are damaged.
     """
     if is_primary() and directory.exists():
-        steps = sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+        steps = complete_checkpoints(directory)
         damaged: dict[Path, DamagedError] = {}
         for path in steps:
             try:
@@ -299,8 +299,9 @@ class RunCheckpoints:
         if jax.process_count() > 1:  # the others wait for this process in Orbax
             raise error
         self._failures += 1
-        for path in self._checkpoints.directory.glob(f"*{TEMPORARY}"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in {*self._checkpoints.directory.iterdir()} - {*complete_checkpoints(self._checkpoints.directory)}:
+            if path.name.split(".")[0].isdigit() and DAMAGED not in path.name:
+                shutil.rmtree(path, ignore_errors=True)
         self._checkpoints.reload()
         self.newest = self._checkpoints.latest() or 0
         reason = fixable(error) or one_line(error)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2_jax.checkpoint_info import complete_checkpoints
 from gpt2_jax.config import TrainConfig, differences
 from gpt2_jax.config.toml import CACHES_IN_FILES, read_config, to_toml
 from gpt2_jax.data.contents import KEPT
@@ -26,7 +27,7 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
     """
     out = user_path(config.out, "out")
     try:
-        if not any(path.name.isdigit() for path in (out / "checkpoints").iterdir()):
+        if not complete_checkpoints(out / "checkpoints"):
             return None
     except FileNotFoundError:
         return None

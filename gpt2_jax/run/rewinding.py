@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gpt2_jax.checkpoint_info import complete_checkpoints
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
 from gpt2_jax.errors import RewindError, UserError
@@ -40,8 +41,8 @@ def rewound(config: TrainConfig, error: RewindError) -> TrainConfig:
     """The config to resume with after a rewind, which is also written to the run directory."""
     saved = saved_config(config)
     out = user_path(config.out, "out")
-    steps = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()] if saved else []
-    newest = int(broadcast_from_primary("newest", str(max(steps, default=0))))
+    steps = [path.name for path in complete_checkpoints(out / "checkpoints")] if saved else []
+    newest = int(broadcast_from_primary("newest", steps[-1] if steps else "0"))
     first = max(newest + 1, error.update - config.optimizer.rewind_updates + 1)
     named = range(first, error.update + 1) if error.update else ()
     config = with_skipped_updates(dataclasses.replace(config, skip_updates=(*config.skip_updates, *named)), saved)

@@ -32,9 +32,6 @@ def flag(args: list[str], name: str) -> str:
 
 
 def describe(args: list[str]) -> int:
-    if args[:2] == ["storage", "buckets"]:
-        print("flat" not in args[3])
-        return 0
     states = (ROOT / "states").read_text().split()
     (ROOT / "states").write_text("\n".join(states[1:] or states))
     if states[0] == "ABSENT":  # the message of gcloud 528

@@ -279,7 +279,6 @@ def test_dry_run_prints_the_commands_and_runs_none(cloud):
         (["up", "t", "--zone", "z", "--type", "v4-8"], "--storage"),
         (["setup", "t", "--zone", "z", "--storage", "here"], "--storage is 'here'"),
         (["setup", "t", "--zone", "z", "--storage", "gs://a;reboot"], "--storage is 'gs://a;reboot'"),
-        (["setup", "t", "--zone", "z", "--storage", "gs://flat"], "hierarchical namespace"),
         (["setup", "t", "--zone", "z", "--storage", "none", "--init", "nowhere.sh"], "nowhere.sh does not exist"),
         (["run", "t", "--zone", "z"], "-- --config"),
         (["delete", "t", "--zone", "z", "--force", "yes"], "unknown flag --force"),

@@ -176,17 +176,23 @@ def read_metrics(folder: Path) -> None:
 
 
 def checkpoint_info() -> list[Files]:
+    from gpt2_jax.checkpoint_info import seal
+
     info = {"data": "90 + 10 tokens, crc32 01234567", "layout": 2, "sha256": ["0" * 64, None]}
     odd = [{**info, key: value} for key, value in [("data", [1]), ("sha256", 5), ("sha256", [5]), ("sha256", {})]]
-    return with_values("metadata", info, *odd)
+    sealed = seal(7, 2.5, {**info, "fingerprint": {"state": "0123abcd", "params": "4567abcd"}})
+    return with_values("metadata", info, sealed, *odd)
 
 
 def read_checkpoint_info(folder: Path) -> None:
-    from gpt2_jax.data.batches import read_info
+    from gpt2_jax.checkpoint_info import COMPLETE, INFO, read_info
 
-    data, digests = read_info(folder / "metadata")
-    for digest in digests:
-        assert f"{data} {(digest or '')[:12]}"
+    (folder / "7" / INFO).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "7" / INFO).write_bytes((folder / "metadata").read_bytes())
+    (folder / "7" / COMPLETE).touch()
+    info = read_info(folder / "7")
+    for digest in info.get("sha256", []):
+        assert f"{info.get('data')} {(digest or '')[:12]}"
 
 
 def configs() -> list[Files]:
