@@ -165,22 +165,19 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                     watch.step = step
                     step, val_loss = step + 1, None
                     pending = step, metrics
-                    if is_due(step, config.log.every):
-                        run_checkpoints.check_saved()
                     evaluates = step == config.steps or is_due(step, config.eval.every)
-                    saves = is_due(step, config.checkpoint.every) and step < config.steps
+                    saves = step < config.steps and is_due(step, config.checkpoint.every)
                     if evaluates or saves or is_due(step, config.log.check_replicas):
                         reporter.catch_up(pending)
                         watch.step = step
                         fingerprint = run_checkpoints.fingerprint(state)
-                    if evaluates:
-                        loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
-                        val_loss = loss_sum / n_targets
-                        reporter.evaluation(step, val_loss, n_targets, fingerprint.state)
-                    if saves:
-                        if not evaluates:
+                        if evaluates:
+                            loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
+                            val_loss = reporter.evaluation(step, loss_sum, n_targets, fingerprint.state)
+                        elif saves:
                             reporter.saved(step, fingerprint.state)
-                        run_checkpoints.save(step, state, fingerprint, val_loss)
+                        if saves:
+                            run_checkpoints.save(step, state, fingerprint, val_loss)
             except UserError:  # damaged data, found late: keep what was trained
                 if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
                     reporter.catch_up(pending)

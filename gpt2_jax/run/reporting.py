@@ -82,6 +82,7 @@ class Reporter:
             self._meter.start(tokens)
             return
         speed = self._meter.read(tokens)
+        self._checkpoints.check_saved()
         row = {
             "step": step,
             "tokens": tokens,
@@ -130,12 +131,16 @@ class Reporter:
                 f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
             )
 
-    def evaluation(self, step: int, loss: float, n_targets: int, fingerprint: str) -> None:
-        """Logs a validation loss in nats per token with the fingerprint of the state, and redraws the plot.
+    def evaluation(self, step: int, loss_sum: float, n_targets: int, fingerprint: str) -> float:
+        """Logs the validation loss with the fingerprint of the state, and redraws the plot.
+
+        Returns:
+            The loss in nats per token.
 
         Raises:
             DivergedError: the loss is not finite.
         """
+        loss = loss_sum / n_targets
         self._check_finite(step, loss, f"validation loss {loss}")
         self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
         if self._file:
@@ -145,6 +150,7 @@ class Reporter:
                 plot(self._file.path, self._out / "loss.png")
             except OSError as error:
                 self.display.print(f"{self._out / 'loss.png'} cannot be written ({error.strerror}); continuing")
+        return loss
 
     def saved(self, step: int, fingerprint: str) -> None:
         """Logs the fingerprint of the state that is saved after an update without an evaluation."""
