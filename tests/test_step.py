@@ -232,7 +232,7 @@ def reduced_bytes(body):
 def test_the_optimizer_runs_once_per_update_on_the_mean_gradient(tiny_config, batches, monkeypatch, accumulation):
     calls = []
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, loss):
         jax.debug.callback(lambda norm: calls.append(float(norm)), optax.tree.norm(grads))
         return jax.tree.map(jnp.zeros_like, grads), state
 

@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 from gpt2_jax import config as config_module
+from gpt2_jax.checkpoint_info import COMPLETE
 from gpt2_jax.config import TrainConfig, differences, flatten
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import PRESETS, preset_names, read_config, to_toml
@@ -326,6 +327,7 @@ def test_the_config_of_a_run_has_no_directory_of_programs(tmp_path):
     write_config(tmp_path, config)
     assert saved_config(config) is None
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2" / COMPLETE).touch()
     assert saved_config(config) == dataclasses.replace(config, compilation_cache="auto")
 
 
@@ -333,6 +335,7 @@ def test_a_run_of_a_version_that_wrote_the_directory_goes_on(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(RUN.format("/theirs"))
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2" / COMPLETE).touch()
     notes = []
     config = parse_args("train", "", ["--config", str(path)], notes.append)
     assert (config.compilation_cache, saved_config(config).compilation_cache) == ("auto", "auto")

@@ -264,7 +264,7 @@ def test_a_prompt_file_may_have_a_byte_order_mark(tmp_path, monkeypatch):
     prompts = []
     model = SimpleNamespace(stream=lambda texts, *_: prompts.extend(texts) or [])
     stored = SimpleNamespace(open_tokenizer=lambda: None, load=lambda *_: model)
-    monkeypatch.setattr(generate, "open_model", lambda name: stored)
+    monkeypatch.setattr(generate, "use_model", lambda name, use: use(stored))
     monkeypatch.setattr(generate.runtime, "enable_compilation_cache", lambda directory: None)
     assert generate.main(["--model", "x", "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
     assert prompts == ["naïve "]
