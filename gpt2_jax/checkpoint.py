@@ -7,6 +7,7 @@ file.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,18 +27,40 @@ def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that ends its tasks before it closes.
+
+    Orbax reads all arrays at once, and closes its loop at the first error. Each of the other reads would then print a
+    traceback.
+    """
+
+    def close(self) -> None:
+        """Cancels the tasks that still run, waits for their ends, and closes the loop."""
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+_new_event_loop = asyncio.new_event_loop
+
+
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
     """Reports an error of Orbax as a DamagedError that names the checkpoint.
 
     Orbax raises a bare Exception for missing or cut files, and errors of many types for damaged ones.
     """
+    asyncio.new_event_loop = _Loop  # Orbax calls it for each read
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or fixable(error):
             raise
         raise DamagedError(f"the checkpoint {checkpoint} is damaged ({one_line(error)})") from error
+    finally:
+        asyncio.new_event_loop = _new_event_loop
 
 
 class SavedState:
