@@ -1,0 +1,413 @@
+"""Kills, signals, damaged checkpoints, full disks and long runs: what is lost, and what the protection costs.
+
+    python bench/faults.py [--pieces kills signals damages storage soak overhead] [--before CHECKOUT]
+
+Real processes of `python -m gpt2_jax.train` train a tiny model on real files: accumulation, a batch ramp, evaluations
+and saves. Each is compared with an undisturbed run by the fingerprint of the final state and by all rows without their
+speeds. A piece that is done is kept in the file, so the command resumes. `overhead` compares the speed with that of an
+older checkout, in turns.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from record import Figures, Rows, arguments, take_turns, write
+
+from gpt2_jax.checkpoint_info import complete_checkpoints, read_info
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+out = "unset"
+steps = 200
+batch_size = 4
+micro_batch_size = 2
+batch_ramp = [[640, 2]]
+
+[model]
+vocab_size = 0
+block_size = 16
+n_layer = 2
+n_head = 2
+n_embd = 32
+dropout = 0.1
+
+[data]
+text = "unset"
+tokenizer = "bytes"
+
+[optimizer]
+warmup_steps = 5
+
+[checkpoint]
+every = 4
+keep = 3
+
+[eval]
+every = 20
+
+[log]
+every = 1
+"""
+TIMEOUT = 300.0  # of a process: a hang
+SPEEDS = ("tokens_per_second", "mfu")
+
+
+class Runs:
+    """Starts training processes in a temporary directory, which share a cache of compiled programs.
+
+    Args:
+        directory: of all runs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "tiny.toml").write_text(TINY)
+        (directory / "text.txt").write_text("".join(f"{number} squared is {number**2}\n" for number in range(2000)))
+
+    def start(self, out: Path, *flags: str, checkout: Path = ROOT) -> subprocess.Popen[str]:
+        """Starts the command with the tiny config unless `flags` name another."""
+        tiny = ["--config", str(self.directory / "tiny.toml"), "--data.text", str(self.directory / "text.txt")]
+        command = [sys.executable, "-m", "gpt2_jax.train", *([] if "--config" in flags else tiny), "--out", str(out),
+                   "--compilation_cache", str(self.directory / "programs"), *flags]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
+        )
+
+    def finish(self, out: Path, *flags: str, checkout: Path = ROOT) -> tuple[int | None, str]:
+        """Runs the command to its end: the exit code, None for a hang, and its output."""
+        process = self.start(out, *flags, checkout=checkout)
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None, process.communicate()[0]
+        return process.returncode, output
+
+
+def rows_of(out: Path) -> list[Figures]:
+    """The complete rows of a run, without speeds."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
+    return []
+
+
+def outcome(out: Path) -> tuple[str, list[Figures]]:
+    """The fingerprint of the newest checkpoint, and the rows."""
+    return read_info(complete_checkpoints(out / "checkpoints")[-1])["fingerprint"]["state"], rows_of(out)
+
+
+def kills(runs: Runs, repeat: int) -> Figures:
+    """SIGKILL at random moments of one run, until it has been killed `repeat` times; then it runs to its end."""
+    rng, out, starting = random.Random(0), runs.directory / "killed", 0
+    undisturbed = undisturbed_run(runs)
+    for _ in range(repeat):
+        process = runs.start(out)
+        done = max((row["step"] for row in rows_of(out)), default=0)
+        if rng.random() < 0.3:  # imports, restoring, compilation
+            starting += 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.0, 3.0))
+        else:
+            wait_for(process, out, done + rng.randint(1, 6), rng.uniform(0.0, 0.05))
+        process.kill()
+        process.communicate()
+    code, output = runs.finish(out)
+    equal = (outcome(out)[0] == undisturbed[0], outcome(out)[1] == undisturbed[1])
+    return {"kills": repeat, "while_starting": starting, "exit_code": code, "tracebacks": output.count("Traceback"),
+            "state_equal": equal[0], "rows_equal": equal[1]}  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, step: int, seconds: float) -> None:
+    """Until the run has the row of an update and `seconds` more, or has ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(row["step"] >= step for row in rows_of(out)[-3:]):
+            time.sleep(seconds)
+            return
+        time.sleep(0.005)
+
+
+@functools.cache
+def undisturbed_run(runs: Runs) -> tuple[str, list[Figures]]:
+    """The outcome of the run that nothing happens to."""
+    code, output = runs.finish(runs.directory / "undisturbed")
+    if code:
+        raise SystemExit(f"the undisturbed run failed:\n{output[-2000:]}")
+    return outcome(runs.directory / "undisturbed")
+
+
+def signals(runs: Runs, repeat: int) -> Figures:
+    """SIGTERM and SIGINT at random moments of whole runs, summary included; the same command then ends the run."""
+    undisturbed, figures = undisturbed_run(runs), {}
+    start = time.monotonic()
+    runs.finish(runs.directory / "timed")
+    length = time.monotonic() - start
+    for name in ("SIGTERM", "SIGINT"):
+        rng, codes = random.Random(name), collections.Counter[str]()
+        equal = tracebacks = 0
+        for number in range(repeat):
+            out = runs.directory / f"{name}-{number}"
+            process = runs.start(out)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.0, 1.1 * length))
+            process.send_signal(getattr(signal, name))
+            output, _ = process.communicate(timeout=TIMEOUT)
+            codes[str(process.returncode)] += 1
+            code, after = runs.finish(out)
+            tracebacks += "Traceback" in output + after
+            equal += code == 0 and outcome(out) == undisturbed
+            shutil.rmtree(out)
+        figures[name] = {"sent": repeat, "exit_codes": dict(codes), "tracebacks": tracebacks, "equal": equal}
+    return figures
+
+
+def damages(runs: Runs, repeat: int) -> Figures:
+    """One damage at a time to a random file of a random checkpoint of the last three; then the run resumes."""
+    whole, base = runs.directory / "whole", runs.directory / "base"
+    flags = ("--steps", "40", "--checkpoint.every", "10", "--optimizer.decay_steps", "40")
+    runs.finish(whole, *flags)
+    expected = outcome(whole)
+    shutil.copytree(whole, base)
+    shutil.rmtree(base / "checkpoints" / "40")
+    files = sorted(path.relative_to(base) for path in (base / "checkpoints").rglob("*") if path.is_file())
+    kinds = {"flipped bit": flip, "truncated": truncate, "zeros": zeros, "deleted": delete, "swapped": swap}
+    cases = list(itertools.islice(itertools.cycle(kinds), repeat))
+
+    def one(number: int) -> tuple[str, str, str]:
+        rng, out, kind = random.Random(number), runs.directory / f"damaged-{number}", cases[number]
+        shutil.copytree(base, out)
+        file = rng.choice(files)
+        kinds[kind](out / file, rng)
+        code, output = runs.finish(out, *flags)
+        problem = [line for line in output.splitlines() if line.startswith("error: ")]
+        if code is None:
+            result = "hang"
+        elif "Traceback" in output or code not in (0, 2):
+            result = "traceback"
+        elif code == 2:
+            result = "refused" if len(problem) == 1 else "traceback"
+        elif outcome(out) != expected:
+            result = "silently wrong"
+        else:
+            result = "an older one used" if "is damaged" in output else "harmless"
+        shutil.rmtree(out)
+        return kind, result, str(file)
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = list(pool.map(one, range(repeat)))
+    bad = [result for result in results if result[1] in ("hang", "traceback", "silently wrong")]
+    table = {kind: dict(collections.Counter(result for name, result, _ in results if name == kind)) for kind in kinds}
+    return {"damages": repeat, "all": dict(collections.Counter(result for _, result, _ in results)), "by_kind": table,
+            "bad": bad}  # fmt: skip
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    """Flips a random bit."""
+    content = bytearray(path.read_bytes())
+    if content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    """Cuts the file at a random place."""
+    os.truncate(path, rng.randrange(max(path.stat().st_size, 1)))
+
+
+def zeros(path: Path, rng: random.Random) -> None:
+    """Zeros of the same length."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def delete(path: Path, rng: random.Random) -> None:
+    """Deletes the file."""
+    path.unlink()
+
+
+def swap(path: Path, rng: random.Random) -> None:
+    """Swaps the file with another one of the checkpoints, of the same name in another one if there is one."""
+    root = path.parents[[parent.name for parent in path.parents].index("checkpoints")]
+    others = [other for other in sorted(root.rglob("*")) if other.is_file() and other != path]
+    other = rng.choice([other for other in others if other.name == path.name] or others)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+@contextlib.contextmanager
+def small_disk(runs: Runs) -> Iterator[Path]:
+    """A file system of 6 MB. Only root can mount one."""
+    disk = runs.directory / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def storage(runs: Runs, repeat: int) -> Figures:
+    """A disk that is full for a while, full for good, or read-only from some update on; then the run resumes."""
+    undisturbed = undisturbed_run(runs)
+    figures: Figures = {}
+    if os.geteuid():
+        return {"skipped": "only root can mount a file system"}
+    for case in ("full for a while", "full for good", "read-only", "metrics.jsonl deleted", "directory deleted"):
+        with small_disk(runs) as disk:
+            out, filler = disk / "run", disk / "filler"
+            process = runs.start(out)
+            wait_for(process, out, 50, 0.0)
+            if case.startswith("full"):
+                with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                    while file.write(bytes(1 << 12)):
+                        pass
+            elif case == "read-only":
+                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
+            elif case == "directory deleted":
+                shutil.rmtree(out, ignore_errors=True)
+            else:
+                (out / "metrics.jsonl").unlink()
+            if case == "full for a while":
+                time.sleep(0.5)
+                filler.unlink()
+            output, _ = process.communicate(timeout=TIMEOUT)
+            filler.unlink(missing_ok=True)
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=False)
+            code, after = runs.finish(out)
+            figures[case] = {
+                "exit_code": process.returncode,
+                "tracebacks": ("Traceback" in output) + ("Traceback" in after),
+                "last_line": (output.strip().splitlines() or [""])[-1].replace(str(disk), "DISK")[:200],
+                "after_it": code,
+                "state_equal": outcome(out)[0] == undisturbed[0],
+            }
+    return figures
+
+
+def soak(runs: Runs, repeat: int) -> Figures:
+    """Memory, open files and threads of a run of 5,000 updates, at update 500 and at its end."""
+    out, samples = runs.directory / "soak", []
+    process = runs.start(out, "--steps", "5000", "--checkpoint.every", "500", "--eval.every", "500")
+    for step in (500, 4900):
+        wait_for(process, out, step, 0.0)
+        proc = Path("/proc") / str(process.pid)
+        resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        files, threads = len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+        samples.append({"update": step, "resident_mb": resident / 2**20, "open_files": files, "threads": threads})
+    process.communicate(timeout=TIMEOUT)
+    return {"samples": samples, "growth_mb": samples[1]["resident_mb"] - samples[0]["resident_mb"]}
+
+
+def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
+    """Tokens per second of an older checkout and of this one, in turns: medians over the rows of each run."""
+    text = ["--data.text", str(runs.directory / "text.txt"), "--compilation_cache", ""]
+    cases = {
+        "quickstart": ["--config", "quickstart", "--steps", "1500", "--eval.every", "500", "--eval.tokens", "4096",
+                       "--eval.sample_tokens", "0", "--checkpoint.every", "500", "--compilation_cache", ""],
+        "124M": ["--config", "gpt2-124m", "--steps", "12", "--batch_size", "2", "--micro_batch_size", "2",
+                 "--model.block_size", "128", "--data.train", "", "--data.val", "", *text, "--data.tokenizer", "bytes",
+                 "--log.every", "1", "--eval.tokens", "256", "--eval.sample_tokens", "0"],
+    }  # fmt: skip
+
+    def speed(flags: list[str], checkout: Path) -> float:
+        out = Path(tempfile.mkdtemp(dir=runs.directory))
+        code, output = runs.finish(out, *flags, checkout=checkout)
+        if code:
+            raise SystemExit(f"{checkout} failed:\n{output[-2000:]}")
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        shutil.rmtree(out)
+        return statistics.median(row["tokens_per_second"] for row in rows if row.get("tokens_per_second"))
+
+    figures: Figures = {}
+    for name, flags in cases.items():
+        actions = {"before": functools.partial(speed, flags, before), "now": functools.partial(speed, flags, ROOT)}
+        speeds = take_turns(actions, repeat)
+        ratio = statistics.median(speeds["now"]) / statistics.median(speeds["before"])
+        figures[name] = {"tokens_per_second": speeds, "now_over_before": ratio}
+    return figures
+
+
+def rows(figures: Figures) -> Rows:
+    """One line for each piece that was measured."""
+    results: Rows = {}
+    if case := figures.get("kills"):
+        equal = case["state_equal"] and case["rows_equal"]
+        results["SIGKILLs survived"] = (
+            case["kills"] if equal else 0,
+            f"{case['while_starting']} of them while the run started; final state and rows "
+            + ("equal those of the undisturbed run" if equal else "differ"),
+        )
+    for name, case in figures.get("signals", {}).items():
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(case["exit_codes"].items()))
+        results[f"{name}s survived"] = case["equal"], f"of {case['sent']}; exit codes {codes}"
+    if case := figures.get("damages"):
+        results["damages that were silently wrong"] = (
+            case["all"].get("silently wrong", 0),
+            f"of {case['damages']}: " + ", ".join(f"{key} {count}" for key, count in sorted(case["all"].items())),
+        )
+    for name, case in figures.get("storage", {}).items():
+        if isinstance(case, dict):
+            details = f"exit code {case['exit_code']}; afterwards the run ends with the undisturbed state"
+            results[f"disk: {name}"] = float(case["state_equal"]), details if case["state_equal"] else "state differs"
+    if case := figures.get("soak"):
+        first, last = case["samples"]
+        same = all(first[key] == last[key] for key in ("open_files", "threads"))
+        results["MB of memory that 4,400 updates add"] = (
+            case["growth_mb"],
+            f"to {first['resident_mb']:.0f} MB; open files and threads " + ("constant" if same else "grow"),
+        )
+    for name, case in figures.get("overhead", {}).items():
+        raw = "; ".join(
+            f"{key} {', '.join(f'{one:,.0f}' for one in values)}" for key, values in case["tokens_per_second"].items()
+        )
+        results[f"tokens/s over those without the protection, {name}"] = case["now_over_before"], raw
+    return results
+
+
+def main() -> None:
+    """Runs the pieces that are not done yet, and writes the file after each."""
+    pieces: dict[str, tuple[Callable[..., Figures], int]] = {
+        "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
+        "soak": (soak, 1), "overhead": (overhead, 5),
+    }  # fmt: skip
+    parser = arguments(__doc__, repeat=0)
+    parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
+    parser.add_argument("--before", type=Path, help="checkout that `overhead` compares with")
+    parser.add_argument("--again", action="store_true", help="also those that are done")
+    args = parser.parse_args()
+    path = args.results / "faults-cpu.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    figures = {piece: known[piece] for piece in pieces if piece in known}
+    for piece in args.pieces:
+        if (piece in figures and not args.again) or (piece == "overhead" and not args.before):
+            continue
+        function, default = pieces[piece]
+        extra = (args.before.absolute(),) if piece == "overhead" else ()
+        with tempfile.TemporaryDirectory() as directory:
+            figures[piece] = function(Runs(Path(directory)), args.repeat or default, *extra)
+        undisturbed_run.cache_clear()
+        write("faults", figures, rows(figures), args.results, "cpu")
+
+
+if __name__ == "__main__":
+    main()
