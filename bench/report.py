@@ -1,4 +1,4 @@
-"""Fills the tables of docs/performance.md from the files in bench/results. It measures nothing.
+"""Fills the tables of docs/performance.md and docs/reliability.md from the files in bench/results. It measures nothing.
 
 python bench/report.py
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from record import RESULTS, Figures, replace_rows
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+RELIABILITY = DOCUMENT.with_name("reliability.md")
 
 
 class Goal(NamedTuple):
@@ -118,10 +119,18 @@ def document(page: str, results: Path) -> str:
     return replace_rows(page, "| candidate |", kernels)
 
 
+def reliability(page: str, results: Path) -> str:
+    """docs/reliability.md with the results of bench/faults.py in its table."""
+    rows = json.loads((results / "faults-cpu.json").read_text())["rows"]
+    lines = [f"| {name} | {text(row['value'], '')} | {row['details']} |" for name, row in rows.items()]
+    return replace_rows(page, "| fault |", lines)
+
+
 def main() -> None:
-    """Writes the document."""
+    """Writes the documents."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     DOCUMENT.write_text(document(DOCUMENT.read_text(), RESULTS))
+    RELIABILITY.write_text(reliability(RELIABILITY.read_text(), RESULTS))
 
 
 if __name__ == "__main__":

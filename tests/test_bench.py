@@ -56,6 +56,9 @@ def test_the_documents_are_those_of_the_files(bench):
     assert all(f"`{row.sharding}`" in page for row in scaling.ROWS if row.sharding)
     page = report.DOCUMENT.read_text(encoding="utf-8")
     assert page == report.document(page, report.RESULTS)
+    page = report.RELIABILITY.read_text(encoding="utf-8")
+    assert page == report.reliability(page, report.RESULTS)
+    page = report.DOCUMENT.read_text(encoding="utf-8")
     linked = re.findall(r"\]\((?!http)([^)]+)\)|`python (bench/\w+\.py)", page)
     assert len(linked) > 20
     for link, script in linked:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -54,10 +55,15 @@ PAIRS = [(source, to) for source in FORMATS for to in FORMATS if {source, to} !=
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)
-def test_every_conversion_round_trips_bit_for_bit(runs, converted, tmp_path, source, to):
+def test_every_conversion_round_trips_bit_for_bit(runs, converted, tmp_path, capsys, source, to):
     gelu = "exact" if "nanogpt" in (source, to) else "tanh"
-    there = convert(str(converted(source, gelu)), to, tmp_path / "there")
+    first = converted(source, gelu)
+    capsys.readouterr()
+    there = convert(str(first), to, tmp_path / "there")
     back = convert(str(there), source, tmp_path / "back")
+    prints = re.findall(r"^state     fingerprint ([0-9a-f]{8}), of the parameters$", capsys.readouterr().out, re.M)
+    assert len(prints) == 2
+    assert len(set(prints)) == 1
     for path in (there, back):
         assert_is(path, gelu, runs[gelu][1])
     if "huggingface" not in (source, to):  # which has no place for the number of updates

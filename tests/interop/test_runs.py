@@ -1,6 +1,7 @@
 """Run directories and their checkpoints."""
 
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -10,10 +11,13 @@ from torch_gpt2 import as_params
 
 from gpt2_jax import load
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.config.toml import to_toml
-from gpt2_jax.errors import UserError
+from gpt2_jax.convert import convert
+from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.interop import open_model
+from gpt2_jax.interop.stored import StoredModel
 
 
 def test_a_run_directory_loads_its_newest_checkpoint(theirs, tmp_path):
@@ -42,3 +46,46 @@ def test_a_missing_or_incomplete_checkpoint_is_one_clear_line(theirs, tmp_path):
         load(str(run))
     with pytest.raises(UserError, match="does not exist; expected a run directory or a checkpoint in it"):
         load(str(tmp_path / "nothing"))
+
+
+def test_the_parameters_are_compared_with_a_fingerprint(theirs, tmp_path, capsys):
+    params = as_params(theirs.state_dict(), CONFIG)
+    run = save_run(tmp_path / "run", CONFIG, params)
+    exported = convert(str(run), "orbax", tmp_path / "exported")
+    (fingerprint,) = re.findall(r"fingerprint (\w+), of", capsys.readouterr().out)
+    assert read_info(exported / "checkpoints" / "3")["fingerprint"] == {"params": fingerprint}
+    load(str(run), fingerprint=fingerprint)
+    with pytest.raises(DamagedError, match=f"have the fingerprint {fingerprint}, but 00c0ffee was expected"):
+        load(str(exported), fingerprint="00c0ffee")
+    # A bit of an array flips on the disk.
+    file = max((exported / "checkpoints" / "3" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match=f"have the fingerprint [0-9a-f]+, but {fingerprint} was expected"):
+        load(str(exported))
+    with pytest.raises(DamagedError, match=f"but {fingerprint} was expected"):
+        convert(str(exported), "huggingface", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_takes_the_next_checkpoint_if_its_own_is_deleted(theirs, tmp_path, monkeypatch):
+    """The run saves and deletes while its newest checkpoint is read."""
+    params = as_params(theirs.state_dict(), CONFIG)
+    run = save_run(tmp_path / "run", CONFIG, params)
+    read, opened = StoredModel.parameter, []
+
+    def parameter(self, name):
+        if not opened:
+            with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+                checkpoints.save(12, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {})
+        opened.append(self.where)
+        return read(self, name)
+
+    monkeypatch.setattr(StoredModel, "parameter", parameter)
+    assert_same_params(load(str(run)).params, jax.tree.map(lambda leaf: 2 * leaf, params))
+    assert opened[0].endswith("/3")
+    assert opened[-1].endswith("/12")
+    shutil.rmtree(run / "checkpoints" / "12")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(str(run))
