@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -51,6 +52,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         code = 141 if isinstance(failed, BrokenPipeError) else _report(f"error: {fixable(failed) or failed}", 2)
     _drop_unless_writable(sys.stderr)
     if interrupts and code == 130 and "jax" in sys.modules:  # its threads may still compile, and crash at the shutdown
+        os._exit(code)
+    # The threads of a save whose directory could not be made wait minutes for it, and Python for them.
+    if any(type(thread).__module__.startswith("orbax.") and thread.is_alive() for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
 
