@@ -291,8 +291,8 @@ def storage(runs: Runs, repeat: int) -> Figures:
                 time.sleep(0.5)
                 filler.unlink()
             output, _ = process.communicate(timeout=TIMEOUT)
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
             filler.unlink(missing_ok=True)
-            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=False)
             code, after = runs.finish(out)
             figures[case] = {
                 "exit_code": process.returncode,
