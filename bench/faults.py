@@ -299,7 +299,7 @@ def storage(runs: Runs, repeat: int) -> Figures:
                 "tracebacks": ("Traceback" in output) + ("Traceback" in after),
                 "last_line": (output.strip().splitlines() or [""])[-1].replace(str(disk), "DISK")[:200],
                 "after_it": code,
-                "state_equal": outcome(out)[0] == undisturbed[0],
+                "equal": code == 0 and outcome(out)[0] == undisturbed[0],
             }
     return figures
 
@@ -367,8 +367,9 @@ def rows(figures: Figures) -> Rows:
         )
     for name, case in figures.get("storage", {}).items():
         if isinstance(case, dict):
-            details = f"exit code {case['exit_code']}; afterwards the run ends with the undisturbed state"
-            results[f"disk: {name}"] = float(case["state_equal"]), details if case["state_equal"] else "state differs"
+            after = "ends with the undisturbed state" if case["equal"] else f"has exit code {case['after_it']}"
+            details = f"exit code {case['exit_code']}, {case['tracebacks']} tracebacks; the same command then {after}"
+            results[f"storage: {name}"] = float(case["equal"]), details
     if case := figures.get("soak"):
         first, last = case["samples"]
         same = all(first[key] == last[key] for key in ("open_files", "threads"))

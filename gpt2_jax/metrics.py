@@ -94,27 +94,47 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
+        self._waiting: list[str] = []  # rows, as lines
         kept = [row for row in read_rows(path) if row["step"] <= step]
         replace_text(path, "".join(_to_json(row) for row in kept))
 
     def write(self, row: Row) -> None:
-        """Appends a row. It is in the file when this returns.
+        """Appends a row, after those that could not be written before. They are in the file when this returns.
 
         Raises:
-            UserError: the file was deleted, or cannot be written.
+            UserError: the file was deleted.
+            OSError: the disk is full, or cannot be written. The row is kept for the next call, or for `flush`.
         """
+        self._waiting.append(_to_json(row))
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that could not be written before.
+
+        Raises:
+            UserError, OSError: as `write`.
+        """
+        if not self._waiting:
+            return
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND)  # not created anew: rows would be missing
-        except OSError as error:
-            reason = "was deleted" if isinstance(error, FileNotFoundError) else f"cannot be written: {error.strerror}"
+        except FileNotFoundError as error:
             raise UserError(
-                f"{self.path} {reason} while the run trains; start it again to resume from the newest checkpoint"
+                f"{self.path} was deleted while the run trains; start it again to resume from the newest checkpoint"
             ) from error
+        size = os.fstat(file).st_size
         try:
-            with open(file, "w", encoding="utf-8") as text:
-                text.write(_to_json(row))
+            with open(file, "wb", buffering=0) as lines:
+                try:
+                    content = "".join(self._waiting).encode()
+                    while content:
+                        content = content[lines.write(content) :]
+                except OSError:
+                    lines.truncate(size)  # no part of a row stays
+                    raise
         except OSError as error:  # of a file descriptor, so it does not know the name
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._waiting.clear()
 
 
 def _to_json(row: Row) -> str:

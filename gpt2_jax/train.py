@@ -141,6 +141,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
             if initial:
                 keep_initial_tokenizer(initial, config, out)
         print_line = run_checkpoints.print_line = reporter.display.print
+        run_checkpoints.before_save = reporter.flush
         for line in summary.banner(config, data, mesh, attention, size, out, start):
             print_line(line)
         with (
@@ -153,36 +154,36 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
             step, val_loss = start, None
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device
-            try:
-                while step < config.steps and not (signal_number := stop_requested(step)):
+            while step < config.steps and not (signal_number := stop_requested(step)):
+                try:
                     batch = next(batches)
-                    with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
-                        if step + 1 in config.skip_updates:
-                            state, metrics = skip_update(state), None
-                        else:
-                            state, metrics = update(state, put_batch(batch, sharding))
-                    reporter.update(pending)  # fetched only now, when the device already has its next work
-                    watch.step = step
-                    step, val_loss = step + 1, None
-                    pending = step, metrics
-                    evaluates = step == config.steps or is_due(step, config.eval.every)
-                    saves = step < config.steps and is_due(step, config.checkpoint.every)
-                    if evaluates or saves or is_due(step, config.log.check_replicas):
+                except UserError:  # damaged data, found late: keep what was trained
+                    if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
                         reporter.catch_up(pending)
-                        watch.step = step
-                        fingerprint = run_checkpoints.fingerprint(state)
-                        if evaluates:
-                            loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
-                            val_loss = reporter.evaluation(step, loss_sum, n_targets, fingerprint.state)
-                        elif saves:
-                            reporter.saved(step, fingerprint.state)
-                        if saves:
-                            run_checkpoints.save(step, state, fingerprint, val_loss)
-            except UserError:  # damaged data, found late: keep what was trained
-                if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
+                        run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), val_loss)
+                    raise
+                with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
+                    if step + 1 in config.skip_updates:
+                        state, metrics = skip_update(state), None
+                    else:
+                        state, metrics = update(state, put_batch(batch, sharding))
+                reporter.update(pending)  # fetched only now, when the device already has its next work
+                watch.step = step
+                step, val_loss = step + 1, None
+                pending = step, metrics
+                evaluates = step == config.steps or is_due(step, config.eval.every)
+                saves = step < config.steps and is_due(step, config.checkpoint.every)
+                if evaluates or saves or is_due(step, config.log.check_replicas):
                     reporter.catch_up(pending)
-                    run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), val_loss)
-                raise
+                    watch.step = step
+                    fingerprint = run_checkpoints.fingerprint(state)
+                    if evaluates:
+                        loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
+                        val_loss = reporter.evaluation(step, loss_sum, n_targets, fingerprint.state)
+                    elif saves:
+                        reporter.saved(step, fingerprint.state)
+                    if saves:
+                        run_checkpoints.save(step, state, fingerprint, val_loss)
             reporter.catch_up(pending)
             fingerprint = run_checkpoints.fingerprint(state)
             run_checkpoints.save_and_wait(step, state, fingerprint, val_loss)

@@ -1,6 +1,10 @@
 """Rows, throughput, MFU, the plain lines and the plot."""
 
+import errno
+import io
 import json
+import math
+import os
 
 import jax
 import numpy as np
@@ -132,3 +136,38 @@ def test_the_plot_shows_means_of_training_rows_and_every_evaluation(tmp_path):
         "training (means of 3 rows)",
         "validation (1.5000 at the end)",
     ]
+
+
+def test_rows_wait_while_they_cannot_be_written(tmp_path, monkeypatch):
+    """Half of the second row fits on the disk."""
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1})
+    whole = io.FileIO.write
+
+    class Full(io.FileIO):
+        def write(self, content):
+            if len(content) < 8:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return whole(self, content[:8])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda file, *args, **keywords: Full(file, "wb"))
+        with pytest.raises(OSError, match="No space left"):
+            file.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    file.write({"step": 3})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_deleted_file_is_not_made_again(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl was deleted while the run trains; start it again"):
+        file.write({"step": 1})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_rows_are_json_or_an_error(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        file.write({"step": 1, "loss": math.nan})

@@ -78,6 +78,7 @@ class RunCheckpoints:
     Attributes:
         newest: the newest step that this process saved or restored.
         print_line: prints a line about a save that failed.
+        before_save: is called before each save. An OSError of it counts as a failure of the save.
 
     Args:
         checkpoints: the checkpoints in the run directory.
@@ -97,6 +98,7 @@ class RunCheckpoints:
         self._saving, self._failures = False, 0  # in the background; saves in a row that failed
         self.newest = 0
         self.print_line: Callable[[str], None] = print
+        self.before_save: Callable[[], None] = lambda: None
 
     def fingerprint(self, state: TrainState) -> StateFingerprint:
         """The fingerprint of the state. Waits for the state.
@@ -259,6 +261,7 @@ class RunCheckpoints:
             "fingerprint": {"state": fingerprint.state, "params": fingerprint.params},
         }
         try:
+            self.before_save()
             self._checkpoints.save(step, state, info, val_loss)
             self._saving, self.newest = True, step
         except Exception as error:

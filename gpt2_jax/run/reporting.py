@@ -14,7 +14,7 @@ from gpt2_jax.config import TrainConfig
 from gpt2_jax.display import Display
 from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError, RewindError
-from gpt2_jax.metrics import MetricsFile, ThroughputMeter, flops_per_token, format_row, plot
+from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
 
@@ -47,6 +47,7 @@ class Reporter:
         self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
         self._reported = start
         self._outliers = 0  # in a row
+        self._rows_wait = False
         self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
@@ -93,8 +94,7 @@ class Reporter:
             "tokens_per_second": speed and round(speed.tokens_per_second, 1),
             "mfu": speed and speed.mfu and round(speed.mfu, 4),
         }
-        if self._file:
-            self._file.write(row)
+        self._write(row)
         left = self._tokens_after(self._config.steps) - tokens
         parts = format_row(row, left / speed.tokens_per_second if speed else None)
         self.display.show(step, f"update {step}/{self._config.steps}", parts)
@@ -116,8 +116,7 @@ class Reporter:
     def _skipped(self, step: int, reason: str) -> None:
         """Logs an update that changed nothing."""
         self.display.print(f"update {step}: skipped ({reason})")
-        if self._file:
-            self._file.write({"step": step, "tokens": self._tokens_after(step), "skipped": reason})
+        self._write({"step": step, "tokens": self._tokens_after(step), "skipped": reason})
 
     def _before(self) -> str:
         saved = self._checkpoints.newest
@@ -143,9 +142,9 @@ class Reporter:
         loss = loss_sum / n_targets
         self._check_finite(step, loss, f"validation loss {loss}")
         self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
+        row = {"step": step, "tokens": self._tokens_after(step), "val_loss": loss, "fingerprint": fingerprint}
+        self._write(row)
         if self._file:
-            row = {"step": step, "tokens": self._tokens_after(step), "val_loss": loss, "fingerprint": fingerprint}
-            self._file.write(row)
             try:
                 plot(self._file.path, self._out / "loss.png")
             except OSError as error:
@@ -154,8 +153,29 @@ class Reporter:
 
     def saved(self, step: int, fingerprint: str) -> None:
         """Logs the fingerprint of the state that is saved after an update without an evaluation."""
+        self._write({"step": step, "tokens": self._tokens_after(step), "fingerprint": fingerprint})
+
+    def _write(self, row: Row) -> None:
+        """Writes a row. One that cannot be written waits: a checkpoint is saved only with all rows before it."""
         if self._file:
-            self._file.write({"step": step, "tokens": self._tokens_after(step), "fingerprint": fingerprint})
+            try:
+                self._file.write(row)
+                self._rows_wait = False
+            except OSError as error:
+                if not self._rows_wait:
+                    self.display.print(
+                        f"{self._file.path} cannot be written ({error.strerror}); its rows wait in memory"
+                    )
+                self._rows_wait = True
+
+    def flush(self) -> None:
+        """Writes the rows that wait.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if self._file:
+            self._file.flush()
 
     def catch_up(self, pending: tuple[int, Metrics | None] | None) -> None:
         """`update`, then stops the throughput clock: what follows is not training."""
