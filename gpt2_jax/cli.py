@@ -137,8 +137,8 @@ def silence_third_parties() -> None:
     """Silences log lines that repeat what a command prints itself. Only commands call this, never the Python API.
 
     Orbax logs every phase of a save through absl, and also the errors that it raises. It raises the first error of a
-    save, asyncio logs the others, and Python warns of what never ran. huggingface_hub logs warnings that our one-line errors repeat. matplotlib warns
-    where it cannot write a cache of fonts, as with a read-only home.
+    save, asyncio logs the others, and Python warns of what never ran. huggingface_hub logs warnings that our one-line
+    errors repeat. matplotlib warns where it cannot write a cache of fonts, as with a read-only home.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when huggingface_hub is imported
     logging.getLogger("absl").setLevel(logging.CRITICAL)
