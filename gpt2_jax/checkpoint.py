@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import Context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import jax
 import numpy as np
@@ -22,28 +24,75 @@ from orbax.checkpoint import checkpoint_managers
 from gpt2_jax.checkpoint_info import read_info, seal
 from gpt2_jax.errors import DamagedError, UserError, fixable, one_line
 
+try:  # Not public. Without them, a failed save or restore is as right, but prints tracebacks and delays the exit.
+    from orbax.checkpoint._src import asyncio_utils
+    from orbax.checkpoint._src.futures import future
+except ImportError:
+    asyncio_utils = future = None
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 
 def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that ends its tasks before it closes.
+    """An event loop that ignores what other threads hand over after it was closed."""
 
-    Orbax reads all arrays at once, and closes its loop at the first error. Each of the other reads would then print a
-    traceback.
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end, and cancels the tasks that it leaves behind.
+
+    Orbax reads or writes all arrays at once, and forgets the others at the first error. Each of them would then print a
+    traceback: its task, and TensorStore where it cannot cancel.
     """
+    loop = _Loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(coroutine)
+    finally:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        asyncio.set_event_loop(None)
+        loop.close()
 
-    def close(self) -> None:
-        """Cancels the tasks that still run, waits for their ends, and closes the loop."""
-        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            for task in tasks:
-                task.cancel()
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
+
+if hasattr(asyncio_utils, "_run_sync_via_new_loop"):
+    asyncio_utils._run_sync_via_new_loop = _run
 
 
-_new_event_loop = asyncio.new_event_loop
+@contextmanager
+def _ending_threads() -> Iterator[None]:
+    """Ends the threads of a save that fails.
+
+    They wait for a directory that is never made, ten minutes long, with a copy of the state. Python's exit waits for
+    them. (Several processes skip Python's exit after an error.)
+    """
+    try:
+        yield
+    except BaseException:
+        kind = getattr(future, "_SignalingThread", None)
+        if kind and jax.process_count() == 1:
+            for thread in threading.enumerate():
+                if isinstance(thread, kind):
+                    waiting: Any = thread
+                    waiting.cancel()
+                    future.set_signals(waiting._receive_signals, operation_id=waiting._operation_id)
+        raise
 
 
 @contextmanager
@@ -52,15 +101,13 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 
     Orbax raises a bare Exception for missing or cut files, and errors of many types for damaged ones.
     """
-    asyncio.new_event_loop = _Loop  # Orbax calls it for each read
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or fixable(error):
             raise
-        raise DamagedError(f"the checkpoint {checkpoint} is damaged ({one_line(error)})") from error
-    finally:
-        asyncio.new_event_loop = _new_event_loop
+        reason = one_line(error, None).split(" See full TensorStore details")[0][:200]
+        raise DamagedError(f"the checkpoint {checkpoint} is damaged ({reason})") from error
 
 
 class SavedState:
@@ -144,12 +191,22 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(*[Exception] if kind else []):  # a save that failed must not hide the error that ended the block
+        try:
             self.close()
+        except Exception:
+            if kind is None:  # otherwise the first error counts
+                raise
 
     def close(self) -> None:
-        """Waits for background saves and releases the directory."""
-        self._manager.close()
+        """Waits for background saves and releases the directory.
+
+        Raises:
+            OSError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def wait(self) -> None:
         """Waits until all saves are on disk.
@@ -157,7 +214,8 @@ class Checkpoints:
         Raises:
             OSError: one could not be written. So does `save`, for the saves before.
         """
-        self._manager.wait_until_finished()
+        with _ending_threads():
+            self._manager.wait_until_finished()
 
     def is_saving(self) -> bool:
         """True while a save runs in the background."""
@@ -188,11 +246,12 @@ class Checkpoints:
             val_loss: the validation loss at this step, if known; ranks the checkpoint.
         """
         sealed = seal(step, val_loss, info)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed)),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
-        )
+        with _ending_threads():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed)),
+                metrics=None if val_loss is None else {"val_loss": val_loss},
+            )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Restores the state of `step` with the shapes, dtypes and shardings of `abstract_state`.

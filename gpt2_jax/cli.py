@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -52,9 +52,6 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         code = 141 if isinstance(failed, BrokenPipeError) else _report(f"error: {fixable(failed) or failed}", 2)
     _drop_unless_writable(sys.stderr)
     if interrupts and code == 130 and "jax" in sys.modules:  # its threads may still compile, and crash at the shutdown
-        os._exit(code)
-    # The threads of a save whose directory could not be made wait minutes for it, and Python for them.
-    if any(type(thread).__module__.startswith("orbax.") and thread.is_alive() for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
 
@@ -139,9 +136,12 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
 def silence_third_parties() -> None:
     """Silences log lines that repeat what a command prints itself. Only commands call this, never the Python API.
 
-    Orbax logs every phase of a save through absl, and also the errors that it raises. huggingface_hub logs warnings
-    that our one-line errors repeat. matplotlib warns where it cannot write a cache of fonts, as with a read-only home.
+    Orbax logs every phase of a save through absl, and also the errors that it raises. It raises the first error of a
+    save, asyncio logs the others, and Python warns of what never ran. huggingface_hub logs warnings that our one-line
+    errors repeat. matplotlib warns where it cannot write a cache of fonts, as with a read-only home.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when huggingface_hub is imported
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 from typing import Any
 
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -61,11 +63,21 @@ def strip_controls(text: str) -> str:
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
+def storage_problem(error: BaseException) -> str:
+    """Why nothing more can be written, as "No space left on device"; "" for any other error.
+
+    TensorStore has the number of the system's error in its text, and calls a full disk RESOURCE_EXHAUSTED.
+    """
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) else ""
+
+
 def fixable(error: BaseException) -> str:
     """The line for an error of the system or a library that the user can fix; "" for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        where = error.filename or "the output"  # standard output, or a file whose name the error does not have
-        return f"{where} cannot be written: {error.strerror}; make room, or write elsewhere"
+    if problem := storage_problem(error):
+        where = getattr(error, "filename", None) or "the output"  # standard output, or a file that it does not name
+        return f"{where} cannot be written: {problem}; make room, or write elsewhere"
     text = one_line(error, 300)
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
         return f"not enough memory ({text}); take a smaller model, a smaller --micro_batch_size or more devices"

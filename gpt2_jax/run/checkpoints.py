@@ -23,7 +23,16 @@ from gpt2_jax.data import Data
 from gpt2_jax.data.contents import Contents
 from gpt2_jax.display import si
 from gpt2_jax.distributed.agreement import barrier, broadcast_from_primary, first_problem, is_primary
-from gpt2_jax.errors import DamagedError, ReplicaError, RewindError, SaveError, UserError, fixable, one_line
+from gpt2_jax.errors import (
+    DamagedError,
+    ReplicaError,
+    RewindError,
+    SaveError,
+    UserError,
+    fixable,
+    one_line,
+    storage_problem,
+)
 from gpt2_jax.fingerprint import StateFingerprint, make_state_fingerprint
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -302,15 +311,18 @@ class RunCheckpoints:
         if jax.process_count() > 1:  # the others wait for this process in Orbax
             raise error
         self._failures += 1
-        for path in {*self._checkpoints.directory.iterdir()} - {*complete_checkpoints(self._checkpoints.directory)}:
+        directory = self._checkpoints.directory
+        if not directory.exists():
+            raise UserError(f"{directory} was deleted while the run trains; start it again") from error
+        for path in {*directory.iterdir()} - {*complete_checkpoints(directory)}:
             if path.name.split(".")[0].isdigit() and DAMAGED not in path.name:
                 shutil.rmtree(path, ignore_errors=True)
         self._checkpoints.reload()
         self.newest = self._checkpoints.latest() or 0
-        reason = fixable(error) or one_line(error)
+        reason = storage_problem(error) or fixable(error) or one_line(error)
         line = f"a checkpoint could not be saved ({reason}); the newest is {self.newest or 'missing'}"
         if self._failures >= self._config.checkpoint.max_failures:
-            raise SaveError(f"{line}; {self._failures} saves in a row failed; make room, and start the run again")
+            raise SaveError(f"{line}; {self._failures} saves in a row failed; fix that, and start the run again")
         self.print_line(f"{line}; training continues, and tries again at the next save")
 
     def _unstack(self, state: TrainState) -> TrainState:
