@@ -161,10 +161,10 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                             state, metrics = skip_update(state), None
                         else:
                             state, metrics = update(state, put_batch(batch, sharding))
-                    reporter.update(pending)  # fetched only now, when the device already has its next work
-                    watch.step = step
-                    step, val_loss = step + 1, None
+                    before, step, val_loss = pending, step + 1, None
                     pending = step, metrics
+                    reporter.update(before)  # fetched only now, when the device already has its next work
+                    watch.step = step - 1
                     evaluates = step == config.steps or is_due(step, config.eval.every)
                     saves = step < config.steps and is_due(step, config.checkpoint.every)
                     if evaluates or saves or is_due(step, config.log.check_replicas):
