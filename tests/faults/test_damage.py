@@ -1,6 +1,5 @@
 """Damaged checkpoints: which are set aside, what is used instead, and what is refused."""
 
-import re
 import shutil
 from contextlib import suppress
 

@@ -82,11 +82,28 @@ def test_saves_that_keep_failing_end_the_run_with_code_1(flags, tmp_path, failin
     assert EXIT_CODES[SaveError] == 1
 
 
+@pytest.mark.parametrize(("free", "warns"), [(10_000, True), (100_000, False)])
+def test_a_run_says_what_it_will_write_and_warns_if_the_disk_is_too_small(
+    stopped, whole, flags, monkeypatch, capsys, free, warns
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, free))
+    out = stopped(4, 6, 8)
+    params = 257 * 8 + 127 * 8 + 8 * 8 + 4 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 2 * 8
+    n_bytes = 3 * 4 * params + 3 * 4  # with both moments, the step and the optimizer's two counts
+    assert run(flags, out, "--checkpoint.keep", 2) == 0
+    output = capsys.readouterr().out
+    assert (
+        f"saves     {n_bytes / 1000:.3g}kB each, up to 4 at once; {free / 1000:g}kB free" in output
+    )  # 2, the best, a new one
+    assert (f"checkpoints needs {n_bytes / 1000:.3g}kB more, and its disk has 10kB; make room, or" in output) == warns
+    assert names(out) == ["10", "8"]
+
+
 @pytest.mark.parametrize(
     ("name", "update", "message"),
     [
         ("metrics.jsonl", 6, r"metrics.jsonl was deleted while the run trains; start it again to resume from"),
-        pytest.param("", 3, r"run/checkpoints was deleted while the run trains; start", marks=pytest.mark.slow),
+        pytest.param("", 3, r"run/\S+ was deleted while the run trains; start it again", marks=pytest.mark.slow),
         pytest.param("checkpoints", 3, r"run/checkpoints was deleted while the run", marks=pytest.mark.slow),
     ],
 )
