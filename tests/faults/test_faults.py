@@ -1,0 +1,172 @@
+"""What goes wrong while a run trains: numbers, disks, devices and signals. Nothing wrong is kept, nothing is lost."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faulty import command, names, rows, run
+from xla_flags import FAST_COMPILE
+
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.errors import DivergedError, SaveError, UserError
+from gpt2_jax.train import EXIT_CODES
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["loss", pytest.param("param_norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("update", [6, pytest.param(7, marks=pytest.mark.slow)])  # at a save, and after one
+def test_what_is_not_finite_is_never_saved(flags, tmp_path, after_update, metric, update):
+    nan = jnp.float32(np.nan)
+    after_update(update, lambda state, metrics: (state, metrics._replace(**{metric: nan})))
+    saved = 2 * ((update - 1) // 2)
+    with pytest.raises(DivergedError, match=rf"update {update} has .* nan.*; checkpoints/{saved} is from before"):
+        run(flags, tmp_path / "run")
+    assert names(tmp_path / "run") == [str(step) for step in range(2, update, 2)]
+    assert max(row["step"] for row in rows(tmp_path / "run")) == update - 1
+
+
+@pytest.mark.slow
+def test_a_learning_rate_beyond_any_number_is_found_at_update_1(flags, tmp_path):
+    huge = ("--optimizer.learning_rate", "3e38", "--optimizer.warmup_steps", 1)
+    with pytest.raises(DivergedError, match=r"update 1 has .* parameters of norm inf; nothing was saved"):
+        run(flags, tmp_path / "run", *huge)
+    assert not (tmp_path / "run").exists()  # nothing was trained in it
+
+
+# --- disks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing_saves(monkeypatch):
+    """`failing_saves(n)` lets the first n saves of a run fail, each with the error of a full disk."""
+    save = Checkpoints.save
+
+    def failing_saves(number):
+        failures = iter(range(number))
+
+        def fail(self, step, *args):
+            if next(failures, None) is not None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            save(self, step, *args)
+
+        monkeypatch.setattr(Checkpoints, "save", fail)
+
+    return failing_saves
+
+
+def test_a_save_that_fails_is_tried_again_at_the_next(flags, whole, tmp_path, failing_saves, capsys):
+    failing_saves(2)
+    out = tmp_path / "run"
+    assert run(flags, out) == 0
+    line = "a checkpoint could not be saved (No space left on device); the newest is missing; training continues, and "
+    assert capsys.readouterr().out.count(f"{line}tries again at the next save\n") == 2
+    assert names(out) == ["10", "6", "8"]
+    assert rows(out) == rows(whole)
+
+
+def test_saves_that_keep_failing_end_the_run_with_code_1(flags, tmp_path, failing_saves):
+    failing_saves(9)
+    message = (
+        r"could not be saved \(No space left on device\); the newest is missing; 2 saves in a row failed; fix that"
+    )
+    with pytest.raises(SaveError, match=message):
+        run(flags, tmp_path / "run", "--checkpoint.max_failures", 2)
+    assert EXIT_CODES[SaveError] == 1
+
+
+@pytest.mark.parametrize(("free", "warns"), [(10_000, True), (100_000, False)])
+def test_a_run_says_what_it_will_write_and_warns_if_the_disk_is_too_small(
+    stopped, whole, flags, monkeypatch, capsys, free, warns
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, free))
+    out = stopped(4, 6, 8)
+    params = 257 * 8 + 127 * 8 + 8 * 8 + 4 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 2 * 8
+    n_bytes = 3 * 4 * params + 3 * 4  # with both moments, the step and the optimizer's two counts
+    assert run(flags, out, "--checkpoint.keep", 2) == 0
+    output = capsys.readouterr().out
+    assert (
+        f"saves     {n_bytes / 1000:.3g}kB each, up to 4 at once; {free / 1000:g}kB free" in output
+    )  # 2, the best, a new one
+    assert (f"checkpoints needs {n_bytes / 1000:.3g}kB more, and its disk has 10kB; make room, or" in output) == warns
+    assert names(out) == ["10", "8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "message"),
+    [
+        ("metrics.jsonl", 6, r"metrics.jsonl was deleted while the run trains; start it again to resume from"),
+        pytest.param("", 3, r"run/\S+ was deleted while the run trains; start it again", marks=pytest.mark.slow),
+        pytest.param("checkpoints", 3, r"run/checkpoints was deleted while the run", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_deleted_while_a_run_trains_is_one_line(flags, whole, tmp_path, after_update, name, update, message):
+    out, flags = tmp_path / "run", [*flags, "--checkpoint.every", "5"]
+
+    def delete(*_):
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    after_update(update, delete)
+    with pytest.raises(UserError, match=message):
+        run(flags, out)
+    assert not (out / name).exists()
+    after_update(0, delete)  # never
+    assert run(flags, out) == 0
+    assert rows(out)[-1] == rows(whole)[-1]
+
+
+# --- devices -------------------------------------------------------------------------------------------
+
+
+def test_a_replica_with_one_flipped_bit_is_found_at_the_next_check_and_named(flags, tmp_path, after_update, capsys):
+    def flip(state, metrics):
+        leaf = state.params["ln_f"]["scale"]
+        copies = [np.array(shard.data) for shard in leaf.addressable_shards]
+        copies[5].view(np.uint32)[3] ^= 1 << 7
+        placed = jax.device_put(copies, [shard.device for shard in leaf.addressable_shards])
+        state.params["ln_f"]["scale"] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+        return state, metrics
+
+    after_update(5, flip)
+    few = ("--checkpoint.every", 4, "--eval.every", 0, "--log.check_replicas", 1)
+    assert command(flags, tmp_path / "run", *few) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: after update 5, the training state on cpu:5 differs from its copies on other")
+    assert line.endswith("checkpoints/4 is from before")
+    assert names(tmp_path / "run") == ["4"]
+
+
+# --- signals -------------------------------------------------------------------------------------------
+
+TERMINATED = """
+import os, signal
+from gpt2_jax.run import summary
+summary.sample_text = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+from gpt2_jax.train import command
+command()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_summary_leaves_the_last_save_whole(flags, whole, tmp_path):
+    """A process of its own."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-c", TERMINATED, *flags, "--out", str(out)]
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILE}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=200)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+    assert rows(out) == rows(whole)
+    assert run(flags, out) == 0
+    assert rows(out) == rows(whole)
+    assert names(out) == names(whole)
