@@ -17,7 +17,6 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.interop import open_model
-from gpt2_jax.interop.stored import StoredModel
 
 
 def test_a_run_directory_loads_its_newest_checkpoint(theirs, tmp_path):
@@ -67,25 +66,3 @@ def test_the_parameters_are_compared_with_a_fingerprint(theirs, tmp_path, capsys
     with pytest.raises(DamagedError, match=f"but {fingerprint} was expected"):
         convert(str(exported), "huggingface", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_reader_takes_the_next_checkpoint_if_its_own_is_deleted(theirs, tmp_path, monkeypatch):
-    """The run saves and deletes while its newest checkpoint is read."""
-    params = as_params(theirs.state_dict(), CONFIG)
-    run = save_run(tmp_path / "run", CONFIG, params)
-    read, opened = StoredModel.parameter, []
-
-    def parameter(self, name):
-        if not opened:
-            with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-                checkpoints.save(12, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {})
-        opened.append(self.where)
-        return read(self, name)
-
-    monkeypatch.setattr(StoredModel, "parameter", parameter)
-    assert_same_params(load(str(run)).params, jax.tree.map(lambda leaf: 2 * leaf, params))
-    assert opened[0].endswith("/3")
-    assert opened[-1].endswith("/12")
-    shutil.rmtree(run / "checkpoints" / "12")
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        load(str(run))
