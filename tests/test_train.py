@@ -232,6 +232,7 @@ def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path, capsys)
     np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys, monkeypatch):
     plots = []
     monkeypatch.setattr("gpt2_jax.run.reporting.plot", lambda metrics, image: plots.append(image))
@@ -572,6 +573,7 @@ def test_a_start_that_fails_leaves_no_tokenizer(origin, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["text", *SLOW_KINDS])
 def test_a_run_keeps_the_tokenizer_of_the_model_it_starts_from(tiny_run, origin, tmp_path, tokens):
     theirs = AutoTokenizer.from_pretrained(origin[1])
@@ -620,6 +622,7 @@ def test_a_converted_model_is_not_taken_for_a_run(tiny_run, origin, tmp_path):
         run_here([*tiny_run, "--out", str(model)])
 
 
+@pytest.mark.slow
 def test_the_alphabet_comes_from_the_model(tiny_run, tmp_path):
     args = [*tiny_run, "--data.tokenizer", "chars", "--data.characters", "\n 0123456789abcdeinqrsuxyz", "--steps", "2"]
     assert run_here([*args, "--out", str(tmp_path / "first")]) == 0

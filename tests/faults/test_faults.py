@@ -82,7 +82,7 @@ def test_saves_that_keep_failing_end_the_run_with_code_1(flags, tmp_path, failin
     assert EXIT_CODES[SaveError] == 1
 
 
-@pytest.mark.parametrize(("free", "warns"), [(10_000, True), (100_000, False)])
+@pytest.mark.parametrize(("free", "warns"), [(10_000, True), pytest.param(100_000, False, marks=pytest.mark.slow)])
 def test_a_run_says_what_it_will_write_and_warns_if_the_disk_is_too_small(
     stopped, whole, flags, monkeypatch, capsys, free, warns
 ):
@@ -102,7 +102,12 @@ def test_a_run_says_what_it_will_write_and_warns_if_the_disk_is_too_small(
 @pytest.mark.parametrize(
     ("name", "update", "message"),
     [
-        ("metrics.jsonl", 6, r"metrics.jsonl was deleted while the run trains; start it again to resume from"),
+        pytest.param(
+            "metrics.jsonl",
+            6,
+            r"metrics.jsonl was deleted while the run trains; start it again to resume from",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("", 3, r"run/\S+ was deleted while the run trains; start it again", marks=pytest.mark.slow),
         pytest.param("checkpoints", 3, r"run/checkpoints was deleted while the run", marks=pytest.mark.slow),
     ],
