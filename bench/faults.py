@@ -309,7 +309,7 @@ def storage(runs: Runs, repeat: int) -> Figures:
 def soak(runs: Runs, repeat: int) -> Figures:
     """Memory, open files and threads of a run of 5,000 updates, at update 500 and at its end."""
     out, samples = runs.directory / "soak", []
-    process = runs.start(out, "--steps", "5000", "--checkpoint.every", "500", "--eval.every", "500")
+    process = runs.start(out, "--steps", "5000", "--checkpoint.every", "100", "--eval.every", "100")
     for step in (500, 4900):
         wait_for(process, out, step, 0.0)
         proc = Path("/proc") / str(process.pid)

@@ -48,6 +48,9 @@ every = 1
 """
 
 
+REWIND = ["--steps", "20", "--optimizer.on_outlier", "rewind"]  # update 18 is wild, and so is the 22nd
+
+
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory):
     """Token files of one repeated byte, with two windows of noise: their updates stand out."""
@@ -75,19 +78,19 @@ def rows_of(out):
 
 
 def test_a_rewound_run_equals_one_that_was_told_beforehand(wild, tmp_path, capsys):
-    rows, fingerprint = run(wild, tmp_path / "a", "--optimizer.on_outlier", "rewind")
+    rows, fingerprint = run(wild, tmp_path / "a", *REWIND)
     skipped = [row["step"] for row in rows if "skipped" in row]
-    assert skipped == [18, 22]
+    assert skipped == [18]
     assert "is an outlier, with loss" in (output := capsys.readouterr().out)
     assert "continuing from checkpoints/16, passing over 18\n" in output
     assert read_config(str(tmp_path / "a" / "config.toml")).skip_updates == tuple(skipped)
-    told = run(wild, tmp_path / "b", "--optimizer.on_outlier", "rewind", "--skip_updates", *skipped)
+    told = run(wild, tmp_path / "b", *REWIND, "--skip_updates", *skipped)
     assert told == (rows, fingerprint)
     # The same command resumes with what was passed over.
     for path in (tmp_path / "a" / "checkpoints").iterdir():
-        if int(path.name) > 20:
+        if int(path.name) > 16:
             shutil.rmtree(path)
-    assert run(wild, tmp_path / "a", "--optimizer.on_outlier", "rewind") == (rows, fingerprint)
+    assert run(wild, tmp_path / "a", *REWIND) == (rows, fingerprint)
 
 
 @pytest.mark.slow
