@@ -142,7 +142,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 keep_initial_tokenizer(initial, config, out)
         print_line = run_checkpoints.print_line = reporter.display.print
         run_checkpoints.before_save = reporter.flush
-        for line in summary.banner(config, data, mesh, attention, size, out, start):
+        for line in summary.banner(config, data, mesh, attention, size, out, start) + run_checkpoints.room(start):
             print_line(line)
         with (
             stop_signals() as stop_requested,

@@ -156,34 +156,36 @@ class RunCheckpoints:
             barrier("set aside")
             self._checkpoints.reload()
         self._open_contents()
-        if is_primary():
-            self._say_room(start=int(step) if steps else 0)
         if not steps:
             params = initial.place(abstract_state(model, config.optimizer, mesh).params) if initial else None
             return init_state(model, config.optimizer, mesh, config.seed, params), 0
         self.newest = step
         return state, step
 
-    def _say_room(self, start: int) -> None:
-        """Says how much the run will write into checkpoints, and warns if its disk is too small."""
+    def room(self, start: int) -> list[str]:
+        """The lines that say how much the checkpoints of the run take, with a warning if their disk is too small.
+
+        Args:
+            start: the update that the run resumes after.
+        """
         config, directory = self._config, self._checkpoints.directory
         every = config.checkpoint.every or config.steps
         saves = -(-config.steps // every) - start // every
         if not saves:
-            return
+            return []
         leaves = jax.tree.leaves(abstract_state(self._unrolled, config.optimizer, self._mesh))
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         # Those to keep, the best one, and the one that is written: an old one is deleted afterwards.
         here = len(self._checkpoints.steps())
         most = max(here, min(config.checkpoint.keep + 2, here + saves))
-        free = shutil.disk_usage(directory).free
-        print(f"{'saves':10}{si(n_bytes)}B each, up to {most} at once; {si(free)}B free", flush=True)
-        if (needed := n_bytes * (most - here)) > free:
-            print(
+        needed, free = n_bytes * (most - here), shutil.disk_usage(directory).free
+        lines = [f"{'saves':10}{si(n_bytes)}B each, up to {most} at once; {si(free)}B free"]
+        if needed > free:
+            lines.append(
                 f"{'warning':10}{directory} needs {si(needed)}B more, and its disk has {si(free)}B; make room, or "
-                "lower checkpoint.keep",
-                flush=True,
+                "lower checkpoint.keep"
             )
+        return lines
 
     def _try_restore(self, step: int) -> tuple[TrainState, str]:
         """The state of a checkpoint, and what is wrong with it in any process; "" if it is what was saved."""
