@@ -307,17 +307,17 @@ def storage(runs: Runs, repeat: int) -> Figures:
 
 
 def soak(runs: Runs, repeat: int) -> Figures:
-    """Memory, open files and threads of a run of 5,000 updates, at update 500 and at its end."""
+    """Memory, open files and threads of a run of 5,000 updates with 50 evaluations and saves, from update 500 on."""
     out, samples = runs.directory / "soak", []
     process = runs.start(out, "--steps", "5000", "--checkpoint.every", "100", "--eval.every", "100")
-    for step in (500, 4900):
+    for step in (500, 1600, 2700, 3800, 4900):
         wait_for(process, out, step, 0.0)
         proc = Path("/proc") / str(process.pid)
         resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         files, threads = len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
         samples.append({"update": step, "resident_mb": resident / 2**20, "open_files": files, "threads": threads})
     process.communicate(timeout=TIMEOUT)
-    return {"samples": samples, "growth_mb": samples[1]["resident_mb"] - samples[0]["resident_mb"]}
+    return {"samples": samples, "growth_mb": samples[-1]["resident_mb"] - samples[0]["resident_mb"]}
 
 
 def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
@@ -373,11 +373,12 @@ def rows(figures: Figures) -> Rows:
             details = f"exit code {case['exit_code']}, {case['tracebacks']} tracebacks; the same command then {after}"
             results[f"storage: {name}"] = float(case["equal"]), details
     if case := figures.get("soak"):
-        first, last = case["samples"]
-        same = all(first[key] == last[key] for key in ("open_files", "threads"))
+        columns = {key: [sample[key] for sample in case["samples"]] for key in case["samples"][0]}
+        details = ", ".join(f"{megabytes:.0f}" for megabytes in columns["resident_mb"])
         results["MB of memory that 4,400 updates add"] = (
             case["growth_mb"],
-            f"to {first['resident_mb']:.0f} MB; open files and threads " + ("constant" if same else "grow"),
+            f"in use at updates {', '.join(map(str, columns['update']))}: {details}; open files {columns['open_files']}, "
+            f"threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
         raw = "; ".join(
