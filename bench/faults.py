@@ -377,8 +377,8 @@ def rows(figures: Figures) -> Rows:
         details = ", ".join(f"{megabytes:.0f}" for megabytes in columns["resident_mb"])
         results["MB of memory that 4,400 updates add"] = (
             case["growth_mb"],
-            f"in use at updates {', '.join(map(str, columns['update']))}: {details}; open files {columns['open_files']}, "
-            f"threads {columns['threads']}",
+            f"in use at updates {', '.join(map(str, columns['update']))}: {details}; open files "
+            f"{columns['open_files']}, threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
         raw = "; ".join(
