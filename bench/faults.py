@@ -10,6 +10,7 @@ older checkout, in turns.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -24,7 +25,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,11 +84,15 @@ class Runs:
         (directory / "tiny.toml").write_text(TINY)
         (directory / "text.txt").write_text("".join(f"{number} squared is {number**2}\n" for number in range(2000)))
 
+    def flags(self, out: Path) -> list[str]:
+        """Those of the tiny run: its config and text, then its directory and the cache."""
+        return ["--config", str(self.directory / "tiny.toml"), "--data.text", str(self.directory / "text.txt"),
+                "--out", str(out), "--compilation_cache", str(self.directory / "programs")]  # fmt: skip
+
     def start(self, out: Path, *flags: str, checkout: Path = ROOT) -> subprocess.Popen[str]:
         """Starts the command with the tiny config unless `flags` name another."""
-        tiny = ["--config", str(self.directory / "tiny.toml"), "--data.text", str(self.directory / "text.txt")]
-        command = [sys.executable, "-m", "gpt2_jax.train", *([] if "--config" in flags else tiny), "--out", str(out),
-                   "--compilation_cache", str(self.directory / "programs"), *flags]  # fmt: skip
+        tiny = self.flags(out)[4 * ("--config" in flags) :]
+        command = [sys.executable, "-m", "gpt2_jax.train", *tiny, *flags]
         environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
@@ -181,6 +188,63 @@ def signals(runs: Runs, repeat: int) -> Figures:
     return figures
 
 
+class Worker:
+    """A process that runs one training command after another: most of a command's time is its start.
+
+    It is started anew after a crash or a hang.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs, self.process = runs, None
+
+    def finish(self, out: Path, *flags: str) -> tuple[int | None, str]:
+        """As `Runs.finish`."""
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, __file__, "--worker"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin
+        assert stdout
+        stdin.write(json.dumps([*self.runs.flags(out), *flags]) + "\n")
+        stdin.flush()
+        timer = threading.Timer(TIMEOUT, self.process.kill)
+        timer.start()
+        line = stdout.readline()
+        timer.cancel()
+        if line:
+            code, output = json.loads(line)
+            return code, output
+        return (None, "") if self.process.wait() == -signal.SIGKILL else (1, "Traceback: the process died")
+
+
+def work() -> None:
+    """Runs the commands of standard input, each a JSON list of flags, and prints exit code and output of each."""
+    from gpt2_jax import train
+    from gpt2_jax.cli import silence_third_parties
+    from gpt2_jax.errors import UserError
+
+    silence_third_parties()
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as output:
+            os.dup2(output.fileno(), 1)  # also what libraries print
+            os.dup2(output.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            try:
+                code = train.main(json.loads(line))
+            except UserError as error:
+                print(f"error: {error}")
+                code = 2
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            output.seek(0)
+            answers.write(json.dumps([code, output.read()]) + "\n")
+            answers.flush()
+
+
 def damages(runs: Runs, repeat: int) -> Figures:
     """One damage at a time to a random file of a random checkpoint of the last three; then the run resumes."""
     whole, base = runs.directory / "whole", runs.directory / "base"
@@ -193,12 +257,12 @@ def damages(runs: Runs, repeat: int) -> Figures:
     kinds = {"flipped bit": flip, "truncated": truncate, "zeros": zeros, "deleted": delete, "swapped": swap}
     cases = list(itertools.islice(itertools.cycle(kinds), repeat))
 
-    def one(number: int) -> tuple[str, str, str]:
+    def one(worker: Worker, number: int) -> tuple[str, str, str]:
         rng, out, kind = random.Random(number), runs.directory / f"damaged-{number}", cases[number]
         shutil.copytree(base, out)
         file = rng.choice(files)
         kinds[kind](out / file, rng)
-        code, output = runs.finish(out, *flags)
+        code, output = worker.finish(out, *flags)
         problem = [line for line in output.splitlines() if line.startswith("error: ")]
         if code is None:
             result = "hang"
@@ -213,8 +277,13 @@ def damages(runs: Runs, repeat: int) -> Figures:
         shutil.rmtree(out)
         return kind, result, str(file)
 
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(one, range(repeat)))
+    def share(first: int) -> list[tuple[str, str, str]]:
+        worker = Worker(runs)
+        return [one(worker, number) for number in range(first, repeat, n_workers)]
+
+    n_workers = len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(n_workers) as pool:
+        results = [result for results in pool.map(share, range(n_workers)) for result in results]
     bad = [result for result in results if result[1] in ("hang", "traceback", "silently wrong")]
     table = {kind: dict(collections.Counter(result for name, result, _ in results if name == kind)) for kind in kinds}
     return {"damages": repeat, "all": dict(collections.Counter(result for _, result, _ in results)), "by_kind": table,
@@ -398,7 +467,11 @@ def main() -> None:
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
     parser.add_argument("--before", type=Path, help="checkout that `overhead` compares with")
     parser.add_argument("--again", action="store_true", help="also those that are done")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        work()
+        return
     path = args.results / "faults-cpu.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     figures = {piece: known[piece] for piece in pieces if piece in known}
