@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,24 +187,31 @@ def format_row(row: Row, seconds_left: float | None) -> list[str]:
     return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])
 
 
-def loss_figure(rows: Sequence[Row], title: str) -> Figure:
+def loss_figure(rows: Iterable[Row], title: str) -> Figure:
     """Training and validation loss over tokens. The training curve has about 100 points, each a mean of rows."""
+    curves = {key: (array("d"), array("d")) for key in ("loss", "val_loss")}  # the rows of a long run fill memory
+    for row in rows:
+        for key, (tokens, losses) in curves.items():
+            if key in row:
+                tokens.append(row["tokens"])
+                losses.append(row[key])
     # Imported late: it takes a second, and only one process plots.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    points = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
-    if points:
-        length = -(-len(points) // PLOT_POINTS)
-        groups = [points[start : start + length] for start in range(0, len(points), length)]
-        means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+    tokens, losses = curves["loss"]
+    if tokens:
+        length = -(-len(tokens) // PLOT_POINTS)
+        starts = range(0, len(tokens), length)
+        groups = [[column[start : start + length] for start in starts] for column in (tokens, losses)]
+        means = [[sum(group) / len(group) for group in column] for column in groups]
         label = "training" + (f" (means of {length} rows)" if length > 1 else "")
-        axes.plot(*zip(*means, strict=True), label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
-    points = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if points:
-        label = f"validation ({points[-1][1]:.4f} at the end)"
-        axes.plot(*zip(*points, strict=True), label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
+        axes.plot(*means, label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
+    tokens, losses = curves["val_loss"]
+    if tokens:
+        label = f"validation ({losses[-1]:.4f} at the end)"
+        axes.plot(tokens, losses, label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(lambda value, _: si(value))
     axes.grid(alpha=0.3)
@@ -215,5 +224,6 @@ def loss_figure(rows: Sequence[Row], title: str) -> Figure:
 def plot(metrics: Path, image: Path) -> None:
     """Plots the rows of a metrics.jsonl. The image is replaced atomically."""
     partial = image.with_name(image.name + ".partial")
-    loss_figure(list(read_rows(metrics)), metrics.absolute().parent.name).savefig(partial, format="png")
+    loss_figure(read_rows(metrics), metrics.absolute().parent.name).savefig(partial, format="png")
     partial.replace(image)
+    gc.collect()  # a figure is a cycle, and Python's own collections are rare: 16 MB of figures waited for one
