@@ -25,6 +25,10 @@ def validation_loss(
     batch_size = mesh.size * micro_batch_size(config.batch_size, config.micro_batch_size, mesh.size)
     sharding, rows = batch_sharding(mesh, leading_axis=False), functools.partial(local_rows, mesh)
     batches = eval_batches(windows, batch_size, limit, rows)
-    sums = [eval_step(params, put_batch(batch, sharding)) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        sums.append(eval_step(params, put_batch(batch, sharding)))
+        # One is computed and one waits. With 32 that wait, collectives on CPUs can block each other forever.
+        jax.block_until_ready(sums[-2:-1])
     loss_sum, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(loss_sum), int(n_targets)
