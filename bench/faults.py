@@ -1,6 +1,6 @@
 """Kills, signals, damaged checkpoints, full disks and long runs: what is lost, and what the protection costs.
 
-    python bench/faults.py [--pieces kills signals damages storage soak overhead] [--before CHECKOUT]
+    python bench/faults.py [--pieces kills signals damages storage commands processes …] [--before CHECKOUT]
 
 Real processes of `python -m gpt2_jax.train` train a tiny model on real files: accumulation, a batch ramp, evaluations
 and saves. Each is compared with an undisturbed run by the fingerprint of the final state and by all rows without their
@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -89,24 +90,40 @@ class Runs:
         return ["--config", str(self.directory / "tiny.toml"), "--data.text", str(self.directory / "text.txt"),
                 "--out", str(out), "--compilation_cache", str(self.directory / "programs")]  # fmt: skip
 
-    def start(self, out: Path, *flags: str, checkout: Path = ROOT) -> subprocess.Popen[str]:
+    def start(self, out: Path, *flags: str, checkout: Path = ROOT, devices: int | None = None) -> subprocess.Popen[str]:
         """Starts the command with the tiny config unless `flags` name another."""
         tiny = self.flags(out)[4 * ("--config" in flags) :]
         command = [sys.executable, "-m", "gpt2_jax.train", *tiny, *flags]
+        return self._spawn(command, checkout, {} if devices is None else {"JAX_NUM_CPU_DEVICES": str(devices)})
+
+    def other(self, name: str, *args: str | Path) -> tuple[int | None, str]:
+        """Runs another command of the package to its end: the exit code, None for a hang, and its output."""
+        return ended(self._spawn([sys.executable, "-m", f"gpt2_jax.{name}", *map(str, args)], ROOT, {}))
+
+    def _spawn(self, command: list[str], checkout: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
         environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment | variables,
+            errors="replace",
         )
 
     def finish(self, out: Path, *flags: str, checkout: Path = ROOT) -> tuple[int | None, str]:
         """Runs the command to its end: the exit code, None for a hang, and its output."""
-        process = self.start(out, *flags, checkout=checkout)
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return None, process.communicate()[0]
-        return process.returncode, output
+        return ended(self.start(out, *flags, checkout=checkout))
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int | None, str]:
+    """The exit code of a process, None for a hang, and its output."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None, process.communicate()[0]
+    return process.returncode, output
 
 
 def rows_of(out: Path) -> list[Figures]:
@@ -349,9 +366,7 @@ def storage(runs: Runs, repeat: int) -> Figures:
             process = runs.start(out, *flags)
             wait_for(process, out, 50, 0.0)
             if case.startswith("full"):
-                with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-                    while file.write(bytes(1 << 12)):
-                        pass
+                fill(disk)
             elif case == "read-only":
                 subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
             elif case == "directory deleted":
@@ -373,6 +388,132 @@ def storage(runs: Runs, repeat: int) -> Figures:
                 "equal": code == 0 and outcome(out)[0] == undisturbed[0],
             }
     return figures
+
+
+def fill(disk: Path, left: int = 0) -> Path:
+    """Fills a disk but for some bytes, and returns the file to delete."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while file.write(bytes(1 << 12)):
+            pass
+    os.truncate(filler, max(filler.stat().st_size - left, 0))
+    return filler
+
+
+def commands(runs: Runs, repeat: int) -> Figures:
+    """A disk that fills while text is prepared, a model converted and compiled programs cached; then there is room."""
+    undisturbed, run = undisturbed_run(runs), runs.directory / "undisturbed"
+    figures: Figures = {}
+    if os.geteuid():
+        return {"skipped": "only root can mount a file system"}
+    actions: dict[str, Callable[[Path], tuple[int | None, str]]] = {
+        "prepare": lambda out: runs.other(
+            "prepare", runs.directory / "text.txt", "--out", out, "--tokenizer", "bytes", "--shard-tokens", "10000"
+        ),
+        "convert to huggingface": lambda out: runs.other(
+            "convert", "--from", run, "--to", "huggingface", "--out", out
+        ),
+        "convert to orbax": lambda out: runs.other("convert", "--from", run, "--to", "orbax", "--out", out),
+        "program cache": lambda out: runs.finish(
+            runs.directory / f"cached-{out.parent.name}", "--compilation_cache", str(out)
+        ),
+    }  # fmt: skip
+    for case, action in actions.items():
+        code, output = action(runs.directory / "whole" / "out")
+        if code:
+            raise SystemExit(f"{case} failed:\n{output[-2000:]}")
+        with small_disk(runs) as disk:
+            filler = fill(disk, left=40_000)
+            code, output = action(disk / "out")
+            filler.unlink()
+            after, more = action(disk / "out") if code else (code, "")
+            equal = outcome(runs.directory / "cached-disk") == undisturbed if case == "program cache" else same_files(
+                disk / "out", runs.directory / "whole" / "out"
+            )  # fmt: skip
+            figures[case] = {
+                "exit_code": code,
+                "error_lines": sum(line.startswith("error: ") for line in output.splitlines()),
+                "tracebacks": ("Traceback" in output) + ("Traceback" in more),
+                "after_it": after,
+                "equal": after == 0 and equal,
+            }
+        shutil.rmtree(runs.directory / "whole")
+    return figures
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """True if two directories have the same files, but for the names and times that Orbax chooses."""
+    contents = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (one, other)
+    ]  # fmt: skip
+    if all("checkpoints" not in {path.parts[0] for path in files} for files in contents):
+        return contents[0] == contents[1]
+    infos = [read_info(complete_checkpoints(root / "checkpoints")[-1]) for root in (one, other)]
+    return infos[0]["fingerprint"] == infos[1]["fingerprint"]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def processes(runs: Runs, repeat: int) -> Figures:
+    """Two processes of one run; either is killed, or stopped and then killed, at random moments, `repeat` times.
+
+    The other one has to end by itself. Then both start again, and in the end with the same two, with one process on as
+    many devices, and undisturbed.
+    """
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--micro_batch_size", "1", "--checkpoint.every", "10",
+            "--batch_size", "8", "--batch_ramp", "1280", "4")  # fmt: skip
+
+    def start(out: Path) -> list[subprocess.Popen[str]]:
+        several = ("--coordinator", f"localhost:{free_port()}", "--processes", "2", "--heartbeat-timeout", "10")
+        return [runs.start(out, *mesh, *several, "--process", str(number), devices=2) for number in (0, 1)]
+
+    def finish(out: Path) -> list[tuple[int | None, str]]:
+        both = start(out)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # both pipes have to be read
+            return list(pool.map(ended, both))
+
+    rng, out, alone, events = random.Random(0), runs.directory / "two", runs.directory / "one", []
+    for code, output in finish(runs.directory / "whole"):
+        if code:
+            raise SystemExit(f"a process that nobody disturbed failed:\n{output[-2000:]}")
+    expected = outcome(runs.directory / "whole")
+    for number in range(repeat):
+        both, victim, stopped = start(out), number % 2, number // 2 % 2
+        done = max((row["step"] for row in rows_of(out)), default=0)
+        wait_for(both[0], out, done + rng.randint(1, 15), rng.uniform(0.0, 0.3))
+        both[victim].send_signal(signal.SIGSTOP if stopped else signal.SIGKILL)
+        began = time.monotonic()
+        code, output = ended(both[1 - victim])
+        event = {"victim": victim, "stopped": bool(stopped), "code": code, "seconds": time.monotonic() - began,
+                 "error_lines": sum(line.startswith("error: ") for line in output.splitlines())}  # fmt: skip
+        events.append(event)
+        both[victim].kill()
+        both[victim].communicate()
+    steps = [path.name for path in complete_checkpoints(out / "checkpoints")]
+    shutil.copytree(out, alone)
+    codes = [code for code, _ in finish(out)]
+    equal = outcome(out) == expected
+    code, _ = ended(runs.start(alone, *mesh, devices=4))
+    state, rows = outcome(alone)
+    losses = zip(*([row["loss"] for row in some if "loss" in row] for some in (rows, expected[1])), strict=True)
+    return {
+        "events": events,
+        "exit_codes": codes,
+        "equal": equal,
+        "one_process": {
+            "resumed_after": int(steps[-1]),
+            "exit_code": code,
+            "state_equal": state == expected[0],
+            "largest_difference_of_a_loss": max(abs(a - b) / b for a, b in losses),
+        },
+    }
 
 
 def soak(runs: Runs, repeat: int) -> Figures:
@@ -436,11 +577,24 @@ def rows(figures: Figures) -> Rows:
             case["all"].get("silently wrong", 0),
             f"of {case['damages']}: " + ", ".join(f"{key} {count}" for key, count in sorted(case["all"].items())),
         )
-    for name, case in figures.get("storage", {}).items():
+    for name, case in (figures.get("storage", {}) | figures.get("commands", {})).items():
         if isinstance(case, dict):
             after = "ends with the undisturbed state" if case["equal"] else f"has exit code {case['after_it']}"
             details = f"exit code {case['exit_code']}, {case['tracebacks']} tracebacks; the same command then {after}"
             results[f"storage: {name}"] = float(case["equal"]), details
+    if case := figures.get("processes"):
+        count, one = len(case["events"]), case["one_process"]
+        lines, slowest = (max(event[key] for event in case["events"]) for key in ("error_lines", "seconds"))
+        results["kills and stops of either of two processes survived"] = (
+            count if case["equal"] else 0,
+            f"the other ends within {slowest:.0f} s and with at most {lines} error line; state and rows "
+            + ("equal those of the undisturbed run" if case["equal"] else "differ"),
+        )
+        results["largest difference of a loss if one process goes on"] = (
+            one["largest_difference_of_a_loss"],
+            f"relative, with the same mesh from update {one['resumed_after']} on; the state "
+            + ("equal" if one["state_equal"] else "differs by rounding"),
+        )
     if case := figures.get("soak"):
         columns = {key: [sample[key] for sample in case["samples"]] for key in case["samples"][0]}
         details = ", ".join(f"{megabytes:.0f}" for megabytes in columns["resident_mb"])
@@ -461,7 +615,7 @@ def main() -> None:
     """Runs the pieces that are not done yet, and writes the file after each."""
     pieces: dict[str, tuple[Callable[..., Figures], int]] = {
         "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
-        "soak": (soak, 1), "overhead": (overhead, 5),
+        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 5),
     }  # fmt: skip
     parser = arguments(__doc__, repeat=0)
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
