@@ -29,115 +29,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from fault_disks import commands, storage
+from fault_runs import ROOT, TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
 from record import Figures, Rows, arguments, take_turns, write
 
-from gpt2_jax.checkpoint_info import complete_checkpoints, read_info
-
-ROOT = Path(__file__).parents[1]
-TINY = """
-out = "unset"
-steps = 200
-batch_size = 4
-micro_batch_size = 2
-batch_ramp = [[640, 2]]
-
-[model]
-vocab_size = 0
-block_size = 16
-n_layer = 2
-n_head = 2
-n_embd = 32
-dropout = 0.1
-
-[data]
-text = "unset"
-tokenizer = "bytes"
-
-[optimizer]
-warmup_steps = 5
-
-[checkpoint]
-every = 4
-keep = 3
-
-[eval]
-every = 20
-
-[log]
-every = 1
-"""
-TIMEOUT = 300.0  # of a process: a hang
-SPEEDS = ("tokens_per_second", "mfu")
-
-
-class Runs:
-    """Starts training processes in a temporary directory, which share a cache of compiled programs.
-
-    Args:
-        directory: of all runs.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        (directory / "tiny.toml").write_text(TINY)
-        (directory / "text.txt").write_text("".join(f"{number} squared is {number**2}\n" for number in range(2000)))
-
-    def flags(self, out: Path) -> list[str]:
-        """Those of the tiny run: its config and text, then its directory and the cache."""
-        return ["--config", str(self.directory / "tiny.toml"), "--data.text", str(self.directory / "text.txt"),
-                "--out", str(out), "--compilation_cache", str(self.directory / "programs")]  # fmt: skip
-
-    def start(self, out: Path, *flags: str, checkout: Path = ROOT, devices: int | None = None) -> subprocess.Popen[str]:
-        """Starts the command with the tiny config unless `flags` name another."""
-        tiny = self.flags(out)[4 * ("--config" in flags) :]
-        command = [sys.executable, "-m", "gpt2_jax.train", *tiny, *flags]
-        return self._spawn(command, checkout, {} if devices is None else {"JAX_NUM_CPU_DEVICES": str(devices)})
-
-    def other(self, name: str, *args: str | Path) -> tuple[int | None, str]:
-        """Runs another command of the package to its end: the exit code, None for a hang, and its output."""
-        return ended(self._spawn([sys.executable, "-m", f"gpt2_jax.{name}", *map(str, args)], ROOT, {}))
-
-    def _spawn(self, command: list[str], checkout: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment | variables,
-            errors="replace",
-        )
-
-    def finish(self, out: Path, *flags: str, checkout: Path = ROOT) -> tuple[int | None, str]:
-        """Runs the command to its end: the exit code, None for a hang, and its output."""
-        return ended(self.start(out, *flags, checkout=checkout))
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int | None, str]:
-    """The exit code of a process, None for a hang, and its output."""
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return None, process.communicate()[0]
-    return process.returncode, output
-
-
-def rows_of(out: Path) -> list[Figures]:
-    """The complete rows of a run, without speeds."""
-    with contextlib.suppress(FileNotFoundError):
-        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
-    return []
-
-
-def outcome(out: Path) -> tuple[str, list[Figures]]:
-    """The fingerprint of the newest checkpoint, and the rows."""
-    return read_info(complete_checkpoints(out / "checkpoints")[-1])["fingerprint"]["state"], rows_of(out)
+from gpt2_jax.checkpoint_info import complete_checkpoints
 
 
 def kills(runs: Runs, repeat: int) -> Figures:
@@ -159,25 +58,6 @@ def kills(runs: Runs, repeat: int) -> Figures:
     equal = (outcome(out)[0] == undisturbed[0], outcome(out)[1] == undisturbed[1])
     return {"kills": repeat, "while_starting": starting, "exit_code": code, "tracebacks": output.count("Traceback"),
             "state_equal": equal[0], "rows_equal": equal[1]}  # fmt: skip
-
-
-def wait_for(process: subprocess.Popen[str], out: Path, step: int, seconds: float) -> None:
-    """Until the run has the row of an update and `seconds` more, or has ended."""
-    deadline = time.monotonic() + TIMEOUT
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(row["step"] >= step for row in rows_of(out)[-3:]):
-            time.sleep(seconds)
-            return
-        time.sleep(0.005)
-
-
-@functools.cache
-def undisturbed_run(runs: Runs) -> tuple[str, list[Figures]]:
-    """The outcome of the run that nothing happens to."""
-    code, output = runs.finish(runs.directory / "undisturbed")
-    if code:
-        raise SystemExit(f"the undisturbed run failed:\n{output[-2000:]}")
-    return outcome(runs.directory / "undisturbed")
 
 
 def signals(runs: Runs, repeat: int) -> Figures:
@@ -212,7 +92,8 @@ class Worker:
     """
 
     def __init__(self, runs: Runs) -> None:
-        self.runs, self.process = runs, None
+        self.runs = runs
+        self.process: subprocess.Popen[str] | None = None
 
     def finish(self, out: Path, *flags: str) -> tuple[int | None, str]:
         """As `Runs.finish`."""
@@ -338,119 +219,6 @@ def swap(path: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
     other.write_bytes(content)
-
-
-@contextlib.contextmanager
-def small_disk(runs: Runs) -> Iterator[Path]:
-    """A file system of 6 MB. Only root can mount one."""
-    disk = runs.directory / "disk"
-    disk.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def storage(runs: Runs, repeat: int) -> Figures:
-    """A disk that is full for a while, full for good, or read-only from some update on; then the run resumes."""
-    undisturbed = undisturbed_run(runs)
-    figures: Figures = {}
-    if os.geteuid():
-        return {"skipped": "only root can mount a file system"}
-    for case in ("full for a while", "full for good", "read-only", "metrics.jsonl deleted", "directory deleted"):
-        with small_disk(runs) as disk:
-            out, filler = disk / "run", disk / "filler"
-            # A tiny model saves 20 times a second: the pause of half a second is longer than three saves.
-            flags = ("--checkpoint.max_failures", "1000") if case == "full for a while" else ()
-            process = runs.start(out, *flags)
-            wait_for(process, out, 50, 0.0)
-            if case.startswith("full"):
-                fill(disk)
-            elif case == "read-only":
-                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
-            elif case == "directory deleted":
-                shutil.rmtree(out, ignore_errors=True)
-            else:
-                (out / "metrics.jsonl").unlink()
-            if case == "full for a while":
-                time.sleep(0.5)
-                filler.unlink()
-            output, _ = process.communicate(timeout=TIMEOUT)
-            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-            filler.unlink(missing_ok=True)
-            code, after = runs.finish(out)
-            figures[case] = {
-                "exit_code": process.returncode,
-                "tracebacks": ("Traceback" in output) + ("Traceback" in after),
-                "last_line": (output.strip().splitlines() or [""])[-1].replace(str(disk), "DISK")[:200],
-                "after_it": code,
-                "equal": code == 0 and outcome(out)[0] == undisturbed[0],
-            }
-    return figures
-
-
-def fill(disk: Path, left: int = 0) -> Path:
-    """Fills a disk but for some bytes, and returns the file to delete."""
-    filler = disk / "filler"
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-        while file.write(bytes(1 << 12)):
-            pass
-    os.truncate(filler, max(filler.stat().st_size - left, 0))
-    return filler
-
-
-def commands(runs: Runs, repeat: int) -> Figures:
-    """A disk that fills while text is prepared, a model converted and compiled programs cached; then there is room."""
-    undisturbed, run = undisturbed_run(runs), runs.directory / "undisturbed"
-    figures: Figures = {}
-    if os.geteuid():
-        return {"skipped": "only root can mount a file system"}
-    actions: dict[str, Callable[[Path], tuple[int | None, str]]] = {
-        "prepare": lambda out: runs.other(
-            "prepare", runs.directory / "text.txt", "--out", out, "--tokenizer", "bytes", "--shard-tokens", "10000"
-        ),
-        "convert to huggingface": lambda out: runs.other(
-            "convert", "--from", run, "--to", "huggingface", "--out", out
-        ),
-        "convert to orbax": lambda out: runs.other("convert", "--from", run, "--to", "orbax", "--out", out),
-        "program cache": lambda out: runs.finish(
-            runs.directory / f"cached-{out.parent.name}", "--compilation_cache", str(out)
-        ),
-    }  # fmt: skip
-    for case, action in actions.items():
-        code, output = action(runs.directory / "whole" / "out")
-        if code:
-            raise SystemExit(f"{case} failed:\n{output[-2000:]}")
-        with small_disk(runs) as disk:
-            filler = fill(disk, left=40_000)
-            code, output = action(disk / "out")
-            filler.unlink()
-            after, more = action(disk / "out") if code else (code, "")
-            equal = outcome(runs.directory / "cached-disk") == undisturbed if case == "program cache" else same_files(
-                disk / "out", runs.directory / "whole" / "out"
-            )  # fmt: skip
-            figures[case] = {
-                "exit_code": code,
-                "error_lines": sum(line.startswith("error: ") for line in output.splitlines()),
-                "tracebacks": ("Traceback" in output) + ("Traceback" in more),
-                "after_it": after,
-                "equal": after == 0 and equal,
-            }
-        shutil.rmtree(runs.directory / "whole")
-    return figures
-
-
-def same_files(one: Path, other: Path) -> bool:
-    """True if two directories have the same files, but for the names and times that Orbax chooses."""
-    contents = [
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (one, other)
-    ]  # fmt: skip
-    if all("checkpoints" not in {path.parts[0] for path in files} for files in contents):
-        return contents[0] == contents[1]
-    infos = [read_info(complete_checkpoints(root / "checkpoints")[-1]) for root in (one, other)]
-    return infos[0]["fingerprint"] == infos[1]["fingerprint"]
 
 
 def free_port() -> int:
