@@ -21,6 +21,7 @@ from flax import linen as nn
 from gpt2_jax.attention import get_backend
 from gpt2_jax.attention.backend import Backend
 from gpt2_jax.attention.cached import LayerCache, cached_attention
+from gpt2_jax.attention.packed import Packed, packed_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import stack_layers
 from gpt2_jax.loss import head_logits
@@ -115,7 +116,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, deterministic: bool, cache: LayerCache | None
+        self, x: jax.Array, deterministic: bool, cache: LayerCache | None, packed: Packed | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """[batch, time, n_embd] -> the same shape, and the cache, if there is one, with the tokens of `x` added."""
         config = self.config
@@ -124,11 +125,13 @@ class Attention(nn.Module):
         backend = get_backend(config.attention, dtype=self.dtype, time=x.shape[1], head_dim=head_dim, dropout=dropout)
         q, k, v = QueriesKeysValues(config, self.dtype, backend, name="c_attn")(x)
         scale = 1.0 if backend.scales_queries else head_dim**-0.5
-        if cache is None:
+        if cache is not None:
+            y, cache = cached_attention(q, k, v, cache, scale)
+        elif packed is not None:
+            y = packed_attention(q, k, v, packed, scale)
+        else:
             key = self.make_rng("dropout") if dropout else None
             y = backend.attend(q, k, v, scale, dropout=dropout, dropout_key=key)
-        else:
-            y, cache = cached_attention(q, k, v, cache, scale)
 
         def dot(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
             if backend.project_out:
@@ -165,11 +168,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, deterministic: bool, cache: LayerCache | None = None
+        self, x: jax.Array, deterministic: bool, cache: LayerCache | None = None, packed: Packed | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """[batch, time, n_embd] -> the same shape, and the cache, if there is one, with the tokens of `x` added."""
         y, cache = Attention(self.config, self.dtype, name="attn")(
-            _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache
+            _layer_norm(self.config, self.dtype, "ln_1")(x), deterministic, cache, packed
         )
         x += y
         x += MLP(self.config, self.dtype, name="mlp")(_layer_norm(self.config, self.dtype, "ln_2")(x), deterministic)
@@ -206,11 +209,23 @@ class GPT2(nn.Module):
         time = tokens.shape[-1]
         if time > self.config.block_size:
             raise ValueError(f"{time} tokens are more than the model's block_size of {self.config.block_size}")
-        return self._backbone(tokens, jnp.arange(time)[None], deterministic, None)[0]
+        return self._backbone(tokens, jnp.arange(time)[None], deterministic)[0]
+
+    def packed_hidden(self, tokens: jax.Array, packed: Packed) -> jax.Array:
+        """`hidden` for rows that hold several texts: int [batch, time] -> [batch, time, n_embd] in `dtype`.
+
+        A row may be longer than `block_size`; no position in it may be.
+        """
+        return self._backbone(tokens, packed.positions, True, packed=packed)[0]
 
     @nn.compact
     def _backbone(
-        self, tokens: jax.Array, positions: jax.Array, deterministic: bool, cache: KVCache | None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        deterministic: bool,
+        cache: KVCache | None = None,
+        packed: Packed | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Everything before the head. Positions broadcast against tokens. With a cache, layers must not be scanned."""
         config = self.config
@@ -234,12 +249,12 @@ class GPT2(nn.Module):
                 in_axes=nn.broadcast,
                 length=config.n_layer,
             )
-            x, _ = layers(config, self.dtype, name="h")(x, deterministic)
+            x, _ = layers(config, self.dtype, name="h")(x, deterministic, None, packed)
         else:
             layer_caches = []
             for layer in range(config.n_layer):
                 before = cache and LayerCache(*cache.layers[layer], cache.slot, cache.pad)
-                x, after = block(config, self.dtype, name=f"h_{layer}")(x, deterministic, before)
+                x, after = block(config, self.dtype, name=f"h_{layer}")(x, deterministic, before, packed)
                 layer_caches.append(after and (after.keys, after.values))
             cache = cache and KVCache(tuple(layer_caches), cache.slot + tokens.shape[1], cache.pad)
         return _layer_norm(config, self.dtype, "ln_f")(x), cache

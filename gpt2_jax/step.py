@@ -111,7 +111,7 @@ def make_train_step(
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences sharded over the mesh. Each pair of
     `micro_batches` and `sequences` compiles once. `options` are those of XLA.
     """
-    data = _axis(mesh, "data")
+    data = mesh_axis(mesh, "data")
     chain, schedule = make_optimizer(optimizer), learning_rate_schedule(optimizer)
     loss_and_grads = _make_loss_and_grads(model, mesh)
 
@@ -131,7 +131,7 @@ def make_train_step(
 
     shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
     return jax.jit(
-        _shard_map(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P())),
+        shard_map(update, model, mesh, {"data"}, in_specs=(P(), P(None, data)), out_specs=(P(), P())),
         in_shardings=(shardings, batch_sharding(mesh, leading_axis=True)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
@@ -181,8 +181,8 @@ def _mean_over_micro_batches(
 
 def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> LossAndGrads:
     """Loss and gradient of one micro-batch [sequences, time + 1], manual over `fsdp`."""
-    fsdp = _axis(mesh, "fsdp")
-    specs = _param_specs(model, mesh)
+    fsdp = mesh_axis(mesh, "fsdp")
+    specs = param_specs(model, mesh)
     loss_of = functools.partial(_mean_loss, model, specs, mesh.shape["fsdp"])
 
     def map_replicated(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
@@ -196,13 +196,13 @@ def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> LossAndGrads:
         loss, grads = jax.value_and_grad(loss_of)(params, tokens, key)
         return loss[None], map_replicated(lambda grad: jax.lax.psum(grad, fsdp), grads)
 
-    return _shard_map(loss_and_grads, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
+    return shard_map(loss_and_grads, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
 
 
 def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
     """One fsdp shard's part of a micro-batch's mean loss in nats per token, float32 []."""
     config = model.config
-    model, params = _gather_params(model, params, specs)
+    model, params = gather_params(model, params, specs)
     rngs = {"dropout": key} if config.dropout else None
     hidden = model.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
     targets = tokens[:, 1:]
@@ -220,11 +220,11 @@ def make_eval_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = No
     are those of XLA.
     """
     config = model.config
-    axes = _axis(mesh, "data") + _axis(mesh, "fsdp")
-    specs = _param_specs(model, mesh)
+    axes = mesh_axis(mesh, "data") + mesh_axis(mesh, "fsdp")
+    specs = param_specs(model, mesh)
 
     def evaluate(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gathering, params = _gather_params(model, params, specs)
+        gathering, params = gather_params(model, params, specs)
         targets = tokens[:, 1:]
         hidden = gathering.apply({"params": params}, jnp.maximum(tokens[:, :-1], 0), method="hidden")
         loss_sum = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
@@ -232,7 +232,7 @@ def make_eval_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = No
 
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        _shard_map(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P()),
+        shard_map(evaluate, model, mesh, set(BATCH_AXES), in_specs=(specs, P(axes)), out_specs=P()),
         in_shardings=(None, batch_sharding(mesh, leading_axis=False)),
         out_shardings=(replicated, replicated),
         compiler_options=options,
@@ -242,7 +242,7 @@ def make_eval_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = No
 # --- sharding helpers ----------------------------------------------------------------------------------
 
 
-def _shard_map(
+def shard_map(
     function: Callable[..., Any], model: GPT2, mesh: Mesh | None, axes: set[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`jax.shard_map`, manual over `axes`. `mesh` is None when nested in another shard_map."""
@@ -252,7 +252,7 @@ def _shard_map(
     )
 
 
-def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
+def mesh_axis(mesh: Mesh, name: str) -> tuple[str, ...]:
     """The axis as a tuple, which is empty for a single device.
 
     XLA refuses a reduction over an axis of one device together with an axis that it shards itself.
@@ -260,11 +260,12 @@ def _axis(mesh: Mesh, name: str) -> tuple[str, ...]:
     return (name,) if mesh.shape[name] > 1 else ()
 
 
-def _param_specs(model: GPT2, mesh: Mesh) -> Any:
+def param_specs(model: GPT2, mesh: Mesh) -> Any:
+    """The `PartitionSpec` of every parameter on the mesh."""
     return jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, abstract_params(model)))
 
 
-def _gather_params(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
+def gather_params(model: GPT2, params: Params, specs: Any) -> tuple[GPT2, Params]:
     """A model that gathers each block's parameters inside the block. The parameters outside the blocks are gathered."""
     if not any("fsdp" in spec for spec in jax.tree.leaves(specs)):
         return model, params

@@ -1,0 +1,79 @@
+"""What a task asks of a model: the log-probabilities of continuations. Texts and documents become requests here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_jax.data.tokenizer import Tokenizer
+
+Tokens = Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A context and its continuations, each of which follows the context directly.
+
+    Attributes:
+        context: at least one token. If it leaves no room for a continuation within `block_size`, its first tokens are
+            cut, for that continuation only. A continuation is never cut.
+        continuations: their tokens. An empty one has the log-probability 0.
+    """
+
+    context: Tokens
+    continuations: tuple[Tokens, ...]
+
+
+class Score(NamedTuple):
+    """The score of one continuation."""
+
+    log_probs: np.ndarray  # float32 [tokens], nats
+    greedy: np.ndarray  # bool [tokens]: the token is the most probable one
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the continuation in nats, summed in float64."""
+        return float(self.log_probs.sum(dtype=np.float64))
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Encodes a context and what follows it as one text, and splits the tokens as lm-eval does.
+
+    The spaces at the end of the context count as part of the continuation, since GPT-2's tokens begin with a space.
+    The split is after as many tokens as the context has alone.
+    """
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    tokens, length = tokenizer.encode_ordinary(context + continuation), len(tokenizer.encode_ordinary(context))
+    return tokens[:length], tokens[length:]
+
+
+def disjoint_windows(tokens: Tokens, prefix: int, block_size: int) -> Iterator[Request]:
+    """Cuts a document into windows that predict each token once, as lm-eval's `loglikelihood_rolling`.
+
+    The first window begins with `prefix`. Each next one begins with the last token of the window before. The last
+    window reaches back as far as the model sees.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    before = np.concatenate([[prefix], tokens]).astype(np.int32)
+    for start in range(0, len(tokens), block_size):
+        end = min(start + block_size, len(tokens))
+        first = max(end - block_size, 0) if start else 0
+        yield Request(before[first : start + 1], (tokens[start:end],))
+
+
+def sliding_windows(tokens: Tokens, prefix: int, block_size: int, stride: int) -> Iterator[Request]:
+    """Cuts a document into windows that overlap: after the first, each predicts `stride` tokens.
+
+    All but the first `block_size` tokens are predicted from at least `block_size - stride + 1` tokens before them.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    before = np.concatenate([[prefix], tokens]).astype(np.int32)
+    start = 0
+    while start < len(tokens):
+        end = min(start + (stride if start else block_size), len(tokens))
+        yield Request(before[max(end - block_size, 0) : start + 1], (tokens[start:end],))
+        start = end

@@ -1,0 +1,167 @@
+"""Scores requests on all devices: packed rows through the model, and logits only where a token is predicted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.attention.packed import Packed
+from gpt2_jax.evaluation.packing import Rows, Slot, Tree, layout, make_trees, pack
+from gpt2_jax.evaluation.requests import Request, Score
+from gpt2_jax.loss import head_logits
+from gpt2_jax.model import GPT2, Params
+from gpt2_jax.resolve import matmul_precision
+from gpt2_jax.sharding import BATCH_AXES, local_rows, put_batch
+from gpt2_jax.step import gather_params, mesh_axis, param_specs, shard_map
+
+# Tokens that a device reads in a call. More do not speed up a CPU.
+TOKENS_PER_CALL = {"cpu": 2048}
+OTHER_TOKENS_PER_CALL = 16384
+CHUNK = 256  # targets whose logits exist at the same time
+
+ScoreStep = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Scorer:
+    """Computes log-probabilities of continuations.
+
+    The results are bit for bit the same for any number of devices of one kind: a device always computes the same
+    number of rows at a time.
+
+    Args:
+        model: the model. Its attention backend computes rows with a single text.
+        params: its parameters, placed on `mesh`.
+        mesh: the devices. All processes score the same requests together.
+        options: those of XLA.
+    """
+
+    def __init__(self, model: GPT2, params: Params, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
+        self.model, self.params, self._mesh = model, params, mesh
+        self._step = make_score_step(model, mesh, options)
+
+    def score(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[list[Score]]:
+        """Scores every continuation of every request, in their order.
+
+        Args:
+            progress: is called with the number of scored and of all continuations.
+
+        Raises:
+            UserError: a request does not fit into the model's `block_size`.
+        """
+        trees = make_trees(requests, self.model.config.block_size)
+        results = [[_EMPTY] * len(request.continuations) for request in requests]
+        total, done = sum(len(tree.slots) for tree in trees), 0
+        for slot, score in self._run(trees):
+            results[slot.request][slot.continuation] = score
+            done += 1
+            progress(done, total)
+        return results
+
+    def _run(self, trees: Sequence[Tree]) -> Iterator[tuple[Slot, Score]]:
+        length, rows = pack(trees)
+        if not rows:
+            return
+        platform = self._mesh.devices.flat[0].platform
+        at_once = self._mesh.size * max(1, TOKENS_PER_CALL.get(platform, OTHER_TOKENS_PER_CALL) // length)
+        waiting: tuple[Any, list[list[tuple[Slot, int]]]] | None = None
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            arrays, scored = layout(part + [[]] * (at_once - len(part)), length)
+            # One is computed and one waits. With many that wait, collectives on CPUs can block each other forever.
+            running = self._step(self.params, self._put(arrays), single=all(len(row) == 1 for row in scored)), scored
+            if waiting:
+                yield from _results(*waiting)
+            waiting = running
+        if waiting:
+            yield from _results(*waiting)
+
+    def _put(self, arrays: Rows) -> Rows:
+        sharding = NamedSharding(self._mesh, P(BATCH_AXES))
+        here = local_rows(self._mesh, len(arrays.tokens))
+        return Rows(*(put_batch(array[here], sharding) for array in arrays))
+
+
+_EMPTY = Score(np.zeros(0, np.float32), np.zeros(0, bool))
+
+
+def _results(outputs: Any, scored: list[list[tuple[Slot, int]]]) -> Iterator[tuple[Slot, Score]]:
+    log_probs, greedy = jax.device_get(outputs)
+    for row, continuations in enumerate(scored):
+        start = 0
+        for slot, n_tokens in continuations:
+            here = slice(start, start + n_tokens)
+            yield slot, Score(log_probs[row, here], greedy[row, here])
+            start += n_tokens
+
+
+def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> ScoreStep:
+    """The jitted step: (params, rows, single) -> log-probabilities in nats and whether each target is the most probable
+    token, float32 and bool [rows, length], in the order of `Rows.targets`.
+
+    `single` says that every row holds one text, so that the attention backend of the model can compute it.
+    """
+    axes = mesh_axis(mesh, "data") + mesh_axis(mesh, "fsdp")
+    specs = param_specs(model, mesh)
+    replicated = NamedSharding(mesh, P())
+
+    def score(params: Params, rows: Rows, *, single: bool) -> tuple[jax.Array, jax.Array]:
+        gathering, params = gather_params(model, params, specs)
+        with jax.default_matmul_precision(matmul_precision(model.dtype)):
+            if single:
+                hidden = gathering.apply({"params": params}, rows.tokens, method="hidden")
+            else:
+                packed = Packed(rows.positions, rows.segments, rows.parents)
+                hidden = gathering.apply({"params": params}, rows.tokens, packed, method="packed_hidden")
+            return _score_targets(hidden, params["wte"]["embedding"], rows, model.config.vocab_size)
+
+    def step(params: Params, rows: Rows, single: bool) -> tuple[jax.Array, jax.Array]:
+        local = functools.partial(score, single=single)
+        return shard_map(local, model, mesh, set(BATCH_AXES), (specs, P(axes)), P(axes))(params, rows)
+
+    return jax.jit(step, static_argnames="single", out_shardings=(replicated, replicated), compiler_options=options)
+
+
+def _score_targets(hidden: jax.Array, embedding: jax.Array, rows: Rows, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Scores the targets of [rows, length, n_embd] in chunks, as many as are in use."""
+    n_rows, length = rows.targets.shape
+    starts = jnp.cumsum(rows.used) - rows.used
+    # The targets in use first, in the order of the rows.
+    place = jnp.arange(length)[None, :]
+    in_use = place < rows.used[:, None]
+    order = jnp.where(in_use, starts[:, None] + place, n_rows * length).reshape(-1)
+    size = -(-n_rows * length // CHUNK) * CHUNK
+
+    def compact(values: jax.Array) -> jax.Array:
+        return jnp.zeros(size, values.dtype).at[order].set(values.reshape(-1), mode="drop")
+
+    sources = compact(rows.sources + jnp.arange(n_rows)[:, None] * length)
+    targets = compact(rows.targets)
+    flat = hidden.reshape(n_rows * length, -1)
+
+    def add(index: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = index * CHUNK
+        target = jax.lax.dynamic_slice_in_dim(targets, start, CHUNK)
+        logits = head_logits(flat[jax.lax.dynamic_slice_in_dim(sources, start, CHUNK)], embedding, vocab_size)
+        at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        log_probs = at_target - jax.nn.logsumexp(logits, axis=-1)
+        greedy = jnp.argmax(logits, axis=-1) == target
+        return (
+            jax.lax.dynamic_update_slice_in_dim(out[0], log_probs, start, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(out[1], greedy, start, axis=0),
+        )
+
+    n_chunks = -(-jnp.sum(rows.used) // CHUNK)
+    # Like the results, the initial values have to vary over the devices.
+    start = targets * 0.0, targets < 0
+    log_probs, greedy = jax.lax.fori_loop(0, n_chunks, add, start)
+    place_of = jnp.minimum(order, size - 1).reshape(n_rows, length)
+    return log_probs[place_of], greedy[place_of]
