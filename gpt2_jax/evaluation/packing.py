@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.requests import Request
 
 ROW_MULTIPLE = 64
-SHORTEST_ROW = 256  # Shorter rows fill worse. In longer ones, more of the attention scores are masked.
+LONGEST_SEARCHED = 512  # Longer rows do not fill much better.
 
 
 class Slot(NamedTuple):
@@ -78,49 +78,70 @@ def make_trees(requests: Sequence[Request], block_size: int) -> list[Tree]:
     return trees
 
 
-def pack(trees: Sequence[Tree]) -> tuple[int, list[list[Tree]]]:
-    """Distributes trees over rows: best fit, the largest first.
+def pack(trees: Sequence[Tree], n_embd: int) -> tuple[int, list[list[Tree]]]:
+    """Distributes trees over rows of the length that costs least.
+
+    Args:
+        n_embd: the width of the model. The wider it is, the less the attention scores of a longer row cost beside its
+            matmuls.
 
     Returns:
         The length of the rows in tokens, and the trees of each row.
     """
     if not trees:
         return 0, []
-    longest, total = max(tree.size for tree in trees), sum(tree.size for tree in trees)
-    length = -(-max(longest, min(SHORTEST_ROW, total)) // ROW_MULTIPLE) * ROW_MULTIPLE
+    ordered = sorted(trees, key=lambda tree: -tree.size)
+    shortest = -(-ordered[0].size // ROW_MULTIPLE) * ROW_MULTIPLE
+    packings = {
+        length: _pack(ordered, length) for length in range(shortest, max(shortest, LONGEST_SEARCHED) + 1, ROW_MULTIPLE)
+    }
+    # A token costs about 24 n_embd² FLOPs in the matmuls of a layer. Its scores cost 4 n_embd FLOPs per token of the
+    # row, and take about twice as long per FLOP.
+    length = min(packings, key=lambda length: len(packings[length]) * length * (1 + length / (3 * n_embd)))
+    return length, packings[length]
+
+
+def _pack(ordered: Sequence[Tree], length: int) -> list[list[Tree]]:
+    """Distributes trees, the largest first, over rows of a length: each to the fullest row that it fits into."""
     rows: list[list[Tree]] = []
     with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the places that they have left
-    for tree in sorted(trees, key=lambda tree: -tree.size):
+    for tree in ordered:
         room = next((room for room in range(tree.size, length + 1) if with_room[room]), length)
-        if with_room[room]:
-            row = with_room[room].pop()
-            rows[row].append(tree)
-        else:
-            row = len(rows)
-            rows.append([tree])
+        if not with_room[room]:
+            with_room[room].append(len(rows))
+            rows.append([])
+        row = with_room[room].pop()
+        rows[row].append(tree)
         with_room[room - tree.size].append(row)
-    return length, rows
+    return rows
 
 
-class Rows(NamedTuple):
-    """Packed rows, int32 [rows, length] each. `targets` are scored from the hidden state of the token at `sources`."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    parents: np.ndarray
-    sources: np.ndarray  # the first of a row are in use
-    targets: np.ndarray
-    used: np.ndarray  # int32 [rows], targets in use
+Array = TypeVar("Array")
 
 
-def layout(rows: Sequence[Sequence[Tree]], length: int) -> tuple[Rows, list[list[tuple[Slot, int]]]]:
+class Rows(NamedTuple, Generic[Array]):
+    """Packed rows on the host or on devices, int32 [rows, length] each.
+
+    A target is scored from the hidden state of the token at its source. The first `used` of a row are in use.
+    """
+
+    tokens: Array
+    positions: Array
+    segments: Array
+    parents: Array
+    sources: Array
+    targets: Array
+    used: Array  # int32 [rows]
+
+
+def layout(rows: Sequence[Sequence[Tree]], length: int) -> tuple[Rows[np.ndarray], list[list[tuple[Slot, int]]]]:
     """Lays out rows of trees.
 
     Returns:
         The rows, and for each row its continuations with their numbers of targets, in the order of the targets.
     """
-    arrays = Rows(*(np.zeros((len(rows), length), np.int32) for _ in range(6)), np.zeros(len(rows), np.int32))
+    tables = (np.zeros((len(rows), length), np.int32) for _ in range(6))
+    arrays: Rows[np.ndarray] = Rows(*tables, np.zeros(len(rows), np.int32))  # type: ignore[call-arg]
     scored: list[list[tuple[Slot, int]]] = []
     for row, trees in enumerate(rows):
         at = segment = n_targets = 0

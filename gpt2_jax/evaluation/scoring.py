@@ -21,9 +21,9 @@ from gpt2_jax.resolve import matmul_precision
 from gpt2_jax.sharding import BATCH_AXES, local_rows, put_batch
 from gpt2_jax.step import gather_params, mesh_axis, param_specs, shard_map
 
-# Tokens that a device reads in a call. More do not speed up a CPU.
-TOKENS_PER_CALL = {"cpu": 2048}
-OTHER_TOKENS_PER_CALL = 16384
+# Tokens that a device reads in a call.
+TOKENS_PER_CALL = 16384
+CPU_TOKENS_PER_CALL = 2048  # more do not speed up a CPU
 CHUNK = 256  # targets whose logits exist at the same time
 
 ScoreStep = Callable[..., tuple[jax.Array, jax.Array]]
@@ -59,19 +59,17 @@ class Scorer:
         """
         trees = make_trees(requests, self.model.config.block_size)
         results = [[_EMPTY] * len(request.continuations) for request in requests]
-        total, done = sum(len(tree.slots) for tree in trees), 0
-        for slot, score in self._run(trees):
+        total = sum(len(tree.slots) for tree in trees)
+        for done, (slot, score) in enumerate(self._run(trees), start=1):
             results[slot.request][slot.continuation] = score
-            done += 1
             progress(done, total)
         return results
 
     def _run(self, trees: Sequence[Tree]) -> Iterator[tuple[Slot, Score]]:
-        length, rows = pack(trees)
+        length, rows = pack(trees, self.model.config.n_embd)
         if not rows:
             return
-        platform = self._mesh.devices.flat[0].platform
-        at_once = self._mesh.size * max(1, TOKENS_PER_CALL.get(platform, OTHER_TOKENS_PER_CALL) // length)
+        at_once = self._mesh.size * self._rows_per_device(length, len(rows))
         waiting: tuple[Any, list[list[tuple[Slot, int]]]] | None = None
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
@@ -84,7 +82,16 @@ class Scorer:
         if waiting:
             yield from _results(*waiting)
 
-    def _put(self, arrays: Rows) -> Rows:
+    def _rows_per_device(self, length: int, n_rows: int) -> int:
+        """Rows that a device computes in a call: as many as fit, or fewer if that leaves fewer empty in the last call.
+
+        The number of devices has no influence, so that it has none on the results.
+        """
+        tokens = CPU_TOKENS_PER_CALL if self._mesh.devices.flat[0].platform == "cpu" else TOKENS_PER_CALL
+        calls = -(-n_rows // max(1, tokens // length))
+        return -(-n_rows // calls)
+
+    def _put(self, arrays: Rows[np.ndarray]) -> Rows[jax.Array]:
         sharding = NamedSharding(self._mesh, P(BATCH_AXES))
         here = local_rows(self._mesh, len(arrays.tokens))
         return Rows(*(put_batch(array[here], sharding) for array in arrays))
@@ -113,24 +120,26 @@ def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = N
     specs = param_specs(model, mesh)
     replicated = NamedSharding(mesh, P())
 
-    def score(params: Params, rows: Rows, *, single: bool) -> tuple[jax.Array, jax.Array]:
+    def score(params: Params, rows: Rows[jax.Array], *, single: bool) -> tuple[jax.Array, jax.Array]:
         gathering, params = gather_params(model, params, specs)
         with jax.default_matmul_precision(matmul_precision(model.dtype)):
             if single:
-                hidden = gathering.apply({"params": params}, rows.tokens, method="hidden")
+                hidden: Any = gathering.apply({"params": params}, rows.tokens, method="hidden")
             else:
                 packed = Packed(rows.positions, rows.segments, rows.parents)
                 hidden = gathering.apply({"params": params}, rows.tokens, packed, method="packed_hidden")
             return _score_targets(hidden, params["wte"]["embedding"], rows, model.config.vocab_size)
 
-    def step(params: Params, rows: Rows, single: bool) -> tuple[jax.Array, jax.Array]:
+    def step(params: Params, rows: Rows[jax.Array], single: bool) -> tuple[jax.Array, jax.Array]:
         local = functools.partial(score, single=single)
         return shard_map(local, model, mesh, set(BATCH_AXES), (specs, P(axes)), P(axes))(params, rows)
 
     return jax.jit(step, static_argnames="single", out_shardings=(replicated, replicated), compiler_options=options)
 
 
-def _score_targets(hidden: jax.Array, embedding: jax.Array, rows: Rows, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+def _score_targets(
+    hidden: jax.Array, embedding: jax.Array, rows: Rows[jax.Array], vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
     """Scores the targets of [rows, length, n_embd] in chunks, as many as are in use."""
     n_rows, length = rows.targets.shape
     starts = jnp.cumsum(rows.used) - rows.used
