@@ -170,7 +170,7 @@ def _score_targets(
 
     n_chunks = -(-jnp.sum(rows.used) // CHUNK)
     # Like the results, the initial values have to vary over the devices.
-    start = targets * 0.0, targets < 0
+    start = (targets * 0).astype(jnp.float32), targets < 0
     log_probs, greedy = jax.lax.fori_loop(0, n_chunks, add, start)
     place_of = jnp.minimum(order, size - 1).reshape(n_rows, length)
     return log_probs[place_of], greedy[place_of]
