@@ -64,8 +64,13 @@ def encode_document(tokenizer: Tokenizer, document: bytes, name: str = "text") -
     return np.concatenate([np.array([] if start is None else [start], dtype=np.uint16), tokens])
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes a text to continue. Special tokens in it are encoded as text.
+def encode_prompt(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> list[int]:
+    """Encodes a text to continue or to score. Special tokens in it are encoded as text.
+
+    Args:
+        tokenizer: encodes the text.
+        text: the text. Unpaired surrogates in it become U+FFFD.
+        name: the name of the text, for errors.
 
     Raises:
         UserError: it has too many spaces in a row for tiktoken, or a character that the tokenizer does not have.
@@ -76,7 +81,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
             return encode_byte_pairs(tokenizer, text).tolist()
         return tokenizer.encode_ordinary(text)
     except ValueError as error:
-        raise UserError(f"the prompt {flaw(error)}; remove some of them") from error
+        raise UserError(f"{name} {flaw(error)}; remove some of them") from error
 
 
 def utf8(text: str) -> bytes:

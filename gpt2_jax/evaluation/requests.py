@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.data.tokenizer import Tokenizer
 
 Tokens = Sequence[int] | np.ndarray
@@ -39,15 +40,21 @@ class Score(NamedTuple):
         return float(self.log_probs.sum(dtype=np.float64))
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, name: str = "the text"
+) -> tuple[list[int], list[int]]:
     """Encodes a context and what follows it as one text, and splits the tokens as lm-eval does.
 
     The spaces at the end of the context count as part of the continuation, since GPT-2's tokens begin with a space.
     The split is after as many tokens as the context has alone.
+
+    Raises:
+        UserError: the tokenizer cannot encode them. `name` names the text.
     """
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    tokens, length = tokenizer.encode_ordinary(context + continuation), len(tokenizer.encode_ordinary(context))
+    tokens = encode_prompt(tokenizer, context + continuation, name)
+    length = len(encode_prompt(tokenizer, context, name))
     return tokens[:length], tokens[length:]
 
 
