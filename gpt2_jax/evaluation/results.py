@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ from gpt2_jax.sharding import make_mesh
 
 OPENAI_BLOCK_SIZE = 1024
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a task, and the number of scored and of all its continuations."""
+Progress = Callable[[str, int], None]
+"""Called with the name of a task, and the number of its continuations that are scored."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +72,100 @@ class Result:
                 }
 
 
+class Evaluator:
+    """Evaluates a model on tasks, as often as it is called: the examples are read and encoded once.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; None is enough for the task `loss` on token files.
+        tasks: names in `TASKS`, or one string with commas between them.
+        mesh: the devices. All processes call the evaluator together.
+        data: files or directories with the public files; None for the Hugging Face hub. A directory is searched for
+            the usual names of each task's file.
+        limit: the most examples of a task; of a task that scores a stream, the most windows. None for all.
+        stride: the tokens that a sliding window predicts; None for half of `block_size`.
+        options: those of XLA.
+
+    Raises:
+        UserError: a task is unknown, its examples are missing or damaged, or the model cannot read them.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        tokenizer: Tokenizer | None,
+        tasks: str | Sequence[str],
+        mesh: Mesh,
+        *,
+        data: Sequence[str | Path] | None = None,
+        limit: int | None = None,
+        stride: int | None = None,
+        options: dict[str, bool] | None = None,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
+        self._setting = Setting(tokenizer, model.config.block_size, stride, limit)
+        self._tasks = [self._prepare(task, locate(task, data), model.config) for task in find_tasks(tasks)]
+        self._scorer = Scorer(model, mesh, options)
+
+    def n_continuations(self) -> dict[str, int]:
+        """The continuations to score by the names of the tasks, without empty ones."""
+        return {
+            prepared.task.name: sum(
+                len(continuation) > 0 for request in prepared.asked.requests for continuation in request.continuations
+            )
+            for prepared in self._tasks
+        }
+
+    def __call__(self, params: Params, progress: Progress = lambda task, done: None) -> dict[str, Result]:
+        """The results by the names of the tasks, in their order.
+
+        Args:
+            params: the parameters, placed on the mesh.
+            progress: called while the model scores.
+        """
+        return {prepared.task.name: self._run(prepared, params, progress) for prepared in self._tasks}
+
+    def _prepare(self, task: Task[Any], found: Found, config: GPT2Config) -> _Prepared:
+        """Reads the examples of a task and makes its requests.
+
+        Raises:
+            UserError: the examples are damaged, or the model cannot read them.
+        """
+        setting = self._setting
+        examples = load_examples(task, found, setting.limit)
+        asked = task.prepare(examples, setting)
+        _check(task, asked, config)
+        comparable = (
+            found.standard
+            and setting.limit is None
+            and task.n_examples in (None, len(examples))
+            and setting.tokenizer is not None
+            and tokenizer_name(setting.tokenizer) == "gpt2"
+            and config.block_size == OPENAI_BLOCK_SIZE
+        )
+        return _Prepared(task, found, asked, comparable)
+
+    def _run(self, prepared: _Prepared, params: Params, progress: Progress) -> Result:
+        task, asked = prepared.task, prepared.asked
+        scores = self._scorer.score(params, asked.requests, functools.partial(progress, task.name))
+        metrics = {metric.name: metric for metric in asked.metrics(scores)}
+        published: dict[str, tuple[Figure, ...]] = {}
+        if prepared.comparable:
+            figures = {name: published_figures(task.name, name, self._scorer.model.config) for name in metrics}
+            published = {name: found for name, found in figures.items() if found}
+        return Result(task.name, task.describe(self._setting), prepared.found.name, metrics, published, asked, scores)
+
+
+class _Prepared(NamedTuple):
+    """A task whose requests are made. `comparable` says that published figures are over the same."""
+
+    task: Task[Any]
+    found: Found
+    asked: Prepared
+    comparable: bool
+
+
 def evaluate(
     model: GPT2,
     params: Params,
@@ -81,21 +176,12 @@ def evaluate(
     limit: int | None = None,
     mesh: Mesh | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda task, done: None,
 ) -> dict[str, Result]:
-    """Evaluates a model on tasks.
+    """Evaluates a model on tasks, once. The arguments are those of `Evaluator` and of a call of it.
 
     Args:
-        model: the model.
-        params: its parameters, placed on `mesh`.
-        tokenizer: its tokenizer; None is enough for the task `loss` on token files.
-        tasks: names in `TASKS`, or one string with commas between them.
-        data: files or directories with the public files; None for the Hugging Face hub. A directory is searched for
-            the usual names of each task's file.
-        limit: the most examples of a task; of a task that scores a stream, the most windows.
-        mesh: the devices; one by default.
-        stride: the tokens that a sliding window predicts; half of `block_size` by default.
-        progress: called while the model scores.
+        mesh: the devices, on which `params` are placed; one by default.
 
     Returns:
         The results by the names of the tasks, in their order.
@@ -103,63 +189,9 @@ def evaluate(
     Raises:
         UserError: a task is unknown, its examples are missing or damaged, or the model cannot read them.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
-    chosen = find_tasks(tasks)
     paths = [data] if isinstance(data, str | Path) else data
-    setting = Setting(tokenizer, model.config.block_size, stride, limit)
-    # Whatever is missing or damaged is found before the first task takes its time.
-    everything = [(task, *prepare(task, locate(task, paths), setting, model.config)) for task in chosen]
-    scorer = Scorer(model, params, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    return {
-        task.name: score(task, found, prepared, comparable, setting, scorer, progress)
-        for task, found, prepared, comparable in everything
-    }
-
-
-def prepare(task: Task[Any], found: Found, setting: Setting, config: GPT2Config) -> tuple[Found, Prepared, bool]:
-    """Reads the examples of a task and makes its requests.
-
-    Returns:
-        Where they come from, the requests, and whether published figures compare with the results.
-
-    Raises:
-        UserError: the examples are damaged, or the model cannot read them.
-    """
-    examples = load_examples(task, found, setting.limit)
-    prepared = task.prepare(examples, setting)
-    _check(task, prepared, config)
-    comparable = (
-        found.standard
-        and setting.limit is None
-        and task.n_examples in (None, len(examples))
-        and setting.tokenizer is not None
-        and tokenizer_name(setting.tokenizer) == "gpt2"
-        and config.block_size == OPENAI_BLOCK_SIZE
-    )
-    return found, prepared, comparable
-
-
-def score(
-    task: Task[Any],
-    found: Found,
-    prepared: Prepared,
-    comparable: bool,
-    setting: Setting,
-    scorer: Scorer,
-    progress: Progress | None = None,
-) -> Result:
-    """Scores the requests of a task. All processes call it together."""
-
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress(task.name, done, total)
-
-    scores = scorer.score(prepared.requests, report)
-    metrics = {metric.name: metric for metric in prepared.metrics(scores)}
-    figures = {name: published_figures(task.name, name, scorer.model.config) for name in metrics if comparable}
-    published = {name: found for name, found in figures.items() if found}
-    return Result(task.name, task.describe(setting), found.name, metrics, published, prepared, scores)
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+    return Evaluator(model, tokenizer, tasks, mesh, data=paths, limit=limit, stride=stride)(params, progress)
 
 
 def _check(task: Task[Any], prepared: Prepared, config: GPT2Config) -> None:

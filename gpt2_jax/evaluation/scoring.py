@@ -37,35 +37,37 @@ class Scorer:
 
     Args:
         model: the model. Its attention backend computes rows with a single text.
-        params: its parameters, placed on `mesh`.
         mesh: the devices. All processes score the same requests together.
         options: those of XLA.
     """
 
-    def __init__(self, model: GPT2, params: Params, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
-        self.model, self.params, self._mesh = model, params, mesh
+    def __init__(self, model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
+        self.model, self._mesh = model, mesh
         self._step = make_score_step(model, mesh, options)
 
     def score(
-        self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Score]]:
         """Scores every continuation of every request, in their order.
 
         Args:
-            progress: is called with the number of scored and of all continuations.
+            params: the parameters of the model, placed on the mesh.
+            progress: is called with the number of scored continuations. Empty ones are not scored.
 
         Raises:
             UserError: a request does not fit into the model's `block_size`.
         """
         trees = make_trees(requests, self.model.config.block_size)
         results = [[_EMPTY] * len(request.continuations) for request in requests]
-        total = sum(len(tree.slots) for tree in trees)
-        for done, (slot, score) in enumerate(self._run(trees), start=1):
+        for done, (slot, score) in enumerate(self._run(params, trees), start=1):
             results[slot.request][slot.continuation] = score
-            progress(done, total)
+            progress(done)
         return results
 
-    def _run(self, trees: Sequence[Tree]) -> Iterator[tuple[Slot, Score]]:
+    def _run(self, params: Params, trees: Sequence[Tree]) -> Iterator[tuple[Slot, Score]]:
         length, rows = pack(trees, self.model.config.n_embd)
         if not rows:
             return
@@ -75,7 +77,7 @@ class Scorer:
             part = rows[start : start + at_once]
             arrays, scored = layout(part + [[]] * (at_once - len(part)), length)
             # One is computed and one waits. With many that wait, collectives on CPUs can block each other forever.
-            running = self._step(self.params, self._put(arrays), single=all(len(row) == 1 for row in scored)), scored
+            running = self._step(params, self._put(arrays), single=all(len(row) == 1 for row in scored)), scored
             if waiting:
                 yield from _results(*waiting)
             waiting = running

@@ -46,9 +46,9 @@ def make_requests(n: int, seed: int = 0) -> list[Request]:
     return [Request(tokens(1, 40), tuple(tokens(0, 20) for _ in range(rng.integers(1, 5)))) for _ in range(n)]
 
 
-def scorer(model, params, devices: int = 1, **mesh: int) -> Scorer:
+def score(model, params, requests, devices: int = 1, **mesh: int) -> list[list[Score]]:
     grid = make_mesh(MeshConfig(**mesh), jax.devices()[:devices])
-    return Scorer(model, jax.device_put(params, state_sharding(grid, params)), grid)
+    return Scorer(model, grid).score(jax.device_put(params, state_sharding(grid, params)), requests)
 
 
 def alone(model, params, request: Request) -> list[Score]:
@@ -81,7 +81,7 @@ def assert_close(found: list[list[Score]], expected: list[list[Score]]) -> None:
 @pytest.mark.usefixtures("strict_dtypes")
 def test_packed_rows_score_as_each_sequence_alone(model, params):
     requests = make_requests(60)
-    assert_close(scorer(model, params).score(requests), [alone(model, params, request) for request in requests])
+    assert_close(score(model, params, requests), [alone(model, params, request) for request in requests])
 
 
 def test_contexts_are_cut_only_for_the_continuations_that_need_it(model, params):
@@ -90,20 +90,20 @@ def test_contexts_are_cut_only_for_the_continuations_that_need_it(model, params)
     endings = tuple(rng.integers(0, 97, size).tolist() for size in (5, 6, 20, 64, 1))  # 5 fits, 6 does not
     request = Request(context, endings)
     assert [len(tree.context) for tree in make_trees([request], 64)] == [60, 59, 45, 1]
-    assert_close(scorer(model, params).score([request]), [alone(model, params, request)])
+    assert_close(score(model, params, [request]), [alone(model, params, request)])
 
 
 def test_a_continuation_without_room_and_an_empty_context_are_refused(model, params):
     with pytest.raises(UserError, match=r"a continuation of 65 tokens .* block_size of 64"):
-        scorer(model, params).score([Request([1], ([2] * 65,))])
+        score(model, params, [Request([1], ([2] * 65,))])
     with pytest.raises(UserError, match="no context"):
-        scorer(model, params).score([Request([], ([2],))])
+        score(model, params, [Request([], ([2],))])
 
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_number_of_devices_does_not_change_a_bit(model, params, devices):
     requests = make_requests(37, seed=2)
-    one, many = (scorer(model, params, count).score(requests) for count in (1, devices))
+    one, many = (score(model, params, requests, count) for count in (1, devices))
     for of_request, others in zip(one, many, strict=True):
         for score, other in zip(of_request, others, strict=True):
             np.testing.assert_array_equal(score.log_probs, other.log_probs)
@@ -113,8 +113,8 @@ def test_the_number_of_devices_does_not_change_a_bit(model, params, devices):
 def test_sharded_and_stacked_parameters_score_the_same(model, params):
     requests = make_requests(20, seed=3)
     stacked = model.clone(config=dataclasses.replace(CONFIG, scan_layers=True, remat="full"))
-    found = scorer(stacked, stack_layers(params), 8, fsdp=2).score(requests)
-    assert_close(found, scorer(model, params).score(requests))
+    found = score(stacked, stack_layers(params), requests, 8, fsdp=2)
+    assert_close(found, score(model, params, requests))
 
 
 def test_rows_with_one_text_use_the_attention_backend_of_the_model(model, params, monkeypatch):
@@ -127,12 +127,13 @@ def test_rows_with_one_text_use_the_attention_backend_of_the_model(model, params
 
     monkeypatch.setattr(packing, "LONGEST_SEARCHED", CONFIG.block_size)
     monkeypatch.setattr("gpt2_jax.model.packed_attention", refuse)
-    assert_close(scorer(model, params).score(windows), expected)
+    assert_close(score(model, params, windows), expected)
 
 
 def test_one_program_scores_everything_and_only_the_last_batch_has_empty_rows(model, params, monkeypatch):
     monkeypatch.setattr(scoring, "CPU_TOKENS_PER_CALL", 512)
-    eight = scorer(model, params, 8)
+    mesh = make_mesh(MeshConfig())
+    eight = Scorer(model, mesh)
     filled: list[float] = []
     step = eight._step
 
@@ -141,18 +142,18 @@ def test_one_program_scores_everything_and_only_the_last_batch_has_empty_rows(mo
         return step(params, rows, single=single)
 
     eight._step = counted
-    eight.score(make_requests(600, seed=5))
+    eight.score(jax.device_put(params, state_sharding(mesh, params)), make_requests(600, seed=5))
     assert len(filled) > 2
     assert set(filled[:-1]) == {1.0}
     assert step._cache_size() == 1
 
 
 def test_progress_counts_continuations(model, params):
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     requests = make_requests(10, seed=6)
-    scorer(model, params).score(requests, lambda done, total: seen.append((done, total)))
+    Scorer(model, make_mesh(MeshConfig(), jax.devices()[:1])).score(params, requests, seen.append)
     total = sum(len(continuation) > 0 for request in requests for continuation in request.continuations)
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert seen == list(range(1, total + 1))
 
 
 # --- packing -------------------------------------------------------------------------------------------
