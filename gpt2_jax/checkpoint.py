@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -32,10 +33,6 @@ except ImportError:
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-def _val_loss(metrics: dict[str, float]) -> float:
-    return metrics["val_loss"]
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -154,11 +151,19 @@ class Checkpoints:
 
     Args:
         directory: created if missing. Leftovers of interrupted saves are removed.
-        keep: number of newest checkpoints to keep, besides the one with the lowest validation loss.
+        keep: number of newest checkpoints to keep, besides the best one.
+        best: the metric that ranks them. Those without it are not ranked.
+        highest: True if a higher value is better.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, best: str = "val_loss", highest: bool = False) -> None:
         self.directory = directory
+
+        def rank(metrics: dict[str, float]) -> float:
+            """Lower is better."""
+            return math.inf if best not in metrics else -metrics[best] if highest else metrics[best]
+
+        self._rank = rank
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             # Compression reduces a state to 92% of its size and takes four times the processor time.
@@ -171,14 +176,14 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 # The policy below decides what to keep. best_fn is set because Orbax stores metrics only with it, and a
                 # resumed run needs them to know the best checkpoint.
-                best_fn=_val_loss,
+                best_fn=rank,
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(keep),
                         checkpoint_managers.BestN(
-                            get_metric_fn=_val_loss,
-                            reverse=True,  # Orbax sorts and keeps the last, so the lowest loss has to come last
+                            get_metric_fn=rank,
+                            reverse=True,  # Orbax sorts and keeps the last, so the lowest has to come last
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -226,8 +231,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The restorable step with the lowest validation loss; None if no step has one."""
-        return self._manager.best_step()
+        """The best restorable step; None if none is ranked."""
+        step: int | None = self._manager.best_step()
+        return step if step is not None and math.isfinite(self._rank(self._manager.metrics(step))) else None
 
     def steps(self) -> list[int]:
         """All restorable steps, in order."""
@@ -237,20 +243,20 @@ class Checkpoints:
         """Reads the directory again, after checkpoints were renamed or a save failed."""
         self._manager.reload()
 
-    def save(self, step: int, state: Any, info: dict[str, Any], val_loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, info: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Copies `state` off the devices, then writes it in the background.
 
         Args:
             state: tree of arrays.
             info: a JSON-serializable dict.
-            val_loss: the validation loss at this step, if known; ranks the checkpoint.
+            metrics: the evaluations at this step by name. One of them ranks the checkpoint.
         """
-        sealed = seal(step, val_loss, info)
+        sealed = seal(step, metrics or {}, info)
         with _ending_threads():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed)),
-                metrics=None if val_loss is None else {"val_loss": val_loss},
+                metrics=metrics or None,
             )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
@@ -265,7 +271,7 @@ class Checkpoints:
             return self._manager.restore(step, args=args)["state"]
 
     def info(self, step: int) -> dict[str, Any]:
-        """The `info` that was saved with the state of `step`, with "step" and "val_loss".
+        """The `info` that was saved with the state of `step`, with "step" and "metrics".
 
         Raises:
             DamagedError: it cannot be read.

@@ -1,7 +1,7 @@
 """The facts beside the arrays of a checkpoint, sealed by a checksum. Reading them needs neither Orbax nor JAX.
 
 step         the update after which it was saved
-val_loss     the validation loss there, null if it was not evaluated; Orbax has a copy, and ranks checkpoints by it
+metrics      the evaluations there by name, such as "val_loss"; Orbax has a copy, and ranks checkpoints by one of them
 fingerprint  that of the arrays: "state", "params" (see fingerprint.py)
 data, sha256, layout, made_by    see run/checkpoints.py
 checksum     CRC-32 of all of the above as JSON with sorted keys
@@ -22,7 +22,14 @@ INFO, METRICS = "info/metadata", "metrics/metrics"  # written by Orbax too
 DAMAGED = ".damaged"  # follows the step in the name of a checkpoint that was set aside
 MAX_BYTES = 1 << 24  # the digests of 200,000 token files
 
-_TYPES: dict[str, type] = {"data": str, "sha256": list, "layout": int, "made_by": dict, "fingerprint": dict}
+_TYPES: dict[str, type] = {
+    "metrics": dict,
+    "data": str,
+    "sha256": list,
+    "layout": int,
+    "made_by": dict,
+    "fingerprint": dict,
+}
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -35,9 +42,9 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name))
 
 
-def seal(step: int, val_loss: float | None, info: dict[str, Any]) -> dict[str, Any]:
-    """`info` with the step, the validation loss and the checksum."""
-    facts = {**info, "step": step, "val_loss": val_loss}
+def seal(step: int, metrics: dict[str, float], info: dict[str, Any]) -> dict[str, Any]:
+    """`info` with the step, the metrics and the checksum."""
+    facts = {**info, "step": step, "metrics": metrics}
     return {**facts, "checksum": _checksum(facts)}
 
 
@@ -57,18 +64,18 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
         info = parse_json(read_text(checkpoint / INFO, MAX_BYTES))
         if not isinstance(info, dict):
             raise ValueError(f"{INFO} is not an object")
-        losses = parse_json(read_text(checkpoint / METRICS, MAX_BYTES)) if (checkpoint / METRICS).exists() else None
-        _check(checkpoint, info, losses)
+        metrics = parse_json(read_text(checkpoint / METRICS, MAX_BYTES)) if (checkpoint / METRICS).exists() else {}
+        _check(checkpoint, info, metrics)
     except (OSError, ValueError) as error:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else one_line(error)
         raise DamagedError(f"the checkpoint {checkpoint} is damaged ({reason})") from error
     return info
 
 
-def _check(checkpoint: Path, info: dict[str, Any], losses: Any) -> None:
+def _check(checkpoint: Path, info: dict[str, Any], metrics: Any) -> None:
     """Raises ValueError unless the facts are those that were written."""
     checksum = info.pop("checksum", None)
-    if checksum is None and {"step", "val_loss", "fingerprint"} & info.keys():
+    if checksum is None and {"step", "metrics", "fingerprint"} & info.keys():
         raise ValueError(f"the checksum in {INFO} is missing")
     for key, kind in _TYPES.items():
         if key in info and not isinstance(info[key], kind):
@@ -81,8 +88,10 @@ def _check(checkpoint: Path, info: dict[str, Any], losses: Any) -> None:
         raise ValueError(f"the checksum in {INFO} differs")
     if str(info["step"]) != checkpoint.name:
         raise ValueError(f"{INFO} is that of checkpoint {info['step']}")
-    if losses != (None if info["val_loss"] is None else {"val_loss": info["val_loss"]}):
-        raise ValueError(f"{METRICS} has another validation loss")
+    if "metrics" not in info:  # before tasks were evaluated
+        info["metrics"] = {} if info["val_loss"] is None else {"val_loss": info["val_loss"]}
+    if metrics != info["metrics"]:
+        raise ValueError(f"{METRICS} has other metrics")
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 MAX_ROW_BYTES = 1 << 20  # of metrics.jsonl; a row of ours has 200
+PANELS = 3  # of tasks in a row of the plot
 PLOT_POINTS = 100  # of the training curve, each the mean of consecutive rows
 
 
@@ -172,8 +173,9 @@ def _row(line: bytes) -> Row:
     row = parse_json(line.decode("utf-8"))
     if not isinstance(row, dict) or not is_count(row.get("step")):
         raise ValueError("expected an object with a count 'step'")
-    for key in {"loss", "val_loss"} & row.keys():
-        if not (type(row[key]) is float or is_count(row[key])) or not is_count(row.get("tokens")):
+    for key, value in row.items():
+        plotted = key in ("loss", "val_loss") or "/" in key
+        if plotted and (not (type(value) is float or is_count(value)) or not is_count(row.get("tokens"))):
             raise ValueError(f"expected a number {key!r} with a count 'tokens'")
     return row
 
@@ -187,43 +189,68 @@ def format_row(row: Row, seconds_left: float | None) -> list[str]:
     return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])
 
 
-def loss_figure(rows: Iterable[Row], title: str) -> Figure:
-    """Training and validation loss over tokens. The training curve has about 100 points, each a mean of rows."""
-    curves = {key: (array("d"), array("d")) for key in ("loss", "val_loss")}  # the rows of a long run fill memory
+class _Curve(NamedTuple):
+    """A column of the rows over tokens. Arrays of machine numbers, as the rows of a long run fill memory."""
+
+    tokens: array[float]
+    values: array[float]
+
+
+def loss_figure(rows: Iterable[Row], title: str, references: Mapping[str, float] | None = None) -> Figure:
+    """Training and validation loss over tokens, and below it a panel for each metric of the tasks.
+
+    The training curve has about 100 points, each a mean of rows.
+
+    Args:
+        references: values to compare metrics with, by TASK/METRIC: dashed lines.
+    """
+    curves: dict[str, _Curve] = {}
     for row in rows:
-        for key, (tokens, losses) in curves.items():
-            if key in row:
-                tokens.append(row["tokens"])
-                losses.append(row[key])
+        for key, value in row.items():
+            if key in ("loss", "val_loss") or "/" in key:
+                curve = curves.setdefault(key, _Curve(array("d"), array("d")))
+                curve.tokens.append(row["tokens"])
+                curve.values.append(value)
     # Imported late: it takes a second, and only one process plots.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    tokens, losses = curves["loss"]
-    if tokens:
-        length = -(-len(tokens) // PLOT_POINTS)
-        starts = range(0, len(tokens), length)
-        groups = [[column[start : start + length] for start in starts] for column in (tokens, losses)]
+    tasks = [key for key in curves if "/" in key]
+    n_rows = -(-len(tasks) // PANELS)
+    figure = Figure(figsize=(8, 4.5 + 2.2 * n_rows), dpi=120, layout="constrained")
+    grid = figure.add_gridspec(1 + n_rows, PANELS, height_ratios=[4.5] + [2.2] * n_rows)
+    axes = figure.add_subplot(grid[0, :])
+    if training := curves.get("loss"):
+        length = -(-len(training.tokens) // PLOT_POINTS)
+        starts = range(0, len(training.tokens), length)
+        groups = [[column[start : start + length] for start in starts] for column in training]
         means = [[sum(group) / len(group) for group in column] for column in groups]
         label = "training" + (f" (means of {length} rows)" if length > 1 else "")
         axes.plot(*means, label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
-    tokens, losses = curves["val_loss"]
-    if tokens:
-        label = f"validation ({losses[-1]:.4f} at the end)"
-        axes.plot(tokens, losses, label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
+    if validation := curves.get("val_loss"):
+        label = f"validation ({validation.values[-1]:.4f} at the end)"
+        axes.plot(*validation, label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
-    axes.xaxis.set_major_formatter(lambda value, _: si(value))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
+    for index, key in enumerate(tasks):
+        panel = figure.add_subplot(grid[1 + index // PANELS, index % PANELS])
+        panel.plot(*curves[key], color="tab:green", marker="o", markersize=3, linewidth=1.2)
+        if references and key in references:
+            panel.axhline(references[key], color="gray", linestyle="--", linewidth=1, label="OpenAI's model")
+            panel.legend(frameon=False, fontsize="x-small")
+        panel.set_title(key.replace("/", " "), fontsize="small")
+        panel.tick_params(labelsize="x-small")
+    for panel in figure.axes:
+        panel.xaxis.set_major_formatter(lambda value, _: si(value))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def plot(metrics: Path, image: Path) -> None:
-    """Plots the rows of a metrics.jsonl. The image is replaced atomically."""
+def plot(metrics: Path, image: Path, references: Mapping[str, float] | None = None) -> None:
+    """Plots the rows of a metrics.jsonl, as `loss_figure`. The image is replaced atomically."""
     partial = image.with_name(image.name + ".partial")
-    loss_figure(read_rows(metrics), metrics.absolute().parent.name).savefig(partial, format="png")
+    title = metrics.absolute().parent.name
+    loss_figure(read_rows(metrics), title, references).savefig(partial, format="png")
     partial.replace(image)
     gc.collect()  # a figure is a cycle, and Python's own collections are rare: 16 MB of figures waited for one

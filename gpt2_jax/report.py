@@ -51,7 +51,7 @@ def compare(first: Path, second: Path) -> list[str]:
         lines.append(f"{'config':10}{listed}")
     same = 0  # the last update after which the fingerprints agree
     for step in sorted(a.keys() & b.keys()):
-        keys = [key for key in COMPARED if key in a[step] and key in b[step]]
+        keys = [key for key in a[step] if key in b[step] and _is_compared(key)]
         different = [key for key in keys if a[step][key] != b[step][key]]
         if "skipped" in a[step].keys() ^ b[step].keys():
             only = "A" if "skipped" in a[step] else "B"
@@ -61,10 +61,14 @@ def compare(first: Path, second: Path) -> list[str]:
             return [*lines, f"{'differ':10}at update {step}: {found}; {_until(same)}"]
         if "fingerprint" in keys:
             same = step
-    common = sum(key in b[step] for step in a.keys() & b.keys() for key in COMPARED if key in a[step])
+    common = sum(key in b[step] for step in a.keys() & b.keys() for key in a[step] if _is_compared(key))
     if not common:
         return [*lines, f"{'unknown':10}no update has a row in both"]
     return [*lines, f"{'equal':10}all {common:,} values of the rows that both have; {_until(same)}"]
+
+
+def _is_compared(key: str) -> bool:
+    return key in COMPARED or "/" in key  # TASK/METRIC
 
 
 def _until(same: int) -> str:

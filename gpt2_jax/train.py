@@ -37,7 +37,7 @@ from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, re
 from gpt2_jax.run import summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
-from gpt2_jax.run.evaluating import validation_loss
+from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
@@ -121,6 +121,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
     options = compiler_options(config, hardware.platform)
     train_step = make_train_step(model, config.optimizer, mesh, config.seed, options)
     evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
+    tasks = open_tasks(config, model, data.tokenizer, mesh, options)
     source = BatchSource(data.train, schedule, accumulation, functools.partial(local_rows, mesh))
     sharding = batch_sharding(mesh, leading_axis=True)
 
@@ -136,6 +137,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         check_skipped_updates(config, saved, start)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
+        reporter.references = tasks.references() if tasks else {}
         if is_primary():
             write_config(out, config)
             if initial:
@@ -152,7 +154,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         ):
             if hardware.platform == "cpu" and start < config.steps:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
-            step, val_loss = start, None
+            step, evaluations = start, dict[str, float]()
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device
             while step < config.steps and not (signal_number := stop_requested(step)):
                 try:
@@ -160,7 +162,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 except UserError:  # damaged data, found late: keep what was trained
                     if jax.process_count() == 1:  # saving needs all processes, and the others do not know of the error
                         reporter.catch_up(pending)
-                        run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), val_loss)
+                        run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), evaluations)
                     raise
                 with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
                     if step + 1 in config.skip_updates:
@@ -169,24 +171,26 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                         state, metrics = update(state, put_batch(batch, sharding))
                 reporter.update(pending)  # fetched only now, when the device already has its next work
                 watch.step = step
-                step, val_loss = step + 1, None
+                step, evaluations = step + 1, {}
                 pending = step, metrics
                 evaluates = step == config.steps or is_due(step, config.eval.every)
+                runs_tasks = step == config.steps or is_due(step, config.eval.tasks_every or config.eval.every)
                 saves = step < config.steps and is_due(step, config.checkpoint.every)
-                if evaluates or saves or is_due(step, config.log.check_replicas):
+                if evaluates or runs_tasks or saves or is_due(step, config.log.check_replicas):
                     reporter.catch_up(pending)
                     watch.step = step
                     fingerprint = run_checkpoints.fingerprint(state)
                     if evaluates:
-                        loss_sum, n_targets = evaluate(state.params, config.eval.tokens)
-                        val_loss = reporter.evaluation(step, loss_sum, n_targets, fingerprint.state)
-                    elif saves:
-                        reporter.saved(step, fingerprint.state)
+                        evaluations |= reporter.validation(step, *evaluate(state.params, config.eval.tokens))
+                    if tasks and runs_tasks:
+                        evaluations |= reporter.tasks(step, tasks(state.params, reporter.progress))
+                    if evaluations or saves:
+                        reporter.evaluated(step, evaluations, fingerprint.state)
                     if saves:
-                        run_checkpoints.save(step, state, fingerprint, val_loss)
+                        run_checkpoints.save(step, state, fingerprint, evaluations)
             reporter.catch_up(pending)
             fingerprint = run_checkpoints.fingerprint(state)
-            run_checkpoints.save_and_wait(step, state, fingerprint, val_loss)
+            run_checkpoints.save_and_wait(step, state, fingerprint, evaluations)
             if step < config.steps:
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number

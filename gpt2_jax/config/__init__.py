@@ -144,7 +144,10 @@ class CheckpointConfig:
     """Updates between checkpoints; 0 saves the last update only."""
     keep: int = 2
     """Number of newest checkpoints to keep.
-    Of those saved right after an evaluation, the one with the lowest validation loss is kept too."""
+    Of those saved right after an evaluation, the best one is kept too."""
+    best: str = "val_loss"
+    """Evaluation that says which checkpoint is the best: val_loss, or TASK/METRIC of a task in eval.tasks,
+    such as hellaswag/acc_norm."""
     strict: bool = False
     """Refuse to resume if the newest checkpoint is damaged, instead of setting it aside and using the one before."""
     max_failures: int = 3
@@ -162,6 +165,14 @@ class EvalConfig:
     The report at the end of a run on text always takes all."""
     sample_tokens: int = 0
     """Tokens of sample text to print at the end of the run."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of gpt2_jax.evaluate to run too, such as hellaswag and lambada."""
+    tasks_every: int = 0
+    """Updates between evaluations of the tasks; 0 for eval.every."""
+    tasks_limit: int = 0
+    """Examples per task at most, or windows of a task that scores a stream of text; 0 for all."""
+    tasks_data: tuple[str, ...] = ()
+    """Directories or files with the examples of the tasks; none to read them from the Hugging Face hub."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,8 @@ _RANGES: dict[str, _Range] = {
     "eval.every": _COUNT_OR_0,
     "eval.tokens": _between(0, MAX_TOKENS),
     "eval.sample_tokens": _between(0, MAX_SEQUENCES),
+    "eval.tasks_every": _COUNT_OR_0,
+    "eval.tasks_limit": _COUNT_OR_0,
     "log.every": _COUNT,
     "log.profile_steps": _COUNT_OR_0,
     "log.check_replicas": _COUNT_OR_0,
@@ -104,6 +106,12 @@ def validate(config: TrainConfig) -> None:
         )
     if config.log.stall_exit and not config.log.stall_seconds:
         raise UserError("log.stall_exit = true needs log.stall_seconds above 0; type --log.stall_seconds 600")
+    best, tasks = config.checkpoint.best, config.eval.tasks
+    if best != "val_loss" and best.partition("/")[0] not in tasks:
+        raise UserError(
+            f"checkpoint.best = {best!r}, and eval.tasks = {list(tasks)}; expected val_loss, or TASK/METRIC of one of "
+            "these tasks"
+        )
     _check_schedule(config)
     _check_data(config.data)
 
@@ -123,6 +131,10 @@ def _check_paths(config: TrainConfig) -> None:
             user_path(text, key)
     for source in config.data.sources:
         user_path(source.train, "data.sources")
+    for path in config.eval.tasks_data:
+        user_path(path, "eval.tasks_data")
+    for text in (*config.eval.tasks, config.checkpoint.best):
+        check_utf8(text, "eval.tasks")
     check_utf8(config.data.characters, "data.characters")
 
 

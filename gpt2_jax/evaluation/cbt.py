@@ -37,6 +37,7 @@ class ChildrensBooks(Task[Cloze]):
     The paper reports the validation questions, as WebText has one of the books of the test questions.
     """
 
+    metric_names = ("acc",)
     protocol = (
         "GPT-2 paper, section 3.2: 20 sentences and the query as detokenized text; acc by the log-probability of the "
         "candidate and the rest of the query"

@@ -38,6 +38,7 @@ class HellaSwag(Task[Choice]):
         'lm-eval hellaswag, 0-shot: "Activity: ctx_a Ctx_b" without brackets; acc by summed log-probability, acc_norm '
         "by log-probability per character of the ending"
     )
+    metric_names = ("acc", "acc_norm")
     files = ("hellaswag_val.jsonl", "hellaswag_val_pre.jsonl")
     hub = HubDataset("Rowan/hellaswag", None, "validation")
     n_examples = N_EXAMPLES
@@ -83,6 +84,7 @@ class HellaSwagCompletion(Task[Choice]):
         "build-nanogpt and llm.c hellaswag.py: the raw ctx, then a space and the raw ending, encoded separately; acc "
         "by the summed loss of the ending, acc_norm by its mean per token"
     )
+    metric_names = ("acc", "acc_norm")
     files = ("hellaswag_val.jsonl",)
     hub = HubDataset("Rowan/hellaswag", None, "validation")
     n_examples = N_EXAMPLES

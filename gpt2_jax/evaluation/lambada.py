@@ -32,6 +32,7 @@ class Lambada(Task[Passage]):
         "lm-eval lambada_openai, 0-shot: acc if every token of the last word is the most probable one, perplexity of "
         "the word; last_token_acc for its last token only"
     )
+    metric_names = ("acc", "perplexity", "last_token_acc")
     files = ("lambada_test.jsonl", "lambada_test_en.jsonl")
     hub = HubDataset("EleutherAI/lambada_openai", "default", "test")
     n_examples = 5153

@@ -20,7 +20,6 @@ class Metric:
         sums: float64 [examples]. Nats are positive: −log p.
         weights: float64 [examples]; ones for a plain mean.
         scale: the function: "mean" is the ratio, "perplexity" its exponential, "bits" converts nats to bits.
-        higher_is_better: True for accuracies.
 
     Raises:
         ValueError: there are no examples, not as many weights as sums, or no weight.
@@ -30,7 +29,6 @@ class Metric:
     sums: np.ndarray
     weights: np.ndarray
     scale: Scale = "mean"
-    higher_is_better: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sums", np.asarray(self.sums, np.float64))
@@ -77,7 +75,12 @@ class Metric:
 
 def accuracy(name: str, right: np.ndarray) -> Metric:
     """The share of the examples that are right, bool [examples]."""
-    return Metric(name, np.asarray(right, np.float64), np.ones(len(right)), "mean", higher_is_better=True)
+    return Metric(name, np.asarray(right, np.float64), np.ones(len(right)))
+
+
+def higher_is_better(name: str) -> bool:
+    """True for accuracies, which have "acc" in their names; False for losses and perplexities."""
+    return "acc" in name.split("_")
 
 
 def paired_difference(a: Metric, b: Metric) -> tuple[float, float | None]:

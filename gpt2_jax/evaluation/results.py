@@ -126,6 +126,20 @@ class Evaluator:
         """
         return {prepared.task.name: self._run(prepared, params, progress) for prepared in self._tasks}
 
+    def metric_names(self) -> list[str]:
+        """The names of all metrics that the results may have: TASK/METRIC."""
+        return [f"{prepared.task.name}/{name}" for prepared in self._tasks for name in prepared.task.metric_names]
+
+    def references(self) -> dict[str, float]:
+        """The figures of OpenAI's model of the same size by TASK/METRIC, over all examples of a task."""
+        figures = {
+            f"{prepared.task.name}/{name}": published_figures(prepared.task.name, name, self._scorer.model.config)
+            for prepared in self._tasks
+            if prepared.comparable
+            for name in prepared.task.metric_names
+        }
+        return {name: found[0].value for name, found in figures.items() if found}
+
     def _prepare(self, task: Task[Any], found: Found, config: GPT2Config) -> _Prepared:
         """Reads the examples of a task and makes its requests.
 
@@ -138,8 +152,7 @@ class Evaluator:
         _check(task, asked, config)
         comparable = (
             found.standard
-            and setting.limit is None
-            and task.n_examples in (None, len(examples))
+            and (setting.limit is not None or task.n_examples in (None, len(examples)))
             and setting.tokenizer is not None
             and tokenizer_name(setting.tokenizer) == "gpt2"
             and config.block_size == OPENAI_BLOCK_SIZE
@@ -151,14 +164,14 @@ class Evaluator:
         scores = self._scorer.score(params, asked.requests, functools.partial(progress, task.name))
         metrics = {metric.name: metric for metric in asked.metrics(scores)}
         published: dict[str, tuple[Figure, ...]] = {}
-        if prepared.comparable:
+        if prepared.comparable and self._setting.limit is None:
             figures = {name: published_figures(task.name, name, self._scorer.model.config) for name in metrics}
             published = {name: found for name, found in figures.items() if found}
         return Result(task.name, task.describe(self._setting), prepared.found.name, metrics, published, asked, scores)
 
 
 class _Prepared(NamedTuple):
-    """A task whose requests are made. `comparable` says that published figures are over the same."""
+    """A task whose requests are made. `comparable` says that published figures are over all of the same examples."""
 
     task: Task[Any]
     found: Found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,14 +37,15 @@ class Scorer:
     number of rows at a time.
 
     Args:
-        model: the model. Its attention backend computes rows with a single text.
+        model: the model. The fastest attention backend computes rows with a single text.
         mesh: the devices. All processes score the same requests together.
         options: those of XLA.
     """
 
     def __init__(self, model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
-        self.model, self._mesh = model, mesh
-        self._step = make_score_step(model, mesh, options)
+        # The backend of a training run was chosen for its `block_size`. Rows have other lengths.
+        self.model = model.clone(config=dataclasses.replace(model.config, attention="auto"))
+        self._mesh, self._step = mesh, make_score_step(self.model, mesh, options)
 
     def score(
         self,

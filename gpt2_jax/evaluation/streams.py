@@ -78,6 +78,7 @@ class PennTreebank(Task[str]):
         "{block_size} tokens that predict {stride}; per raw word, an end of line counted as a word; standard errors "
         "over windows"
     )
+    metric_names = ("word_perplexity", "token_perplexity")
     files = ("ptb.test.txt", "simple-examples/data/ptb.test.txt")
     limits_windows = True
 
@@ -122,6 +123,7 @@ class Compression(Task[str]):
             f"the last {tail:,} bytes of {name} as one text, sliding windows of {{block_size}} tokens that predict "
             f"{{stride}}; bits per {unit}; standard errors over windows"
         )
+        self.metric_names = (f"bits_per_{unit}", "token_perplexity")
         self._unit, self._whole, self._tail = unit, whole, tail
 
     def read(self, path: Path) -> Iterator[str]:

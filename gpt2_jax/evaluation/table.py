@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpt2_jax.evaluation.metrics import paired_difference
+from gpt2_jax.evaluation.metrics import higher_is_better, paired_difference
 from gpt2_jax.evaluation.results import Result
 
 Results = Mapping[str, Result]
@@ -92,7 +92,7 @@ def _result(result: Result) -> dict[str, Any]:
             "value": _finite(metric.value),
             "stderr": _finite(metric.stderr),
             "count": metric.count,
-            "higher_is_better": metric.higher_is_better,
+            "higher_is_better": higher_is_better(name),
             "published": [figure._asdict() for figure in result.published.get(name, ())],
         }
         for name, metric in result.metrics.items()

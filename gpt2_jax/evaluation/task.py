@@ -123,6 +123,7 @@ class Task(abc.ABC, Generic[Example]):
     Attributes:
         name: what the user types.
         protocol: how the numbers are computed, in a line. `describe` fills in {block_size} and {stride}.
+        metric_names: of the metrics that it may have.
         files: the usual names of the public file with the examples, below a directory of data.
         other_files: names of files with the same examples in another form, for which no figures are published.
         hub: a dataset with the same examples; None if there is none.
@@ -132,6 +133,7 @@ class Task(abc.ABC, Generic[Example]):
 
     name: str
     protocol: str
+    metric_names: tuple[str, ...]
     files: tuple[str, ...]
     other_files: tuple[str, ...] = ()
     hub: HubDataset | None = None

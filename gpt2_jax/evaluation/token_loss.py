@@ -37,6 +37,7 @@ class TokenLoss(Task[Document]):
         "each file in disjoint windows of {block_size} tokens; a text after end-of-text, token files after their first "
         "token, which is not predicted; standard errors over windows"
     )
+    metric_names = ("loss", "perplexity", "bits_per_byte")
     files = ()
     limits_windows = True
 

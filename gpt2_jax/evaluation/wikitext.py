@@ -70,6 +70,7 @@ class Pages(Task[str]):
         "lm-eval wikitext: detokenized pages, each in disjoint windows of {block_size} tokens after end-of-text; per "
         "word and byte of the raw pages"
     )
+    metric_names: tuple[str, ...] = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
     def __init__(self, name: str, folder: str) -> None:
         self.name = name
@@ -120,6 +121,7 @@ class SlidingPages(Pages):
         "detokenized pages as one text, sliding windows of {block_size} tokens that predict {stride}; per token and "
         "per word between white space of the raw text; standard errors over windows"
     )
+    metric_names = ("word_perplexity", "token_perplexity")
     limits_windows = True
 
     def prepare(self, examples: Sequence[str], setting: Setting) -> Prepared:

@@ -33,6 +33,7 @@ from gpt2_jax.errors import (
     one_line,
     storage_problem,
 )
+from gpt2_jax.evaluation.metrics import higher_is_better
 from gpt2_jax.fingerprint import StateFingerprint, make_state_fingerprint
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -63,7 +64,8 @@ def open_checkpoints(directory: Path, config: CheckpointConfig) -> Checkpoints:
         if damaged:
             _set_aside(damaged, config, intact=len(steps) - len(damaged))
     barrier("checked")
-    return Checkpoints(directory, config.keep)
+    highest = higher_is_better(config.best.partition("/")[2])
+    return Checkpoints(directory, config.keep, config.best, highest)
 
 
 def _set_aside(damaged: dict[Path, DamagedError], config: CheckpointConfig, intact: int) -> None:
@@ -268,12 +270,12 @@ class RunCheckpoints:
         self._contents.agree(state)
         self._trained_on = self._contents.check(self._trained_on, self._checkpoints.directory.parent)
 
-    def save(self, step: int, state: TrainState, fingerprint: StateFingerprint, val_loss: float | None) -> None:
+    def save(self, step: int, state: TrainState, fingerprint: StateFingerprint, metrics: dict[str, float]) -> None:
         """Saves the state in the background, unless the newest checkpoint is of this step.
 
         Args:
             fingerprint: that of `state`.
-            val_loss: the validation loss at this step, if it was evaluated; ranks the checkpoint.
+            metrics: the evaluations at this step by name, which may rank the checkpoint.
 
         Raises:
             UserError: a token file is not the one that the run was trained on. Nothing is saved.
@@ -296,13 +298,13 @@ class RunCheckpoints:
         }
         try:
             self.before_save()
-            self._checkpoints.save(step, state, info, val_loss)
+            self._checkpoints.save(step, state, info, metrics)
             self._saving, self.newest = True, step
         except Exception as error:
             self._save_failed(error)
 
     def save_and_wait(
-        self, step: int, state: TrainState, fingerprint: StateFingerprint, val_loss: float | None
+        self, step: int, state: TrainState, fingerprint: StateFingerprint, metrics: dict[str, float]
     ) -> None:
         """`save`, again until it succeeds. The checkpoint is on disk when this returns.
 
@@ -310,7 +312,7 @@ class RunCheckpoints:
             UserError, SaveError: as `save`.
         """
         while True:
-            self.save(step, state, fingerprint, val_loss)
+            self.save(step, state, fingerprint, metrics)
             self.check_saved(wait=True)
             if self.newest == step:
                 return

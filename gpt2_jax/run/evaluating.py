@@ -1,4 +1,4 @@
-"""The validation loss of a run."""
+"""The evaluations of a run: its validation loss, and public tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.pipeline import TokenWindows, eval_batches
-from gpt2_jax.model import Params
+from gpt2_jax.data.tokenizer import Tokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation import Evaluator
+from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sharding import batch_sharding, local_rows, micro_batch_size, put_batch
 from gpt2_jax.step import EvalStep
 
@@ -32,3 +35,29 @@ def validation_loss(
         jax.block_until_ready(sums[-2:-1])
     loss_sum, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(loss_sum), int(n_targets)
+
+
+def open_tasks(
+    config: TrainConfig, model: GPT2, tokenizer: Tokenizer | None, mesh: Mesh, options: dict[str, bool]
+) -> Evaluator | None:
+    """The evaluation of the tasks in `config.eval`; None if there are none.
+
+    Raises:
+        UserError: a task is unknown, its examples are missing or damaged, or `checkpoint.best` is none of its metrics.
+    """
+    names, best = config.eval.tasks, config.checkpoint.best
+    if not names:
+        return None
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        names,
+        mesh,
+        data=config.eval.tasks_data or None,
+        limit=config.eval.tasks_limit or None,
+        options=options,
+    )
+    metrics = ["val_loss", *evaluator.metric_names()]
+    if best not in metrics:
+        raise UserError(f"checkpoint.best = {best!r}; expected one of {', '.join(metrics)}")
+    return evaluator

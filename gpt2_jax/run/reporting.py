@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import TrainConfig
-from gpt2_jax.display import Display
+from gpt2_jax.display import Display, count
 from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError, RewindError
+from gpt2_jax.evaluation import Result
+from gpt2_jax.evaluation.table import number
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
@@ -21,6 +23,9 @@ from gpt2_jax.step import Metrics
 
 class Reporter:
     """Logs updates and evaluations. All processes call it; only process 0 writes, plots and prints.
+
+    Attributes:
+        references: figures of OpenAI's model of the same size by TASK/METRIC, for the plot.
 
     Args:
         out: the run directory.
@@ -48,6 +53,7 @@ class Reporter:
         self._reported = start
         self._outliers = 0  # in a row
         self._rows_wait = False
+        self.references: Mapping[str, float] = {}
         self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
@@ -130,11 +136,11 @@ class Reporter:
                 f"--optimizer.learning_rate {self._config.optimizer.learning_rate / 2:g} and another --out"
             )
 
-    def evaluation(self, step: int, loss_sum: float, n_targets: int, fingerprint: str) -> float:
-        """Logs the validation loss with the fingerprint of the state, and redraws the plot.
+    def validation(self, step: int, loss_sum: float, n_targets: int) -> dict[str, float]:
+        """Prints the validation loss.
 
         Returns:
-            The loss in nats per token.
+            The loss in nats per token by its name.
 
         Raises:
             DivergedError: the loss is not finite.
@@ -142,18 +148,42 @@ class Reporter:
         loss = loss_sum / n_targets
         self._check_finite(step, loss, f"validation loss {loss}")
         self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
-        row = {"step": step, "tokens": self._tokens_after(step), "val_loss": loss, "fingerprint": fingerprint}
-        self._write(row)
-        if self._file:
+        return {"val_loss": loss}
+
+    def tasks(self, step: int, results: Mapping[str, Result]) -> dict[str, float]:
+        """Prints the results of tasks.
+
+        Returns:
+            The finite ones by TASK/METRIC. A model that is worse than any has an infinite perplexity.
+        """
+        for task, result in results.items():
+            parts = [
+                f"{name} {number(metric.value)} ± {number(metric.stderr) or 'unknown'}"
+                for name, metric in result.metrics.items()
+            ]
+            self.display.print(f"update {step}: {task} {', '.join(parts)}")
+        values = {
+            f"{task}/{name}": metric.value
+            for task, result in results.items()
+            for name, metric in result.metrics.items()
+        }
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def progress(self, task: str, done: int) -> None:
+        """Shows the progress of a task."""
+        step = self._reported
+        self.display.show(
+            step, f"update {step}/{self._config.steps}", [f"{task}: {count(done, 'continuation')} scored"]
+        )
+
+    def evaluated(self, step: int, evaluations: Mapping[str, float], fingerprint: str) -> None:
+        """Logs evaluations with the fingerprint of the state, and redraws the plot; without any, the fingerprint."""
+        self._write({"step": step, "tokens": self._tokens_after(step), **evaluations, "fingerprint": fingerprint})
+        if self._file and evaluations:
             try:
-                plot(self._file.path, self._out / "loss.png")
+                plot(self._file.path, self._out / "loss.png", self.references)
             except OSError as error:
                 self.display.print(f"{self._out / 'loss.png'} cannot be written ({error.strerror}); continuing")
-        return loss
-
-    def saved(self, step: int, fingerprint: str) -> None:
-        """Logs the fingerprint of the state that is saved after an update without an evaluation."""
-        self._write({"step": step, "tokens": self._tokens_after(step), "fingerprint": fingerprint})
 
     def _write(self, row: Row) -> None:
         """Writes a row. One that cannot be written waits: a checkpoint is saved only with all rows before it."""
