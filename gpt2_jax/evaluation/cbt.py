@@ -119,13 +119,13 @@ def _cloze(story: list[str], where: str) -> Cloze:
 
 # The marks of the Penn Treebank. Only these are undone; a quotation mark ' stays apart, as it may open or close.
 _RULES = (
+    (re.compile(r" (n't|'(?:s|re|ve|ll|d|m|S))(?!\w)"), r"\1"),
+    (re.compile(r" ([.,;:?!])(?!\S)"), r"\1"),  # before the quotation marks, which would follow it directly
     (re.compile(r"(?<!\S)`` ?"), '"'),
     (re.compile(r" ?''(?!\S)"), '"'),
     (re.compile(r"(?<!\S)` "), "'"),
     (re.compile(r"-LRB- ?"), "("),
     (re.compile(r" ?-RRB-"), ")"),
-    (re.compile(r" (n't|'(?:s|re|ve|ll|d|m|S))(?!\w)"), r"\1"),
-    (re.compile(r" ([.,;:?!])(?!\S)"), r"\1"),
 )
 
 
