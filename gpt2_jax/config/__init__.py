@@ -146,8 +146,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep.
     Of those saved right after an evaluation, the best one is kept too."""
     best: str = "val_loss"
-    """Evaluation that says which checkpoint is the best: val_loss, or TASK/METRIC of a task in eval.tasks,
-    such as hellaswag/acc_norm."""
+    """Evaluation that ranks checkpoints: val_loss, or a metric of a task in eval.tasks, as hellaswag/acc_norm."""
     strict: bool = False
     """Refuse to resume if the newest checkpoint is damaged, instead of setting it aside and using the one before."""
     max_failures: int = 3

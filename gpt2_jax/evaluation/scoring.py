@@ -74,12 +74,14 @@ class Scorer:
         if not rows:
             return
         at_once = self._mesh.size * self._rows_per_device(length, len(rows))
+        # One program for all batches: which rows share one depends on the number of devices.
+        single = length <= self.model.config.block_size and all(len(row) == 1 == len(row[0].slots) for row in rows)
         waiting: tuple[Any, list[list[tuple[Slot, int]]]] | None = None
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
             arrays, scored = layout(part + [[]] * (at_once - len(part)), length)
             # One is computed and one waits. With many that wait, collectives on CPUs can block each other forever.
-            running = self._step(params, self._put(arrays), single=all(len(row) == 1 for row in scored)), scored
+            running = self._step(params, self._put(arrays), single=single), scored
             if waiting:
                 yield from _results(*waiting)
             waiting = running

@@ -162,12 +162,12 @@ class Reporter:
                 for name, metric in result.metrics.items()
             ]
             self.display.print(f"update {step}: {task} {', '.join(parts)}")
-        values = {
+        return {
             f"{task}/{name}": metric.value
             for task, result in results.items()
             for name, metric in result.metrics.items()
+            if math.isfinite(metric.value)
         }
-        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def progress(self, task: str, done: int) -> None:
         """Shows the progress of a task."""

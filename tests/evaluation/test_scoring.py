@@ -105,9 +105,9 @@ def test_the_number_of_devices_does_not_change_a_bit(model, params, devices):
     requests = make_requests(37, seed=2)
     one, many = (score(model, params, requests, count) for count in (1, devices))
     for of_request, others in zip(one, many, strict=True):
-        for score, other in zip(of_request, others, strict=True):
-            np.testing.assert_array_equal(score.log_probs, other.log_probs)
-            np.testing.assert_array_equal(score.greedy, other.greedy)
+        for found, other in zip(of_request, others, strict=True):
+            np.testing.assert_array_equal(found.log_probs, other.log_probs)
+            np.testing.assert_array_equal(found.greedy, other.greedy)
 
 
 def test_sharded_and_stacked_parameters_score_the_same(model, params):
