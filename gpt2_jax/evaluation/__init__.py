@@ -2,7 +2,7 @@
 
 from gpt2_jax.evaluation.metrics import Metric, paired_difference
 from gpt2_jax.evaluation.published import Figure
-from gpt2_jax.evaluation.results import Result, evaluate
+from gpt2_jax.evaluation.results import ReadyTask, Result, evaluate, prepare_tasks
 from gpt2_jax.evaluation.tasks import TASKS
 
-__all__ = ["TASKS", "Figure", "Metric", "Result", "evaluate", "paired_difference"]
+__all__ = ["TASKS", "Figure", "Metric", "ReadyTask", "Result", "evaluate", "paired_difference", "prepare_tasks"]

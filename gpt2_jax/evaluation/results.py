@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.data.tokenizer import Tokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.examples import Found, load_examples, locate
+from gpt2_jax.evaluation.examples import load_examples, locate
 from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.published import Figure, published_figures
 from gpt2_jax.evaluation.requests import Score
@@ -71,6 +71,78 @@ class Result:
                 }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadyTask:
+    """A task with its requests, to be scored any number of times.
+
+    Attributes:
+        name: of the task.
+        protocol: how the numbers are computed.
+        data: where the examples come from.
+        prepared: the requests.
+        comparable: whether published figures compare with the results.
+    """
+
+    name: str
+    protocol: str
+    data: str
+    prepared: Prepared
+    comparable: bool
+
+    def score(self, scorer: Scorer, progress: Progress | None = None) -> Result:
+        """Scores the requests. All processes call it together."""
+
+        def report(done: int, total: int) -> None:
+            if progress:
+                progress(self.name, done, total)
+
+        scores = scorer.score(self.prepared.requests, report)
+        metrics = {metric.name: metric for metric in self.prepared.metrics(scores)}
+        config = scorer.model.config
+        figures = {name: published_figures(self.name, name, config) for name in metrics if self.comparable}
+        published = {name: found for name, found in figures.items() if found}
+        return Result(self.name, self.protocol, self.data, metrics, published, self.prepared, scores)
+
+
+def prepare_tasks(
+    config: GPT2Config,
+    tokenizer: Tokenizer | None,
+    tasks: str | Sequence[str],
+    *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
+    stride: int | None = None,
+) -> list[ReadyTask]:
+    """Reads the examples of tasks and makes their requests for a model with this config. Arguments as of `evaluate`.
+
+    Whatever is missing or damaged is found here, before the first task takes its time.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
+    paths = [data] if isinstance(data, str | Path) else data
+    setting = Setting(tokenizer, config.block_size, stride, limit)
+    return [_prepare(task, paths, setting, config) for task in find_tasks(tasks)]
+
+
+def _prepare(task: Task[Any], paths: Sequence[str | Path] | None, setting: Setting, config: GPT2Config) -> ReadyTask:
+    found = locate(task, paths)
+    examples = load_examples(task, found, setting.limit)
+    prepared = task.prepare(examples, setting)
+    _check(task, prepared, config)
+    comparable = (
+        found.standard
+        and setting.limit is None
+        and task.n_examples in (None, len(examples))
+        and setting.tokenizer is not None
+        and tokenizer_name(setting.tokenizer) == "gpt2"
+        and config.block_size == OPENAI_BLOCK_SIZE
+    )
+    return ReadyTask(task.name, task.describe(setting), found.name, prepared, comparable)
+
+
 def evaluate(
     model: GPT2,
     params: Params,
@@ -103,63 +175,9 @@ def evaluate(
     Raises:
         UserError: a task is unknown, its examples are missing or damaged, or the model cannot read them.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
-    chosen = find_tasks(tasks)
-    paths = [data] if isinstance(data, str | Path) else data
-    setting = Setting(tokenizer, model.config.block_size, stride, limit)
-    # Whatever is missing or damaged is found before the first task takes its time.
-    everything = [(task, *prepare(task, locate(task, paths), setting, model.config)) for task in chosen]
+    ready = prepare_tasks(model.config, tokenizer, tasks, data=data, limit=limit, stride=stride)
     scorer = Scorer(model, params, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    return {
-        task.name: score(task, found, prepared, comparable, setting, scorer, progress)
-        for task, found, prepared, comparable in everything
-    }
-
-
-def prepare(task: Task[Any], found: Found, setting: Setting, config: GPT2Config) -> tuple[Found, Prepared, bool]:
-    """Reads the examples of a task and makes its requests.
-
-    Returns:
-        Where they come from, the requests, and whether published figures compare with the results.
-
-    Raises:
-        UserError: the examples are damaged, or the model cannot read them.
-    """
-    examples = load_examples(task, found, setting.limit)
-    prepared = task.prepare(examples, setting)
-    _check(task, prepared, config)
-    comparable = (
-        found.standard
-        and setting.limit is None
-        and task.n_examples in (None, len(examples))
-        and setting.tokenizer is not None
-        and tokenizer_name(setting.tokenizer) == "gpt2"
-        and config.block_size == OPENAI_BLOCK_SIZE
-    )
-    return found, prepared, comparable
-
-
-def score(
-    task: Task[Any],
-    found: Found,
-    prepared: Prepared,
-    comparable: bool,
-    setting: Setting,
-    scorer: Scorer,
-    progress: Progress | None = None,
-) -> Result:
-    """Scores the requests of a task. All processes call it together."""
-
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress(task.name, done, total)
-
-    scores = scorer.score(prepared.requests, report)
-    metrics = {metric.name: metric for metric in prepared.metrics(scores)}
-    figures = {name: published_figures(task.name, name, scorer.model.config) for name in metrics if comparable}
-    published = {name: found for name, found in figures.items() if found}
-    return Result(task.name, task.describe(setting), found.name, metrics, published, prepared, scores)
+    return {task.name: task.score(scorer, progress) for task in ready}
 
 
 def _check(task: Task[Any], prepared: Prepared, config: GPT2Config) -> None:
