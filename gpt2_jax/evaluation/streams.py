@@ -13,7 +13,7 @@ from gpt2_jax.data.tokenizer import Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import whole_text
 from gpt2_jax.evaluation.metrics import Metric
-from gpt2_jax.evaluation.requests import Score, sliding_windows
+from gpt2_jax.evaluation.requests import Request, Score, sliding_windows
 from gpt2_jax.evaluation.task import Prepared, Setting, Task, nats
 
 LARGEST_TAIL = 5_000_000  # bytes: the usual test split of enwik8 and text8
@@ -47,8 +47,7 @@ def sliding(
         raise UserError(f"{name} has a text of {len(all_tokens)} tokens, of which none is predicted; give a longer one")
     sizes = np.array([len(request.continuations[0]) for request in requests], np.float64)
     if n_words is None:
-        tokenizer = setting.need_tokenizer(name)
-        n_bytes = np.array([token_bytes(tokenizer, np.asarray(request.continuations[0])).sum() for request in requests])
+        n_bytes = window_bytes(setting.need_tokenizer(name), requests)
 
     def metrics(scores: Sequence[Sequence[Score]]) -> list[Metric]:
         sums = np.array([nats(row) for row in scores])
@@ -60,13 +59,20 @@ def sliding(
     return Prepared(requests, [f"window {number + 1}" for number in range(len(requests))], metrics)
 
 
-def token_bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
-    """The bytes of text that each token stands for, int64 [tokens]; 0 for the tokens around a text."""
+def window_bytes(tokenizer: Tokenizer, windows: Sequence[Request]) -> np.ndarray:
+    """The bytes of text that the predicted tokens of each window stand for, int64 [windows].
+
+    The tokens around a text, such as end-of-text, stand for none.
+    """
+    parts = [np.asarray(window.continuations[0]) for window in windows]
+    tokens = np.concatenate(parts)
     around = boundaries(tokenizer)
     special = {around.start, around.pad, *around.ends}
-    unique, places = np.unique(tokens, return_inverse=True)
-    sizes = [0 if token in special else len(tokenizer.decode_bytes([token])) for token in unique.tolist()]
-    return np.array(sizes, np.int64)[places]
+    sizes = np.zeros(int(tokens.max()) + 1, np.int64)
+    for token in np.flatnonzero(np.bincount(tokens)).tolist():
+        sizes[token] = 0 if token in special else len(tokenizer.decode_bytes([token]))
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    return np.add.reduceat(sizes[tokens], starts)
 
 
 class PennTreebank(Task[str]):

@@ -14,7 +14,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import MAX_TEXT_BYTES
 from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.requests import Request, Score, disjoint_windows
-from gpt2_jax.evaluation.streams import token_bytes
+from gpt2_jax.evaluation.streams import window_bytes
 from gpt2_jax.evaluation.task import Prepared, Setting, Task, nats
 from gpt2_jax.parsing import read_text
 
@@ -84,8 +84,7 @@ class TokenLoss(Task[Document]):
     def _bytes(requests: Sequence[Request], setting: Setting) -> np.ndarray | None:
         """The bytes of text in each window; None if they are not known, as the tokenizer is not that of the tokens."""
         tokenizer = setting.tokenizer
-        windows = [np.asarray(request.continuations[0]) for request in requests]
-        if tokenizer is None or max(int(window.max()) for window in windows) >= tokenizer.n_vocab:
+        if tokenizer is None or max(int(np.max(request.continuations[0])) for request in requests) >= tokenizer.n_vocab:
             return None
-        n_bytes = np.array([token_bytes(tokenizer, window).sum() for window in windows])
+        n_bytes = window_bytes(tokenizer, requests)
         return n_bytes if n_bytes.sum() else None

@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from gpt2_jax.evaluation import Metric, paired_difference
-from gpt2_jax.evaluation.metrics import accuracy
+from gpt2_jax.evaluation import TASKS, Metric, paired_difference
+from gpt2_jax.evaluation.metrics import accuracy, higher_is_better
 
 
 def test_an_accuracy_has_the_standard_error_of_lm_eval():
@@ -16,8 +16,14 @@ def test_an_accuracy_has_the_standard_error_of_lm_eval():
     # lm_eval/api/metrics.py: the mean, and the sample standard deviation over √n.
     assert metric.value == pytest.approx(statistics.fmean(right))
     assert metric.stderr == pytest.approx(statistics.stdev(map(float, right)) / math.sqrt(len(right)))
-    assert metric.higher_is_better
     assert metric.count == 7
+
+
+def test_only_accuracies_are_better_when_higher():
+    for task in TASKS.values():
+        for name in task.metric_names:
+            assert higher_is_better(name) == (name in ("acc", "acc_norm", "last_token_acc")), name
+    assert not higher_is_better("")  # of val_loss
 
 
 def test_a_perplexity_is_lm_evals():

@@ -146,7 +146,7 @@ def test_wikitext_counts_words_and_bytes_of_the_raw_page():
     n_bytes = [len(text.encode()) for text in texts]
     assert [metric.name for metric in metrics] == ["word_perplexity", "byte_perplexity", "bits_per_byte"]
     assert metrics[0].sums.tolist() == [2.0 * n for n in n_bytes]
-    assert metrics[0].weights.tolist() == [8, 1]  # lm-eval counts what is before the first and after the last space
+    assert metrics[0].weights.tolist() == [9, 1]  # lm-eval counts what is before the first and after the last space
     assert metrics[1].weights.tolist() == [len(pages[0].encode()), 1]
     assert metrics[2].value == pytest.approx(2 * sum(n_bytes) / sum(metrics[1].weights) / math.log(2))
 
@@ -170,7 +170,7 @@ def test_sliding_windows_predict_each_token_once():
     limited = task.prepare(pages, setting(block_size=8, stride=3, limit=2))
     two = limited.metrics(scores_of(limited, lambda _, part: -len(part)))
     assert two[0].count == 2
-    assert values(two) == values(metrics)
+    assert values(two) == pytest.approx(values(metrics))
     assert "windows of 8 tokens that predict 3;" in task.describe(setting(block_size=8, stride=3))
     assert "windows of 64 tokens that predict 32;" in task.describe(setting())
 
@@ -223,7 +223,7 @@ def test_the_loss_of_files(byte_model, tmp_path):
     results = evaluate(*byte_model, byte_encoding(), "loss", data=data, progress=lambda *call: calls.append(call))
     result = results["loss"]
     records = list(result.records())
-    assert calls[-1] == ("loss", 3, 3)
+    assert calls[-1] == ("loss", 3)
     assert [record["origin"].rpartition("/")[2] for record in records] == [
         "val.bin, window 1",
         "val.bin, window 2",
