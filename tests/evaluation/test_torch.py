@@ -14,7 +14,7 @@ from torch_gpt2 import as_params, torch_gpt2
 from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.data.tokenizer import byte_encoding
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation import TASKS, Evaluator, evaluate
+from gpt2_jax.evaluation import TASKS, Evaluator
 from gpt2_jax.evaluation.examples import load_examples, locate
 from gpt2_jax.evaluation.task import Setting
 from gpt2_jax.evaluation.wikitext import detokenize
@@ -22,6 +22,8 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import make_mesh
 
 END = 50256
+# The flags of other tests compile fast. Here the code has to be fast: the vocabulary is GPT-2's.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 pytestmark = pytest.mark.usefixtures("gpt2_vocabulary")
 
 
@@ -37,7 +39,9 @@ class Pair:
         self.model, self.params = GPT2(config), as_params(self.torch.state_dict(), config)
 
     def evaluate(self, tasks, data, **options):
-        return evaluate(self.model, self.params, tiktoken.get_encoding("gpt2"), tasks, data=data, **options)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        tokenizer = tiktoken.get_encoding("gpt2")
+        return Evaluator(self.model, tokenizer, tasks, mesh, data=[data], options=OPTIMIZED, **options)(self.params)
 
     @torch.no_grad()
     def score(self, context, continuation):
