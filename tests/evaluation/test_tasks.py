@@ -73,12 +73,12 @@ def test_an_empty_context_is_end_of_text():
 
 def test_hellaswag_divides_by_characters():
     # Of equal ones the first is chosen. é has one character and two bytes.
-    chosen = {" aaaa": -4.0, " ééé": -4.0, " a": -4.5, " bbbbbbbb": -6.0}
+    chosen = {" aaaa": -4.0, " ééé": -4.0, " a": -4.5, " bbbbbbbb": -8.0}
     examples = [swag("aaaa", "ééé", "a", "bbbbbbbb", label=label) for label in range(4)]
     prepared = TASKS["hellaswag"].prepare(examples, setting())
     metrics = prepared.metrics(scores_of(prepared, lambda _, ending: chosen[ending]))
     assert metrics[0].sums.tolist() == [1, 0, 0, 0]
-    assert metrics[1].sums.tolist() == [0, 0, 0, 1]  # −1, −4/3, −4.5, −0.75
+    assert metrics[1].sums.tolist() == [1, 0, 0, 0]  # −1, −4/3, −4.5, −1
 
 
 def test_an_empty_ending_is_never_chosen_per_character():
@@ -98,12 +98,12 @@ def test_an_ending_can_begin_another():
 
 
 def test_completion_divides_by_tokens():
-    chosen = {" aaaa": -4.0, " ééé": -4.0, " a": -4.0, " bbbbbbbb": -6.0}
-    examples = [swag("aaaa", "ééé", "a", "bbbbbbbb", label=label) for label in range(4)]
+    chosen = {" aaaa": -4.0, " éééé": -4.5, " a": -1.01, " bbbbbbbb": -6.0}
+    examples = [swag("aaaa", "éééé", "a", "bbbbbbbb", label=label) for label in range(4)]
     prepared = TASKS["hellaswag-completion"].prepare(examples, setting())
     metrics = prepared.metrics(scores_of(prepared, lambda _, ending: chosen[ending]))
-    assert metrics[0].sums.tolist() == [1, 0, 0, 0]
-    assert metrics[1].sums.tolist() == [0, 1, 0, 0]  # −4/5, −4/7, −4/2, −6/9 per byte
+    assert metrics[0].sums.tolist() == [0, 0, 1, 0]
+    assert metrics[1].sums.tolist() == [0, 1, 0, 0]  # per byte −4/5, −4.5/9, −1.01/2, −6/9
 
 
 def test_different_contexts_become_different_requests():
@@ -123,13 +123,13 @@ def test_lambada_wants_every_token_of_the_word():
     prepared = task.prepare(examples, setting())
     asked = [(list(request.context[-4:]), bytes(*request.continuations)) for request in prepared.requests]
     assert asked == [([*b" was"], " Zoë".encode()), ([*b"said"], b"  he"), ([END], b" one\nword")]
-    greedy = [[True] * 4 + [False], [False, True, True, True], [True] * 9]
+    greedy = [[False] * 4 + [True], [False, True, True, True], [True] * 9]
     log_probs = [[-0.5] * 5, [-1.0, 0, 0, 0], [-0.25] * 9]
     scores = [[Score(np.array(p, np.float32), np.array(g))] for p, g in zip(log_probs, greedy, strict=True)]
     assert values(prepared.metrics(scores)) == {
         "acc": pytest.approx(1 / 3),
         "perplexity": pytest.approx(math.exp((2.5 + 1 + 2.25) / 3)),
-        "last_token_acc": pytest.approx(2 / 3),
+        "last_token_acc": 1,
     }
 
 
@@ -196,14 +196,14 @@ def test_the_candidates_of_cbt_are_followed_by_the_rest():
     candidates = ("king", *"abcdefghi")
     examples = [
         Cloze("It was n't . `` I saw the", "'s , '' she said .", candidates, 0),
-        Cloze("He said : ``", "!", candidates, 3),
+        Cloze("XXXXX said : ``", "!", candidates, 3),
     ]
     prepared = TASKS["cbt-cn"].prepare(examples, setting())
     first, second = prepared.requests
     assert bytes(first.context) == b"It wasn't. \"I saw the"
     assert bytes(first.continuations[0]) == b" king's,\" she said."
     assert bytes(first.continuations[9]) == b" i's,\" she said."
-    assert (bytes(second.context), bytes(second.continuations[3])) == (b'He said: "', b"c!")
+    assert (bytes(second.context), bytes(second.continuations[3])) == (b'XXXXX said: "', b"c!")
     metrics = prepared.metrics(scores_of(prepared, lambda _, text: -1.0 if "c" in text else -2.0))
     assert values(metrics) == {"acc": 0.5}
 
@@ -239,6 +239,8 @@ def test_the_loss_of_files(byte_model, tmp_path):
     assert result.metrics["loss"].count == 3
     assert "windows of 16 tokens" in result.protocol
     json.dumps(records)
+    limited = evaluate(*byte_model, byte_encoding(), "loss", data=data, limit=2)["loss"]
+    assert list(limited.records()) == records[:2]
     assert not result.published
 
 
