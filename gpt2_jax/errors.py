@@ -84,12 +84,13 @@ def fixable(error: BaseException) -> str:
     return text if "not in the list of known backends" in text else ""  # JAX_PLATFORMS has an unknown name
 
 
-def import_optional(name: str, purpose: str) -> Any:
+def import_optional(name: str, purpose: str, package: str = "") -> Any:
     """Imports a module of an optional dependency.
 
     Args:
-        name: the module. The package that pip installs has its name, up to the first dot.
+        name: the module.
         purpose: the work that needs it, for the error: "reading a.parquet".
+        package: what pip installs; by default the name of the module, up to the first dot.
 
     Raises:
         UserError: it is not installed.
@@ -97,5 +98,5 @@ def import_optional(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
+        package = package or name.split(".")[0]
         raise UserError(f"{purpose} needs {package}, which is not installed; type pip install {package}") from error

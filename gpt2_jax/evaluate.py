@@ -22,14 +22,16 @@ from gpt2_jax.display import Display, duration
 from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
-from gpt2_jax.errors import UserError, strip_controls
+from gpt2_jax.errors import UserError, import_optional, strip_controls
 from gpt2_jax.evaluation import TASKS, Evaluator, Result
 from gpt2_jax.evaluation.table import table, to_json
+from gpt2_jax.evaluation.tasks import HARNESS
 from gpt2_jax.files import replace_text, user_path
+from gpt2_jax.generation import LanguageModel
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.model import GPT2
 from gpt2_jax.resolve import matmul_dtype
 from gpt2_jax.sharding import make_mesh
 
@@ -43,7 +45,7 @@ gpt2_jax.train (--coordinator HOST:PORT, --processes N, --process I)."""
 class Flags:
     """Flags of the command."""
 
-    tasks: Annotated[str, tyro.conf.arg(help=f"Tasks, with commas between them: {', '.join(TASKS)}.")]
+    tasks: Annotated[str, tyro.conf.arg(help=f"Tasks, with commas between: {', '.join(TASKS)}, lm-eval:TASK.")]
     model: Annotated[str, tyro.conf.arg(help=f"MODEL: {MODEL_KINDS}.", help_behavior_hint="")] = ""
     compare: tuple[str, ...] = ()
     """Several MODELs instead of one: the table shows how each differs from the first."""
@@ -113,20 +115,37 @@ def _records(models: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
 
 def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
     dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
+    names = [task.strip() for task in flags.tasks.split(",")]
+    harness_tasks = [task.removeprefix(HARNESS) for task in names if task.startswith(HARNESS)]
+    if harness_tasks:
+        import_optional("lm_eval", f"the task {HARNESS}{harness_tasks[0]}", "lm-eval")
+    own_tasks = [task for task in names if not task.startswith(HARNESS)]
 
-    def load(stored: StoredModel) -> tuple[Evaluator, Params]:
+    def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel]:
+        if not own_tasks:
+            return None, stored.load(mesh, dtype)
         evaluator = Evaluator(  # finds what is wrong with the examples before the parameters are read
             GPT2(stored.config.unrolled("auto"), dtype),
             stored.tokenizer,
-            flags.tasks,
+            own_tasks,
             mesh,
             data=flags.data or None,
             limit=flags.limit or None,
             stride=flags.stride or None,
         )
-        return evaluator, stored.load(mesh, dtype).params
+        return evaluator, stored.load(mesh, dtype)
 
-    evaluator, params = use_model(name, load)
+    evaluator, gpt2 = use_model(name, load)
+    results = _run(evaluator, gpt2, name) if evaluator else {}
+    if harness_tasks:
+        from gpt2_jax.evaluation.lm_eval import run_harness
+
+        results |= run_harness(gpt2, harness_tasks, mesh, flags.limit or None)
+    return results
+
+
+def _run(evaluator: Evaluator, gpt2: LanguageModel, name: str) -> dict[str, Result]:
+    """Evaluates our own tasks with a progress bar."""
     counts = evaluator.n_continuations()
     before = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
     total, start = sum(counts.values()), time.perf_counter()
@@ -137,7 +156,7 @@ def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
             left = (time.perf_counter() - start) * (total - done) / done
             display.show(done, f"{name}, {done:,} of {total:,} continuations", [task, f"{duration(left)} left"])
 
-        return evaluator(params, progress)
+        return evaluator(gpt2.params, progress)
 
 
 def command() -> None:

@@ -73,6 +73,16 @@ class Metric:
         return slope * (self.sums - self.ratio * self.weights) / self.weights.sum()
 
 
+@dataclasses.dataclass(frozen=True)
+class Reported:
+    """A number of a task of lm-eval, without the values of its examples."""
+
+    name: str
+    value: float
+    stderr: float | None
+    count: int
+
+
 def accuracy(name: str, right: np.ndarray) -> Metric:
     """The share of the examples that are right, bool [examples]."""
     return Metric(name, np.asarray(right, np.float64), np.ones(len(right)))
@@ -83,20 +93,22 @@ def higher_is_better(name: str) -> bool:
     return "acc" in name.split("_")
 
 
-def paired_difference(a: Metric, b: Metric) -> tuple[float, float | None]:
+def paired_difference(a: Metric | Reported, b: Metric | Reported) -> tuple[float, float | None]:
     """The difference of a metric between two models on the same examples.
 
     An example that is hard for both models changes the difference little, so this standard error is smaller than that
     of independent samples.
 
     Returns:
-        `a.value - b.value`, and its standard error; None for fewer than two examples.
+        `a.value - b.value`, and its standard error; None for fewer than two examples, or if they are not known.
 
     Raises:
         ValueError: they are over different numbers of examples.
     """
     if a.count != b.count:
         raise ValueError(f"{a.name} is over {a.count} examples, {b.name} over {b.count}; expected the same examples")
+    if isinstance(a, Reported) or isinstance(b, Reported):
+        return a.value - b.value, None
     return a.value - b.value, _standard_error(a._influence() - b._influence())
 
 

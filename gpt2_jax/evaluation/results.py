@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.data.tokenizer import Tokenizer, tokenizer_name
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import Found, load_examples, locate
-from gpt2_jax.evaluation.metrics import Metric
+from gpt2_jax.evaluation.metrics import Metric, Reported
 from gpt2_jax.evaluation.published import Figure, published_figures
 from gpt2_jax.evaluation.requests import Score
 from gpt2_jax.evaluation.scoring import Scorer
@@ -42,17 +42,17 @@ class Result:
         metrics: by their names. Each has its values per example.
         published: figures to compare with, by the names of metrics; none unless the examples, the tokenizer and
             `block_size` are those of the figures.
-        prepared: what the model was asked.
+        prepared: what the model was asked; None for a task of lm-eval.
         scores: what it answered.
     """
 
     task: str
     protocol: str
     data: str
-    metrics: dict[str, Metric]
+    metrics: Mapping[str, Metric | Reported]
     published: dict[str, tuple[Figure, ...]]
-    prepared: Prepared
-    scores: list[list[Score]]
+    prepared: Prepared | None = None
+    scores: Sequence[Sequence[Score]] = ()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields the scores of each continuation, in JSON types.
@@ -60,6 +60,8 @@ class Result:
         A record has `origin`, such as "example 17" or "val.bin, window 3", `continuation` (its index), `tokens`,
         `log_probs` (nats per token) and `greedy` (whether each token is the most probable one).
         """
+        if self.prepared is None:
+            return
         asked = zip(self.prepared.requests, self.prepared.origins, self.scores, strict=True)
         for request, origin, scores in asked:
             for number, (tokens, score) in enumerate(zip(request.continuations, scores, strict=True)):

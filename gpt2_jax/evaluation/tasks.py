@@ -30,6 +30,8 @@ _ALL: tuple[Task[Any], ...] = (
     TokenLoss(),
 )
 
+HARNESS = "lm-eval:"  # precedes the name of a task of EleutherAI's harness
+
 TASKS = {task.name: task for task in _ALL}
 
 

@@ -54,6 +54,15 @@ class LanguageModel:
         """
         return self._open_tokenizer()
 
+    @property
+    def boundaries(self) -> Boundaries:
+        """The tokens around a text.
+
+        Raises:
+            UserError: as `tokenizer`.
+        """
+        return self._named.or_else(boundaries(self.tokenizer))
+
     def generate(self, prompt: str, max_new_tokens: int | None = None, **options: Unpack[Options]) -> str:
         """Continues a text.
 
@@ -100,8 +109,7 @@ class LanguageModel:
         Yields:
             One string per sequence, without the prompts. Concatenated, the strings of a sequence are its continuation.
         """
-        tokenizer = self.tokenizer
-        around = self._named.or_else(boundaries(tokenizer))
+        tokenizer, around = self.tokenizer, self.boundaries
         stop = around.ends[0] if around.ends else None
         start = stop if around.start is None else around.start
         tokens = [self._encode(prompt, around.prefix, start) for prompt in prompts]
