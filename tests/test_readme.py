@@ -45,10 +45,14 @@ def tiny_gpt2(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_snippets_run(page, tiny_gpt2):
+def test_python_snippets_run(page, tiny_gpt2, tmp_path):
     """One after the other, with small models. A block that cannot run here has more than `python` after its fence."""
     code = "\n".join(blocks(page, "python"))
-    code = code.replace('load("gpt2"', f'load("{tiny_gpt2}"')
+    code = code.replace('load("gpt2"', f'load("{tiny_gpt2}"').replace('"data/eval"', f'"{tmp_path}"')
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "one two"}\n' * 2)
+    (tmp_path / "hellaswag_val_pre.jsonl").write_text(
+        '{"query": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n' * 2
+    )
     code = code.replace("GPT2Config()", "GPT2Config(n_layer=1, n_head=2, n_embd=16)")
     names: dict = {}
     exec(compile(code, page, "exec"), names)
@@ -78,7 +82,7 @@ WITH_CONFIG = {"train": ("gpt2_jax.distributed.cluster", "ClusterFlags"), "plan"
 def commands() -> list[tuple[str, str]]:
     """Every `python -m gpt2_jax.NAME …` in a block: the name, and the words after it."""
     lines = (line for page in PAGES for block in blocks(page) for line in block.replace("\\\n", " ").split("\n"))
-    found = (re.search(r"(?:^|[|&;] *)(?:\w+=\S+ )*python -m gpt2_jax\.(\w+)(.*)", line) for line in lines)
+    found = (re.search(r"(?:^|[|&;] *)(?:\w+=\S+ )*python -m gpt2_jax\.(\w+)(?![.\w])(.*)", line) for line in lines)
     return sorted({(match[1], match[2].strip()) for match in found if match})
 
 

@@ -45,8 +45,10 @@ def after_update(monkeypatch):
     make_train_step = training.make_train_step
 
     def after_update(number, act):
+        count = 0  # also goes on when the run continues from a checkpoint
+
         def make(*args, **keywords):
-            step, count = make_train_step(*args, **keywords), 0
+            step = make_train_step(*args, **keywords)
 
             def update(*inputs):
                 nonlocal count

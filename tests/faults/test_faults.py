@@ -15,6 +15,7 @@ from faulty import command, names, rows, run
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.errors import DivergedError, SaveError, UserError
 from gpt2_jax.train import EXIT_CODES
 
@@ -134,22 +135,45 @@ def test_what_is_deleted_while_a_run_trains_is_one_line(flags, whole, tmp_path, 
 # --- devices -------------------------------------------------------------------------------------------
 
 
-def test_a_replica_with_one_flipped_bit_is_found_at_the_next_check_and_named(flags, tmp_path, after_update, capsys):
-    def flip(state, metrics):
+def flip(bit):
+    """Returns what flips this bit of one element on the sixth device, for `after_update`."""
+
+    def act(state, metrics):
         leaf = state.params["ln_f"]["scale"]
         copies = [np.array(shard.data) for shard in leaf.addressable_shards]
-        copies[5].view(np.uint32)[3] ^= 1 << 7
+        copies[5].view(np.uint32)[3] ^= 1 << bit
         placed = jax.device_put(copies, [shard.device for shard in leaf.addressable_shards])
         state.params["ln_f"]["scale"] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
         return state, metrics
 
-    after_update(5, flip)
+    return act
+
+
+def test_a_replica_with_one_flipped_bit_is_found_at_the_next_check_and_named(flags, tmp_path, after_update, capsys):
+    after_update(5, flip(7))
     few = ("--checkpoint.every", 4, "--eval.every", 0, "--log.check_replicas", 1)
     assert command(flags, tmp_path / "run", *few) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: after update 5, the training state on cpu:5 differs from its copies on other")
     assert line.endswith("checkpoints/4 is from before")
     assert names(tmp_path / "run") == ["4"]
+
+
+def test_a_run_with_a_flipped_bit_goes_back_by_itself_and_ends_as_the_undisturbed_one(
+    flags, tmp_path, after_update, capsys
+):
+    few = ("--checkpoint.every", 4, "--log.on_mismatch", "restore")  # compares at the saves: after 4, 8 and 10
+    assert command(flags, tmp_path / "whole", *few) == 0
+    capsys.readouterr()
+    after_update(6, flip(29))  # a high bit: the losses of updates 7 and 8 are other ones too
+    assert command(flags, tmp_path / "run", *few) == 0
+    found = "after update 8, the training state on cpu:5 differs from its copies on other devices: a device computes "
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(found)]
+    assert [line.partition("; ")[2] for line in lines] == ["continuing from checkpoints/4"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    ends = [read_info(tmp_path / out / "checkpoints" / "10")["fingerprint"] for out in ("run", "whole")]
+    assert ends[0] == ends[1]
+    assert names(tmp_path / "run") == names(tmp_path / "whole") == ["10", "4", "8"]
 
 
 # --- signals -------------------------------------------------------------------------------------------
