@@ -1,21 +1,18 @@
 """Checkpoints on disk: asynchronous, atomic and sharded. Keeps the newest ones and the best.
 
-Only this file uses Orbax. It saves and restores trees of arrays and knows nothing of the model. A checkpoint is
-complete when Orbax has written the file `COMPLETE` into it. No directory is renamed, which object stores do file by
-file.
+Only this file uses Orbax, and `orbax_cleanup.py` after an error. It saves and restores trees of arrays and knows
+nothing of the model. A checkpoint is complete when Orbax has written the file `COMPLETE` into it. No directory is
+renamed, which object stores do file by file.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import math
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import Context
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,72 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.checkpoint_info import read_info, seal
 from gpt2_jax.errors import DamagedError, UserError, fixable, one_line
-
-try:  # Not public. Without them, a failed save or restore is as right, but prints tracebacks and delays the exit.
-    from orbax.checkpoint._src import asyncio_utils
-    from orbax.checkpoint._src.futures import future
-except ImportError:
-    asyncio_utils = future = None
-
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that ignores what other threads hand over after it was closed."""
-
-    def call_soon_threadsafe(
-        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
-    ) -> asyncio.Handle:
-        try:
-            return super().call_soon_threadsafe(callback, *args, context=context)
-        except RuntimeError:
-            if not self.is_closed():
-                raise
-            return asyncio.Handle(callback, args, self)
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, and cancels the tasks that it leaves behind.
-
-    Orbax reads or writes all arrays at once, and forgets the others at the first error. Each of them would then print a
-    traceback: its task, and TensorStore where it cannot cancel.
-    """
-    loop = _Loop()
-    try:
-        asyncio.set_event_loop(loop)
-        return loop.run_until_complete(coroutine)
-    finally:
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-if hasattr(asyncio_utils, "_run_sync_via_new_loop"):
-    asyncio_utils._run_sync_via_new_loop = _run
-
-
-@contextmanager
-def _ending_threads() -> Iterator[None]:
-    """Ends the threads of a save that fails.
-
-    They wait for a directory that is never made, ten minutes long, with a copy of the state. Python's exit waits for
-    them. (Several processes skip Python's exit after an error.)
-    """
-    try:
-        yield
-    except BaseException:
-        kind = getattr(future, "_SignalingThread", None)
-        if kind and jax.process_count() == 1:
-            for thread in threading.enumerate():
-                if isinstance(thread, kind):
-                    waiting: Any = thread
-                    waiting.cancel()
-                    future.set_signals(waiting._receive_signals, operation_id=waiting._operation_id)
-        raise
+from gpt2_jax.orbax_cleanup import ending_threads
 
 
 @contextmanager
@@ -219,7 +151,7 @@ class Checkpoints:
         Raises:
             OSError: one could not be written. So does `save`, for the saves before.
         """
-        with _ending_threads():
+        with ending_threads():
             self._manager.wait_until_finished()
 
     def is_saving(self) -> bool:
@@ -252,7 +184,7 @@ class Checkpoints:
             metrics: the evaluations at this step by name. One of them ranks the checkpoint.
         """
         sealed = seal(step, metrics or {}, info)
-        with _ending_threads():
+        with ending_threads():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed)),

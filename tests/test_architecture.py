@@ -79,14 +79,21 @@ def test_nothing_imports_a_command():
         assert not targets & COMMANDS, module
 
 
-@pytest.mark.parametrize(("library", "file"), [("orbax", "checkpoint.py"), ("grain", "data/pipeline.py")])
-def test_only_one_file_imports(library, file):
+@pytest.mark.parametrize(
+    ("library", "files"),
+    [
+        ("orbax", {"checkpoint.py", "orbax_cleanup.py"}),
+        ("grain", {"data/pipeline.py"}),
+        ("lm_eval", {"evaluation/lm_eval.py"}),
+    ],
+)
+def test_only_these_files_import(library, files):
     found = {
         path.relative_to(ROOT / "gpt2_jax").as_posix()
         for path in FILES.values()
         if re.search(rf"^ *(import|from) {library}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert found == {file}
+    assert found == files
 
 
 def test_there_are_no_import_cycles():
