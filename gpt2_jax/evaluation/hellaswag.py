@@ -39,7 +39,7 @@ class HellaSwag(Task[Choice]):
         "by log-probability per character of the ending"
     )
     metric_names = ("acc", "acc_norm")
-    files = ("hellaswag_val.jsonl", "hellaswag_val_pre.jsonl")
+    files: tuple[str, ...] = ("hellaswag_val.jsonl", "hellaswag_val_pre.jsonl")
     hub = HubDataset("Rowan/hellaswag", None, "validation")
     n_examples = N_EXAMPLES
 
@@ -76,7 +76,7 @@ class HellaSwag(Task[Choice]):
         return Prepared(collector.requests, collector.origins, metrics)
 
 
-class HellaSwagCompletion(Task[Choice]):
+class HellaSwagCompletion(HellaSwag):
     """The protocol of build-nanogpt and llm.c, hellaswag.py."""
 
     name = "hellaswag-completion"
@@ -84,15 +84,7 @@ class HellaSwagCompletion(Task[Choice]):
         "build-nanogpt and llm.c hellaswag.py: the raw ctx, then a space and the raw ending, encoded separately; acc "
         "by the summed loss of the ending, acc_norm by its mean per token"
     )
-    metric_names = ("acc", "acc_norm")
     files = ("hellaswag_val.jsonl",)
-    hub = HubDataset("Rowan/hellaswag", None, "validation")
-    n_examples = N_EXAMPLES
-
-    def read(self, path: Path) -> Iterator[Choice]:
-        """See `Task.read`."""
-        for row, where in json_rows(path):
-            yield self.from_row(row, where)
 
     def from_row(self, row: dict[str, Any], where: str) -> Choice:
         """See `Task.from_row`."""

@@ -80,7 +80,7 @@ def assert_close(found: list[list[Score]], expected: list[list[Score]]) -> None:
 
 @pytest.mark.usefixtures("strict_dtypes")
 def test_packed_rows_score_as_each_sequence_alone(model, params):
-    requests = make_requests(60)
+    requests = make_requests(24)
     assert_close(score(model, params, requests), [alone(model, params, request) for request in requests])
 
 
