@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from gpt2_jax.cli import run_command
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.data.tokenizer import TextStream
@@ -247,8 +248,14 @@ def _metrics(task: str, found: dict[str, Any]) -> Iterator[tuple[str, Metric | R
         yield label, Reported(label, float(value), stderr if isinstance(stderr, float) else None, count)
 
 
-if __name__ == "__main__":
+def main(args: Sequence[str]) -> int:
+    """Runs lm-eval's own command and returns its exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv[0] = "lm_eval"
+    sys.argv = ["lm_eval", *args]
     cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

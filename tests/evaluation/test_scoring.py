@@ -60,9 +60,10 @@ def alone(model, params, request: Request) -> list[Score]:
             scores.append(Score(np.zeros(0, np.float32), np.zeros(0, bool)))
             continue
         padded = jnp.array([read + [0] * (CONFIG.block_size - len(read))])
-        logits = _logits(model, params, padded)[0, len(read) - len(continuation) : len(read)]
-        log_probs = jax.nn.log_softmax(logits)[np.arange(len(continuation)), np.array(continuation)]
-        scores.append(Score(np.array(log_probs), np.array(logits.argmax(-1)) == np.array(continuation)))
+        logits = np.asarray(_logits(model, params, padded), np.float64)[0, len(read) - len(continuation) : len(read)]
+        at_target = logits[np.arange(len(continuation)), np.asarray(continuation)]
+        log_probs = at_target - np.log(np.exp(logits - logits.max()).sum(axis=-1)) - logits.max()
+        scores.append(Score(log_probs, logits.argmax(axis=-1) == np.asarray(continuation)))
     return scores
 
 
