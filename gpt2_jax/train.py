@@ -95,11 +95,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         SaveError: checkpoints could not be saved.
         ReplicaError: copies of the training state differ between devices.
     """
+    restored: int | None = None
     while True:
         try:
             return _train(config, devices)
         except RewindError as error:  # resumes in this process, as the same command would
-            config = rewound(config, error)
+            config, restored = rewound(config, error, restored)
 
 
 def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 from gpt2_jax.checkpoint_info import complete_checkpoints
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.distributed.agreement import broadcast_from_primary, is_primary
-from gpt2_jax.errors import RewindError, UserError
+from gpt2_jax.errors import ReplicaError, RewindError, UserError
 from gpt2_jax.files import user_path
 from gpt2_jax.run.directory import saved_config, write_config
 
@@ -37,12 +37,29 @@ def check_skipped_updates(config: TrainConfig, saved: TrainConfig | None, start:
         )
 
 
-def rewound(config: TrainConfig, error: RewindError) -> TrainConfig:
-    """The config to resume with after a rewind, which is also written to the run directory."""
+def rewound(config: TrainConfig, error: RewindError, restored: int | None) -> tuple[TrainConfig, int | None]:
+    """The config to resume with after a rewind, which is also written to the run directory.
+
+    Args:
+        error: says why. Without an update to pass over, copies of the training state differ.
+        restored: the checkpoint that the run went back to when copies differed the last time, None for never.
+
+    Returns:
+        The config, and `restored` for the next call.
+
+    Raises:
+        ReplicaError: copies differ again before a newer checkpoint was saved. A device that always computes wrongly
+            would otherwise send the run back forever.
+    """
     saved = saved_config(config)
     out = user_path(config.out, "out")
     steps = [path.name for path in complete_checkpoints(out / "checkpoints")] if saved else []
     newest = int(broadcast_from_primary("newest", steps[-1] if steps else "0"))
+    where = f"checkpoints/{newest}" if newest else "the start"
+    if not error.update:
+        if restored == newest:
+            raise ReplicaError(f"{error}; the run has already gone back to {where} for this") from error
+        restored = newest
     first = max(newest + 1, error.update - config.optimizer.rewind_updates + 1)
     named = range(first, error.update + 1) if error.update else ()
     config = with_skipped_updates(dataclasses.replace(config, skip_updates=(*config.skip_updates, *named)), saved)
@@ -50,5 +67,5 @@ def rewound(config: TrainConfig, error: RewindError) -> TrainConfig:
         if saved:  # a kill before the first update must not forget them
             write_config(out, dataclasses.replace(saved, skip_updates=config.skip_updates))
         passing = f", passing over {error.update if len(named) == 1 else f'{first} to {error.update}'}" if named else ""
-        print(f"{error}; continuing from {f'checkpoints/{newest}' if newest else 'the start'}{passing}", flush=True)
-    return config
+        print(f"{error}; continuing from {where}{passing}", flush=True)
+    return config, restored

@@ -41,10 +41,13 @@ def stopped(whole, tmp_path):
 
 @pytest.fixture
 def after_update(monkeypatch):
-    """`after_update(k, act)` calls `act(state, metrics)` after update k of the process, and takes what it returns."""
+    """`after_update(k, act)` calls `act(state, metrics)` after update k of the process, and takes what it returns.
+
+    With `times`, it does so after as many updates, from update k on.
+    """
     make_train_step = training.make_train_step
 
-    def after_update(number, act):
+    def after_update(number, act, times=1):
         count = 0  # also goes on when the run continues from a checkpoint
 
         def make(*args, **keywords):
@@ -54,7 +57,7 @@ def after_update(monkeypatch):
                 nonlocal count
                 count += 1
                 outputs = step(*inputs)
-                return (act(*outputs) or outputs) if count == number else outputs
+                return (act(*outputs) or outputs) if number <= count < number + times else outputs
 
             update.lower = step.lower
             return update

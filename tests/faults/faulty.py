@@ -45,9 +45,10 @@ TEXT = "".join(f"{number} squared is {number * number}\n" for number in range(10
 SPEEDS = ("tokens_per_second", "mfu")
 
 
-def run(flags, out, *more):
-    """Trains in this process, on one device, and returns the exit code."""
-    return training.train(parse_args("train", "", [*flags, "--out", str(out), *map(str, more)]), jax.devices()[:1])
+def run(flags, out, *more, devices=1):
+    """Trains in this process, on this many devices, and returns the exit code."""
+    config = parse_args("train", "", [*flags, "--out", str(out), *map(str, more)])
+    return training.train(config, jax.devices()[:devices])
 
 
 def command(flags, out, *more):

@@ -16,7 +16,7 @@ from xla_flags import FAST_COMPILE
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.checkpoint_info import read_info
-from gpt2_jax.errors import DivergedError, SaveError, UserError
+from gpt2_jax.errors import DivergedError, ReplicaError, SaveError, UserError
 from gpt2_jax.train import EXIT_CODES
 
 # --- numbers -------------------------------------------------------------------------------------------
@@ -136,12 +136,12 @@ def test_what_is_deleted_while_a_run_trains_is_one_line(flags, whole, tmp_path, 
 
 
 def flip(bit):
-    """Returns what flips this bit of one element on the sixth device, for `after_update`."""
+    """Returns what flips this bit of one element on the last device, for `after_update`."""
 
     def act(state, metrics):
         leaf = state.params["ln_f"]["scale"]
         copies = [np.array(shard.data) for shard in leaf.addressable_shards]
-        copies[5].view(np.uint32)[3] ^= 1 << bit
+        copies[-1].view(np.uint32)[3] ^= 1 << bit
         placed = jax.device_put(copies, [shard.device for shard in leaf.addressable_shards])
         state.params["ln_f"]["scale"] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
         return state, metrics
@@ -154,7 +154,7 @@ def test_a_replica_with_one_flipped_bit_is_found_at_the_next_check_and_named(fla
     few = ("--checkpoint.every", 4, "--eval.every", 0, "--log.check_replicas", 1)
     assert command(flags, tmp_path / "run", *few) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: after update 5, the training state on cpu:5 differs from its copies on other")
+    assert line.startswith("error: after update 5, the training state on cpu:7 differs from its copies on other")
     assert line.endswith("checkpoints/4 is from before")
     assert names(tmp_path / "run") == ["4"]
 
@@ -163,17 +163,30 @@ def test_a_run_with_a_flipped_bit_goes_back_by_itself_and_ends_as_the_undisturbe
     flags, tmp_path, after_update, capsys
 ):
     few = ("--checkpoint.every", 4, "--log.on_mismatch", "restore")  # compares at the saves: after 4, 8 and 10
-    assert command(flags, tmp_path / "whole", *few) == 0
+    assert run(flags, tmp_path / "whole", *few, devices=2) == 0
     capsys.readouterr()
     after_update(6, flip(29))  # a high bit: the losses of updates 7 and 8 are other ones too
-    assert command(flags, tmp_path / "run", *few) == 0
-    found = "after update 8, the training state on cpu:5 differs from its copies on other devices: a device computes "
+    assert run(flags, tmp_path / "run", *few, devices=2) == 0
+    found = "after update 8, the training state on cpu:0, cpu:1 differs from its copies on other devices: "
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(found)]
     assert [line.partition("; ")[2] for line in lines] == ["continuing from checkpoints/4"]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     ends = [read_info(tmp_path / out / "checkpoints" / "10")["fingerprint"] for out in ("run", "whole")]
     assert ends[0] == ends[1]
     assert names(tmp_path / "run") == names(tmp_path / "whole") == ["10", "4", "8"]
+
+
+@pytest.mark.slow
+def test_a_device_that_always_computes_wrongly_ends_the_run_after_one_return(flags, tmp_path, after_update, capsys):
+    after_update(6, flip(7), times=9)
+    always = ("--checkpoint.every", 4, "--log.check_replicas", 1, "--log.on_mismatch", "restore")
+    with pytest.raises(ReplicaError, match=r"after update 5, .*; the run has already gone back to checkpoints/4 for"):
+        run(flags, tmp_path / "run", *always, devices=2)
+    assert capsys.readouterr().out.count("; continuing from checkpoints/4\n") == 1
+    assert names(tmp_path / "run") == ["4"]
+    assert max(row["step"] for row in rows(tmp_path / "run")) == 5
+    after_update(0, flip(7))  # never
+    assert run(flags, tmp_path / "run", *always, devices=2) == 0  # another machine, or a repaired one
 
 
 # --- signals -------------------------------------------------------------------------------------------
