@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import lm_eval
@@ -58,9 +59,7 @@ metric_list:
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
     """tiktoken's cache, for fixtures of the module."""
-    from conftest import SHARED
-
-    cache = SHARED / "gpt2_vocab" / "tiktoken_cache"
+    cache = Path(__file__).parents[3] / "shared" / "gpt2_vocab" / "tiktoken_cache"
     if not cache.exists():
         pytest.skip(f"no GPT-2 vocabulary in {cache}")
     copy = tmp_path_factory.mktemp("tiktoken")
