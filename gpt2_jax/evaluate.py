@@ -25,7 +25,7 @@ from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import UserError, import_optional, strip_controls
 from gpt2_jax.evaluation import TASKS, Evaluator, Result
 from gpt2_jax.evaluation.table import table, to_json
-from gpt2_jax.evaluation.tasks import HARNESS
+from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.hardware import current_hardware
@@ -95,13 +95,13 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
             raise UserError(f"{flag} {path}: {path.parent} is not a directory; create it, or type another path")
     models = {name: _evaluate_model(name, flags, mesh) for name in names}
     if is_primary():
-        if flags.dump:
-            replace_text(user_path(flags.dump, "--dump"), "".join(_records(models)))
+        for line in table(models):
+            print(strip_controls(line))
         if flags.json:
             text = json.dumps(to_json(models), indent=2, allow_nan=False)
             replace_text(user_path(flags.json, "--json"), text + "\n")
-        for line in table(models):
-            print(strip_controls(line))
+        if flags.dump:
+            replace_text(user_path(flags.dump, "--dump"), "".join(_records(models)))
     return 0
 
 
@@ -115,11 +115,13 @@ def _records(models: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
 
 def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
     dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
-    names = [task.strip() for task in flags.tasks.split(",")]
+    names = [task.strip() for task in flags.tasks.split(",") if task.strip()]
     harness_tasks = [task.removeprefix(HARNESS) for task in names if task.startswith(HARNESS)]
     if harness_tasks:
         import_optional("lm_eval", f"the task {HARNESS}{harness_tasks[0]}", "lm-eval")
     own_tasks = [task for task in names if not task.startswith(HARNESS)]
+    if not harness_tasks:
+        find_tasks(own_tasks)  # before a model is opened
 
     def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel]:
         if not own_tasks:

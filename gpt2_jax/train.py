@@ -175,7 +175,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 step, evaluations = step + 1, {}
                 pending = step, metrics
                 evaluates = step == config.steps or is_due(step, config.eval.every)
-                runs_tasks = step == config.steps or is_due(step, config.eval.tasks_every or config.eval.every)
+                every = config.eval.tasks_every or config.eval.every
+                runs_tasks = tasks is not None and (step == config.steps or is_due(step, every))
                 saves = step < config.steps and is_due(step, config.checkpoint.every)
                 if evaluates or runs_tasks or saves or is_due(step, config.log.check_replicas):
                     reporter.catch_up(pending)
@@ -183,7 +184,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                     fingerprint = run_checkpoints.fingerprint(state)
                     if evaluates:
                         evaluations |= reporter.validation(step, *evaluate(state.params, config.eval.tokens))
-                    if tasks and runs_tasks:
+                    if tasks is not None and runs_tasks:
                         evaluations |= reporter.tasks(step, tasks(state.params, reporter.progress))
                     if evaluations or saves:
                         reporter.evaluated(step, evaluations, fingerprint.state)

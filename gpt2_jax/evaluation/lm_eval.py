@@ -7,11 +7,14 @@ The command is lm-eval's own, with the model `gpt2_jax` added. Importing this mo
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +40,10 @@ from gpt2_jax.interop import load
 from gpt2_jax.sharding import make_mesh
 
 GENERATED_TOKENS = 256  # where a task names no limit, as in lm-eval
+DTYPES = ("float32", "bfloat16")
+TOP_K = 50  # of sampling where a task names none, as in transformers
 PROMPTS_AT_ONCE = 32
+BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
 Pair = tuple[Any, list[int], list[int]]  # (texts, context, continuation)
 
 
@@ -69,9 +75,11 @@ class HarnessModel(TemplateLM):
         if unknown := ignored.keys() - {"batch_size", "max_batch_size", "device"}:
             raise UserError(f"the model gpt2_jax has no argument {min(unknown)}; it has pretrained, dtype and seed")
         mesh = mesh or make_mesh(MeshConfig())
+        if dtype not in DTYPES:
+            raise UserError(f"dtype = {dtype}; expected {', '.join(DTYPES)}")
         if isinstance(pretrained, str):
             pretrained = load(pretrained, mesh=mesh, dtype=jnp.dtype(dtype))
-        self._gpt2, self._seed, self._rank = pretrained, seed, jax.process_index()
+        self._gpt2, self._seed = pretrained, seed
         self._around = pretrained.boundaries
         if not self._around.ends:
             raise UserError("lm-eval needs an end-of-text token, which the tokenizer of this model does not have")
@@ -109,10 +117,17 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
-        """Scores pairs of tokens. Those with the same context share it."""
+        """Scores pairs of tokens. Those with the same context share it.
+
+        Raises:
+            UserError: a continuation has no tokens of its own.
+        """
+        for texts, _, continuation in requests:
+            if not continuation:
+                raise UserError(f"lm-eval asks for {texts!r:.80}, whose continuation has no tokens of its own")
         places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, (_, tokens, _) in enumerate(requests):
-            places[tuple(tokens)].append(index)
+        for index, (_, tokens, _) in enumerate(requests):  # a context of spaces has no tokens of its own
+            places[tuple(tokens or [self.prefix_token_id])].append(index)
         asked = [
             Request(context, tuple(requests[index][2] for index in indices)) for context, indices in places.items()
         ]
@@ -140,7 +155,13 @@ class HarnessModel(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts up to a stop string, greedily unless a task samples."""
+        """Continues texts up to a stop string, greedily unless a task samples.
+
+        Raises:
+            UserError: there are several processes: their decoding loops would run apart.
+        """
+        if jax.process_count() > 1:
+            raise UserError("tasks of lm-eval that generate text need a single process; leave --processes out")
         # Prompts with the same settings are continued together. Equal prompts draw with different seeds.
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         seen: dict[tuple[str, str], int] = defaultdict(int)
@@ -164,7 +185,9 @@ class HarnessModel(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
         until = handle_stop_sequences(options.pop("until", None), eos=self._end_text)
         new = options.pop("max_gen_toks")
-        if options.pop("do_sample", False) is False:
+        if options.pop("do_sample", False):
+            options.setdefault("top_k", TOP_K)
+        else:
             options["temperature"] = 0.0
         if unknown := options.keys() - {"temperature", "top_k", "top_p"}:
             raise UserError(f"a task asks for {min(unknown)} in its generation; gpt2_jax has temperature, top_k, top_p")
@@ -198,7 +221,7 @@ def run_harness(
         **options: further ones of `lm_eval.simple_evaluate`.
 
     Returns:
-        The results by lm-eval:TASK; a group has one for each of its tasks. None but in process 0.
+        The results by lm-eval:TASK; a group has one for each of its tasks.
 
     Raises:
         UserError: there is no such task, or its data cannot be loaded.
@@ -207,26 +230,41 @@ def run_harness(
     from lm_eval.tasks import TaskManager
 
     manager = options.pop("task_manager", None) or TaskManager()
-    known = set(manager.all_tasks)
-    for task in tasks:
-        if task not in known:
-            raise UserError(f"lm-eval has no task {task!r}; list them with lm_eval ls tasks")
-    try:
+    options.setdefault("bootstrap_iters", BOOTSTRAPS)
+    loaded = [task for name in tasks for task in _load_task(manager, name)]
+    # Its bootstrap would fork, and JAX's threads hold locks that stay locked in a fork. It prints, too.
+    with mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"), contextlib.redirect_stdout(sys.stderr):
         found = lm_eval.simple_evaluate(
-            HarnessModel(gpt2, mesh=mesh), tasks=list(tasks), task_manager=manager, limit=limit, **options
+            HarnessModel(gpt2, mesh=mesh), tasks=loaded, task_manager=manager, limit=limit, **options
         )
-    except UserError:
-        raise
-    except Exception as error:  # of datasets, of its HTTP stack, or of the task itself
-        raise UserError(f"lm-eval cannot run {', '.join(tasks)}: {one_line(error)}") from error
-    if found is None:  # the other processes of a run: process 0 reports
-        return {}
+    assert found is not None  # in the only process that lm-eval knows of
     results: dict[str, Result] = {}
     for task in found["results"].keys() & found["configs"].keys():  # groups have no config
         protocol = f"lm-eval {lm_eval.__version__}, task {task}, version {found['versions'].get(task)}"
         data = str(found["configs"][task].get("dataset_path"))
-        results[f"{HARNESS}{task}"] = Result(f"{HARNESS}{task}", protocol, data, dict(_metrics(task, found)), {})
+        metrics, known = dict(_metrics(task, found)), found["higher_is_better"].get(task, {})
+        directions = {label: known[label.split(",")[0]] for label in metrics if label.split(",")[0] in known}
+        name = f"{HARNESS}{task}"
+        results[name] = Result(name, protocol, data, metrics, {}, directions=directions)
     return dict(sorted(results.items()))
+
+
+def _load_task(manager: Any, name: str) -> list[Any]:
+    """Loads a task or a group, or the tasks of a tag, with their data.
+
+    Raises:
+        UserError: there is none, or its data cannot be loaded.
+    """
+    if name not in manager.all_tasks:
+        raise UserError(f"lm-eval has no task {name!r}; list them with lm_eval ls tasks")
+    try:
+        found = manager.load([name])
+    except Exception as error:  # of datasets, of its HTTP stack and of the task's own code, which name no types
+        raise UserError(
+            f"the data of lm-eval's task {name} cannot be loaded ({one_line(error)}); run it once with network, so "
+            "that Hugging Face's cache has it"
+        ) from error
+    return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
 
 def _metrics(task: str, found: dict[str, Any]) -> Iterator[tuple[str, Metric | Reported]]:

@@ -65,7 +65,7 @@ class Metric:
         It is that of a ratio estimator by the delta method (Cochran, Sampling Techniques, 1977, section 6.3). For a
         plain mean it is the sample standard deviation over √n.
         """
-        return _standard_error(self._influence())
+        return _standard_error(self._influence()) if math.isfinite(self.value) else None
 
     def _influence(self) -> np.ndarray:
         """How much each example contributes to the error of `value` to first order, float64 [examples]."""
@@ -109,7 +109,8 @@ def paired_difference(a: Metric | Reported, b: Metric | Reported) -> tuple[float
         raise ValueError(f"{a.name} is over {a.count} examples, {b.name} over {b.count}; expected the same examples")
     if isinstance(a, Reported) or isinstance(b, Reported):
         return a.value - b.value, None
-    return a.value - b.value, _standard_error(a._influence() - b._influence())
+    difference = a.value - b.value
+    return difference, _standard_error(a._influence() - b._influence()) if math.isfinite(difference) else None
 
 
 def _standard_error(influence: np.ndarray) -> float | None:

@@ -48,7 +48,7 @@ class Tree:
 
 
 def make_trees(requests: Sequence[Request], block_size: int) -> list[Tree]:
-    """Makes a tree of each request, or several if the context is cut to different lengths for its continuations.
+    """Makes a tree of each request; several if its context is cut to different lengths, or if the tree would be large.
 
     The last token of a continuation is not read, so `block_size + 1` tokens fit.
 
@@ -56,6 +56,7 @@ def make_trees(requests: Sequence[Request], block_size: int) -> list[Tree]:
         UserError: a context is empty, or a continuation alone is longer than `block_size`.
     """
     trees: list[Tree] = []
+    largest = max(block_size, LONGEST_SEARCHED)
     for index, request in enumerate(requests):
         context = np.asarray(request.context, np.int32)
         if not len(context):
@@ -72,6 +73,9 @@ def make_trees(requests: Sequence[Request], block_size: int) -> list[Tree]:
                 )
             kept = min(len(context), block_size + 1 - len(branch))
             tree = by_length.setdefault(kept, Tree(context[len(context) - kept :], [], []))
+            if tree.branches and tree.size + len(branch) > largest:  # thousands of continuations may share a context
+                trees.append(tree)
+                tree = by_length[kept] = Tree(tree.context, [], [])
             tree.branches.append(branch)
             tree.slots.append(Slot(index, place))
         trees += by_length.values()

@@ -32,7 +32,7 @@ class Score(NamedTuple):
     """The score of one continuation."""
 
     log_probs: np.ndarray  # float32 [tokens], nats
-    greedy: np.ndarray  # bool [tokens]: the token is the most probable one
+    greedy: np.ndarray  # bool [tokens]: no token is more probable
 
     @property
     def total(self) -> float:
@@ -46,16 +46,16 @@ def encode_pair(
     """Encodes a context and what follows it as one text, and splits the tokens as lm-eval does.
 
     The spaces at the end of the context count as part of the continuation, since GPT-2's tokens begin with a space.
-    The split is after as many tokens as the context has alone.
+    The context has the tokens that it has alone, and the continuation those of the whole text after as many. Where a
+    token reaches across the border, the two together are not the tokens of the whole text.
 
     Raises:
         UserError: the tokenizer cannot encode them. `name` names the text.
     """
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    tokens = encode_prompt(tokenizer, context + continuation, name)
-    length = len(encode_prompt(tokenizer, context, name))
-    return tokens[:length], tokens[length:]
+    alone = encode_prompt(tokenizer, context, name)
+    return alone, encode_prompt(tokenizer, context + continuation, name)[len(alone) :]
 
 
 def disjoint_windows(tokens: Tokens, prefix: int, block_size: int) -> Iterator[Request]:
@@ -65,7 +65,7 @@ def disjoint_windows(tokens: Tokens, prefix: int, block_size: int) -> Iterator[R
     window reaches back as far as the model sees.
     """
     tokens = np.asarray(tokens, np.int32)
-    before = np.concatenate([[prefix], tokens]).astype(np.int32)
+    before = np.concatenate([np.array([prefix], np.int32), tokens])
     for start in range(0, len(tokens), block_size):
         end = min(start + block_size, len(tokens))
         first = max(end - block_size, 0) if start else 0
@@ -78,7 +78,7 @@ def sliding_windows(tokens: Tokens, prefix: int, block_size: int, stride: int) -
     All but the first `block_size` tokens are predicted from at least `block_size - stride + 1` tokens before them.
     """
     tokens = np.asarray(tokens, np.int32)
-    before = np.concatenate([[prefix], tokens]).astype(np.int32)
+    before = np.concatenate([np.array([prefix], np.int32), tokens])
     start = 0
     while start < len(tokens):
         end = min(start + (stride if start else block_size), len(tokens))

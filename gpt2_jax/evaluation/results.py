@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.data.tokenizer import Tokenizer, tokenizer_name
+from gpt2_jax.distributed.agreement import assert_equal
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import Found, load_examples, locate
 from gpt2_jax.evaluation.metrics import Metric, Reported
@@ -21,7 +23,7 @@ from gpt2_jax.evaluation.published import Figure, published_figures
 from gpt2_jax.evaluation.requests import Score
 from gpt2_jax.evaluation.scoring import Scorer
 from gpt2_jax.evaluation.task import Prepared, Setting, Task
-from gpt2_jax.evaluation.tasks import find_tasks
+from gpt2_jax.evaluation.tasks import TASKS, find_tasks
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sharding import make_mesh
 
@@ -44,6 +46,7 @@ class Result:
             `block_size` are those of the figures.
         prepared: what the model was asked; None for a task of lm-eval.
         scores: what it answered.
+        directions: whether a higher value is better, by the names of metrics whose names do not tell.
     """
 
     task: str
@@ -53,6 +56,17 @@ class Result:
     published: dict[str, tuple[Figure, ...]]
     prepared: Prepared | None = None
     scores: Sequence[Sequence[Score]] = ()
+    directions: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+    def same_examples(self, other: Result) -> bool:
+        """True if another model got the same examples. Windows of a text depend on its tokenizer and `block_size`."""
+        if self.prepared is None or other.prepared is None or not TASKS[self.task].limits_windows:
+            return all(
+                metric.count == other.metrics[name].count
+                for name, metric in self.metrics.items()
+                if name in other.metrics
+            )
+        return _digest(self.prepared) == _digest(other.prepared)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields the scores of each continuation, in JSON types.
@@ -108,6 +122,8 @@ class Evaluator:
             raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
         self._setting = Setting(tokenizer, model.config.block_size, stride, limit)
         self._tasks = [self._prepare(task, locate(task, data), model.config) for task in find_tasks(tasks)]
+        for prepared in self._tasks:  # processes with other requests would wait for each other forever
+            assert_equal(f"examples of {prepared.task.name}", _digest(prepared.asked))
         self._scorer = Scorer(model, mesh, options)
 
     def n_continuations(self) -> dict[str, int]:
@@ -140,7 +156,7 @@ class Evaluator:
             if prepared.comparable
             for name in prepared.task.metric_names
         }
-        return {name: found[0].value for name, found in figures.items() if found}
+        return {name: found[0].value for name, found in figures.items() if found and found[0].same_protocol}
 
     def _prepare(self, task: Task[Any], found: Found, config: GPT2Config) -> _Prepared:
         """Reads the examples of a task and makes its requests.
@@ -207,6 +223,15 @@ def evaluate(
     paths = [data] if isinstance(data, str | Path) else data
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     return Evaluator(model, tokenizer, tasks, mesh, data=paths, limit=limit, stride=stride)(params, progress)
+
+
+def _digest(asked: Prepared) -> str:
+    """A checksum of all tokens of requests."""
+    checksum = 0
+    for request in asked.requests:
+        for part in (request.context, *request.continuations):
+            checksum = zlib.crc32(np.asarray(part, np.int32).tobytes() + b"|", checksum)
+    return f"{len(asked.requests)} requests, crc32 {checksum:08x}"
 
 
 def _check(task: Task[Any], prepared: Prepared, config: GPT2Config) -> None:

@@ -13,9 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.attention import choose
+from gpt2_jax.attention.backend import Problem
 from gpt2_jax.attention.packed import Packed
 from gpt2_jax.evaluation.packing import Rows, Slot, Tree, layout, make_trees, pack
 from gpt2_jax.evaluation.requests import Request, Score
+from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss import head_logits
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.resolve import matmul_precision
@@ -43,9 +46,7 @@ class Scorer:
     """
 
     def __init__(self, model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
-        # The backend of a training run was chosen for its `block_size`. Rows have other lengths.
-        self.model = model.clone(config=dataclasses.replace(model.config, attention="auto"))
-        self._mesh, self._step = mesh, make_score_step(self.model, mesh, options)
+        self.model, self._mesh, self._step = model, mesh, make_score_step(model, mesh, options)
 
     def score(
         self,
@@ -117,8 +118,8 @@ def _results(outputs: Any, scored: list[list[tuple[Slot, int]]]) -> Iterator[tup
 
 
 def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> ScoreStep:
-    """The jitted step: (params, rows, single) -> log-probabilities in nats and whether each target is the most probable
-    token, float32 and bool [rows, length], in the order of `Rows.targets`.
+    """The jitted step: (params, rows, single) -> log-probabilities in nats and whether no token is more probable than
+    the target, float32 and bool [rows, length], in the order of `Rows.targets`.
 
     `single` says that every row holds one text, so that the attention backend of the model can compute it.
     """
@@ -126,7 +127,7 @@ def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = N
     specs = param_specs(model, mesh)
     replicated = NamedSharding(mesh, P())
 
-    def score(params: Params, rows: Rows[jax.Array], *, single: bool) -> tuple[jax.Array, jax.Array]:
+    def score(params: Params, rows: Rows[jax.Array], *, model: GPT2, single: bool) -> tuple[jax.Array, jax.Array]:
         gathering, params = gather_params(model, params, specs)
         with jax.default_matmul_precision(matmul_precision(model.dtype)):
             if single:
@@ -137,8 +138,13 @@ def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = N
             return _score_targets(hidden, params["wte"]["embedding"], rows, model.config.vocab_size)
 
     def step(params: Params, rows: Rows[jax.Array], single: bool) -> tuple[jax.Array, jax.Array]:
-        local = functools.partial(score, single=single)
-        return shard_map(local, model, mesh, set(BATCH_AXES), (specs, P(axes)), P(axes))(params, rows)
+        config = model.config
+        # The backend of a training run was chosen for its `block_size`. Rows have other lengths.
+        problem = Problem(current_hardware(), model.dtype, rows.tokens.shape[1], config.n_embd // config.n_head, 0.0)
+        backend = choose("auto", problem).backend if single else "xla"
+        here = model.clone(config=dataclasses.replace(config, attention=backend))
+        local = functools.partial(score, model=here, single=single)
+        return shard_map(local, here, mesh, set(BATCH_AXES), (specs, P(axes)), P(axes))(params, rows)
 
     return jax.jit(step, static_argnames="single", out_shardings=(replicated, replicated), compiler_options=options)
 

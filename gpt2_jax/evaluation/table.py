@@ -42,10 +42,13 @@ def _compared(models: Mapping[str, Results]) -> list[str]:
         for index, (name, metric) in enumerate(result.metrics.items()):
             row = ["" if index else task, name, f"{metric.count:,}", number(metric.value)]
             for other in others:
-                if name not in other[task].metrics:  # such as bits per byte with a tokenizer that is not known
+                compared = other[task].metrics.get(name)
+                if compared is None:  # such as bits per byte with a tokenizer that is not known
                     row += ["", "", ""]
                     continue
-                compared = other[task].metrics[name]
+                if not result.same_examples(other[task]):
+                    row += [number(compared.value), "", ""]
+                    continue
                 difference, stderr = paired_difference(compared, metric)
                 row += [number(compared.value), f"{difference:+.4f}", number(stderr)]
             rows.append(row)
@@ -92,7 +95,7 @@ def _result(result: Result) -> dict[str, Any]:
             "value": _finite(metric.value),
             "stderr": _finite(metric.stderr),
             "count": metric.count,
-            "higher_is_better": higher_is_better(name),
+            "higher_is_better": result.directions.get(name, higher_is_better(name)),
             "published": [figure._asdict() for figure in result.published.get(name, ())],
         }
         for name, metric in result.metrics.items()
@@ -103,7 +106,7 @@ def _result(result: Result) -> dict[str, Any]:
 def _differences(results: Results, first: Results) -> dict[str, Any]:
     differences: dict[str, Any] = {}
     for task, result in results.items():
-        for name in result.metrics.keys() & first[task].metrics.keys():
+        for name in result.metrics.keys() & first[task].metrics.keys() if result.same_examples(first[task]) else ():
             difference, stderr = paired_difference(result.metrics[name], first[task].metrics[name])
             entry = {"difference": _finite(difference), "stderr": _finite(stderr)}
             differences.setdefault(task, {})[name] = entry

@@ -32,6 +32,7 @@ DEVICE = "waiting for the device"
 # What the training thread is doing while a module, or one function of it, is on its stack. The outermost one counts.
 _DOING = {
     "gpt2_jax.run.evaluating": "evaluating",
+    "gpt2_jax.evaluation.results": "evaluating",
     "gpt2_jax.run.checkpoints.restore_or_init": "restoring a checkpoint or creating the initial state",
     "gpt2_jax.run.checkpoints.fingerprint": "comparing the copies of the training state",
     "gpt2_jax.run.checkpoints": "saving a checkpoint",

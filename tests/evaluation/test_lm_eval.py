@@ -117,6 +117,11 @@ def test_pairs_have_the_log_probabilities_of_hf(pair):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
+def test_a_context_of_spaces_belongs_to_the_continuation(pair):
+    found, expected = ask(pair[1], "loglikelihood", ("  ", "Hello"), ("", "  Hello"))  # `hf` fails
+    assert found == expected
+
+
 def test_a_greedy_continuation_is_one(pair):
     theirs, ours = pair
     (text,) = ask(ours, "generate_until", ("The capital", {"until": [], "max_gen_toks": 4}))
@@ -216,5 +221,9 @@ def test_tasks_of_the_harness_beside_ours(pair, mesh, task_manager, monkeypatch)
 def test_mistakes_have_their_line(pair, mesh):
     with pytest.raises(UserError, match="the model gpt2_jax has no argument revision"):
         HarnessModel(pair[1]._gpt2, mesh=mesh, revision="main")
+    with pytest.raises(UserError, match="dtype = auto; expected float32, bfloat16"):
+        HarnessModel(pair[1]._gpt2, dtype="auto", mesh=mesh)
+    with pytest.raises(UserError, match=r"\('unb', 'a'\), whose continuation has no tokens"):
+        ask(pair[1], "loglikelihood", ("unb", "a"))
     with pytest.raises(UserError, match="128 new tokens, and the model's block_size is 128"):
         ask(pair[1], "generate_until", ("x", {"until": [], "max_gen_toks": 128}))

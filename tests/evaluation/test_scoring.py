@@ -231,8 +231,8 @@ def test_pairs_are_split_as_lm_eval_splits_them():
     encode = Letters().encode_ordinary
     assert encode_pair(Letters(), "x y", " c d") == (encode("x y"), encode(" c d"))
     assert encode_pair(Letters(), "x y  ", "c") == (encode("x y"), encode("  c"))
-    # A merge across the border: "x a" has two tokens, so the first two of "x ab" are the context.
-    assert encode_pair(Letters(), "x a", "b c") == (encode("x ab"), encode(" c"))
+    # A merge across the border: "x a" and "x ab" both have two tokens, so " c" is left for the continuation.
+    assert encode_pair(Letters(), "x a", "b c") == (encode("x a"), encode(" c"))
 
 
 def contexts_and_targets(windows) -> list[tuple[list[int], list[int]]]:

@@ -170,9 +170,9 @@ def test_a_few_real_examples(pair, shared_data, tmp_path):
 @pytest.mark.slow
 def test_more_real_examples(shared_data, tmp_path):
     pair = Pair(80)
-    check_hellaswag(pair, shared_data, tmp_path, 60)
-    check_lambada(pair, shared_data, tmp_path, 120)
-    check_sliding(pair, check_wikitext(pair, shared_data, tmp_path, 6), tmp_path, 20)
+    check_hellaswag(pair, shared_data, tmp_path, 40)
+    check_lambada(pair, shared_data, tmp_path, 60)
+    check_sliding(pair, check_wikitext(pair, shared_data, tmp_path, 3), tmp_path, 12)
 
 
 def test_what_published_figures_compare_with(tmp_path):
