@@ -48,6 +48,8 @@ GOALS = (
          "decode-cpu", "tokens/s over transformers", "×", at_least=2.0),
     Goal("generation, 124M, 1 and 8 prompts, one H200: tokens/s", "transformers' generate",
          "decode-nvidia-h200", "tokens/s over transformers", "×", at_least=4.0),
+    Goal("HellaSwag, 124M in float32, CPU: examples/s", "the faster of lm-eval's `hf` and a loop over transformers",
+         "evaluate-cpu", "HellaSwag examples/s over the faster peer", "×", at_least=2.5),
     Goal("quickstart, CPU: start to first update, compiled programs on disk", "none on disk",
          "startup-cpu", "full cache over empty", at_most=0.4),
     Goal("asynchronous save, CPU: updates that it costs", "training without it",
@@ -85,7 +87,7 @@ def summary(goal: Goal, row: Figures | None) -> str:
 def source(name: str, figures: Figures) -> str:
     """When and where a file was measured, and the command that does it again, without directories of whoever ran it."""
     words = ["python", f"bench/{name.split('-')[0]}.py", *figures["command"][1:]]
-    for flag in {"--results", "--nanogpt"} & set(words):
+    for flag in {"--results", "--nanogpt", "--data"} & set(words):
         at = words.index(flag)
         words[at : at + 2] = [] if flag == "--results" else [flag, "DIR"]
     where = figures["device"] if figures["device"] != "cpu" else f"{figures['cpu']}, {figures['cores']} cores"

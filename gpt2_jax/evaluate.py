@@ -134,6 +134,7 @@ def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
             data=flags.data or None,
             limit=flags.limit or None,
             stride=flags.stride or None,
+            named=stored.named,
         )
         return evaluator, stored.load(mesh, dtype)
 

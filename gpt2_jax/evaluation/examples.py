@@ -46,7 +46,7 @@ def locate(task: Task[Any], data: Sequence[str | Path] | None) -> Found:
             raise UserError(f"{task.name} has no dataset on the hub; type --data {wanted}")
         return Found((), _hub_name(task.hub), True)
     if not task.files:
-        files = tuple(file for pattern in data for file in _match(str(pattern)))
+        files = tuple(dict.fromkeys(file for pattern in data for file in _match(str(pattern))))
         return Found(files, ", ".join(map(str, files[:3])) + ", …" * (len(files) > 3), False)
     paths = [user_path(str(path), "--data") for path in data]
     for path in paths:

@@ -64,12 +64,9 @@ def disjoint_windows(tokens: Tokens, prefix: int, block_size: int) -> Iterator[R
     The first window begins with `prefix`. Each next one begins with the last token of the window before. The last
     window reaches back as far as the model sees.
     """
-    tokens = np.asarray(tokens, np.int32)
-    before = np.concatenate([np.array([prefix], np.int32), tokens])
     for start in range(0, len(tokens), block_size):
         end = min(start + block_size, len(tokens))
-        first = max(end - block_size, 0) if start else 0
-        yield Request(before[first : start + 1], (tokens[start:end],))
+        yield _window(tokens, prefix, max(end - block_size, 0) if start else 0, start, end)
 
 
 def sliding_windows(tokens: Tokens, prefix: int, block_size: int, stride: int) -> Iterator[Request]:
@@ -77,10 +74,19 @@ def sliding_windows(tokens: Tokens, prefix: int, block_size: int, stride: int) -
 
     All but the first `block_size` tokens are predicted from at least `block_size - stride + 1` tokens before them.
     """
-    tokens = np.asarray(tokens, np.int32)
-    before = np.concatenate([np.array([prefix], np.int32), tokens])
     start = 0
     while start < len(tokens):
         end = min(start + (stride if start else block_size), len(tokens))
-        yield Request(before[max(end - block_size, 0) : start + 1], (tokens[start:end],))
+        yield _window(tokens, prefix, max(end - block_size, 0), start, end)
         start = end
+
+
+def _window(tokens: Tokens, prefix: int, first: int, start: int, end: int) -> Request:
+    """Predicts the tokens from `start` to `end` after those from `first` on, counted from a prefix at 0.
+
+    Only the window is copied: the tokens may be a file of billions.
+    """
+    context = np.asarray(tokens[max(first - 1, 0) : start], np.int32)
+    if not first:
+        context = np.concatenate([np.array([prefix], np.int32), context])
+    return Request(context, (np.asarray(tokens[start:end], np.int32),))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax.config import GPT2Config, MeshConfig
-from gpt2_jax.data.tokenizer import Tokenizer, tokenizer_name
+from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, tokenizer_name
 from gpt2_jax.distributed.agreement import assert_equal
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import Found, load_examples, locate
@@ -100,6 +100,7 @@ class Evaluator:
             the usual names of each task's file.
         limit: the most examples of a task; of a task that scores a stream, the most windows. None for all.
         stride: the tokens that a sliding window predicts; None for half of `block_size`.
+        named: the tokens around a text, as far as the model's files name them; the others are the tokenizer's.
         options: those of XLA.
 
     Raises:
@@ -116,11 +117,12 @@ class Evaluator:
         data: Sequence[str | Path] | None = None,
         limit: int | None = None,
         stride: int | None = None,
+        named: Boundaries = UNKNOWN,
         options: dict[str, bool] | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
-        self._setting = Setting(tokenizer, model.config.block_size, stride, limit)
+        self._setting = Setting(tokenizer, model.config.block_size, named, stride, limit)
         self._tasks = [self._prepare(task, locate(task, data), model.config) for task in find_tasks(tasks)]
         for prepared in self._tasks:  # processes with other requests would wait for each other forever
             assert_equal(f"examples of {prepared.task.name}", _digest(prepared.asked))

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from gpt2_jax.data.encode import encode_prompt
-from gpt2_jax.data.tokenizer import Tokenizer, boundaries
+from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.requests import Request, Score, Tokens, encode_pair
@@ -34,12 +34,14 @@ class Setting:
     Attributes:
         tokenizer: encodes texts; None if the model comes without one.
         block_size: the most tokens that the model sees.
+        named: the tokens around a text, as far as the model's files name them; the others are the tokenizer's.
         stride: the tokens that a sliding window predicts; None for half of `block_size`.
         limit: the most windows of a task whose examples are windows; None for all.
     """
 
     tokenizer: Tokenizer | None
     block_size: int
+    named: Boundaries = UNKNOWN
     stride: int | None = None
     limit: int | None = None
 
@@ -58,8 +60,8 @@ class Setting:
     @property
     def end_of_text(self) -> int | None:
         """The token that precedes a text; None if the tokenizer has none."""
-        around = boundaries(self.tokenizer) if self.tokenizer else None
-        return None if around is None else around.start if around.start is not None else next(iter(around.ends), None)
+        around = self.named.or_else(boundaries(self.tokenizer)) if self.tokenizer else self.named
+        return around.start if around.start is not None else next(iter(around.ends), None)
 
     def need_tokenizer(self, task: str) -> Tokenizer:
         """The tokenizer.

@@ -23,7 +23,7 @@ TOKEN_FILES = (".bin", ".npy")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """The content of a file: text, or tokens, int32 [tokens]."""
+    """The content of a file: text, or a view of its tokens, integers [tokens]."""
 
     name: str
     content: str | np.ndarray
@@ -44,7 +44,7 @@ class TokenLoss(Task[Document]):
     def read(self, path: Path) -> Iterator[Document]:
         """See `Task.read`. A name that ends with .bin or .npy is that of a token file."""
         if path.suffix in TOKEN_FILES:
-            yield Document(str(path), open_tokens(path)[:].astype(np.int32))
+            yield Document(str(path), open_tokens(path)[:])
             return
         try:
             yield Document(str(path), read_text(path, MAX_TEXT_BYTES))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.data.encode import utf8
+from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.examples import is_json_lines, json_rows, text_field, whole_text
 from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.requests import Request, Score, disjoint_windows
@@ -100,6 +101,8 @@ class Pages(Task[str]):
             windows = list(disjoint_windows(tokens, start, setting.block_size))
             requests += windows
             page_of += [number] * len(windows)
+        if not requests:
+            raise UserError(f"{self.name}: the pages have no text; copy their file again")
         n_words = np.array([len(re.split(r"\s+", page)) for page in examples])
         n_bytes = np.array([len(utf8(page)) for page in examples])
 
