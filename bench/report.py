@@ -121,10 +121,17 @@ def document(page: str, results: Path) -> str:
     return replace_rows(page, "| candidate |", kernels)
 
 
+def fault_result(name: str, value: float) -> str:
+    """A count or a size; for a fault of the storage, which happens once, whether all was well in the end."""
+    if name.startswith("storage: "):
+        return "recovered" if value else "**not recovered**"
+    return text(value, "")
+
+
 def reliability(page: str, results: Path) -> str:
     """docs/reliability.md with the results of bench/faults.py in its table."""
     rows = json.loads((results / "faults-cpu.json").read_text())["rows"]
-    lines = [f"| {name} | {text(row['value'], '')} | {row['details']} |" for name, row in rows.items()]
+    lines = [f"| {name} | {fault_result(name, row['value'])} | {row['details']} |" for name, row in rows.items()]
     return replace_rows(page, "| fault |", lines)
 
 

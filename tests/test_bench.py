@@ -65,6 +65,17 @@ def test_the_documents_are_those_of_the_files(bench):
         assert (ROOT / script if script else ROOT / "docs" / link).exists()
 
 
+def test_the_report_says_whether_a_fault_was_recovered_from(bench, tmp_path):
+    report = bench("report")
+    values = {"storage: read-only": 1.0, "storage: prepare": 0.0, "SIGKILLs survived": 1}
+    rows = {name: {"value": value, "details": "why"} for name, value in values.items()}
+    (tmp_path / "faults-cpu.json").write_text(json.dumps({"rows": rows}))
+    page = report.reliability(report.RELIABILITY.read_text(encoding="utf-8"), tmp_path)
+    results = ["read-only | recovered", "prepare | **not recovered**"]
+    lines = [*(f"| storage: {result} | why |" for result in results), "| SIGKILLs survived | 1 | why |"]
+    assert page.splitlines()[-3:] == lines
+
+
 def test_the_report_says_whether_a_goal_is_reached(bench, tmp_path):
     report = bench("report")
     file = {"date": "2026-01-02", "commit": "0123456789", "uncommitted": False, "device": "cpu", "cpu": "A CPU",
