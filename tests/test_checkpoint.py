@@ -32,7 +32,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, val_loss in losses:
         if step in (1, 4, 5):  # reopened: it still knows the best one
             checkpoints = Checkpoints(tmp_path / "c", keep=2)
-        checkpoints.save(step, state(step), {}, val_loss)
+        checkpoints.save(step, state(step), {}, {"val_loss": val_loss} if val_loss else None)
         if step in (3, 4, 6):
             checkpoints.close()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
@@ -46,7 +46,7 @@ def test_a_restored_state_equals_the_saved_one(tmp_path):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         restored = checkpoints.restore(7, abstract(SINGLE))
         jax.tree.map(np.testing.assert_array_equal, restored, state(3))
-        assert checkpoints.info(7) == {"tokens": 11, "data": "é", "step": 7, "val_loss": None}
+        assert checkpoints.info(7) == {"tokens": 11, "data": "é", "step": 7, "metrics": {}}
 
 
 def test_restores_on_another_mesh(tmp_path):
@@ -97,8 +97,8 @@ def test_no_directory_is_renamed(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, name, record)
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        checkpoints.save(1, state(1), {}, 1.0)
-        checkpoints.save(2, state(2), {}, 0.5)
+        checkpoints.save(1, state(1), {}, {"val_loss": 1.0})
+        checkpoints.save(2, state(2), {}, {"val_loss": 0.5})
     assert [path.name for path in complete_checkpoints(tmp_path / "c")] == ["2"]
     assert not any(renamed)
 
