@@ -75,6 +75,7 @@ def program(n_bytes: int) -> SimpleNamespace:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.slow
 def test_a_cpu_program_reuses_its_temporary_memory():
     # 64 MB are 16,384 pages. In some calls malloc may still place the block anew, as the order in which threads free
     # memory changes: in four of ten on busy cores. The heap never shrinks, so this ends.

@@ -317,6 +317,7 @@ def test_a_terminal_that_closes_stops_with_a_checkpoint(tiny_run, tmp_path):
     assert "the same command resumes it" in output
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on_where_it_is(tiny_run, tmp_path, capsys):
     assert run_here([*tiny_run, "--out", tmp_path / "old", "--steps", 3]) == 0
     (tmp_path / "old").rename(tmp_path / "new")
@@ -344,6 +345,7 @@ def test_a_run_goes_on_whatever_the_directory_of_its_programs(tiny_run, tmp_path
     assert list(rows(out, "loss")) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_shortened_run_goes_on_with_its_schedule(tiny_run, tmp_path, capsys):
     toml = TINY.replace("decay_steps = 40\n", "").replace("warmup_steps = 5", "warmup_steps = 20")
     (tmp_path / "tiny.toml").write_text(toml)

@@ -221,6 +221,7 @@ def test_a_real_training_on_a_worker_is_stopped_and_resumed(cloud, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_watch_resumes_until_the_training_has_ended(cloud):
     watch = ["watch", *TPU, *V5E, "--spot", "--", "--config", "x"]
     for worker in cloud.workers:

@@ -159,6 +159,7 @@ def test_a_replica_with_one_flipped_bit_is_found_at_the_next_check_and_named(fla
     assert names(tmp_path / "run") == ["4"]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_flipped_bit_goes_back_by_itself_and_ends_as_the_undisturbed_one(
     flags, tmp_path, after_update, capsys
 ):

@@ -27,6 +27,7 @@ def traced_steps(directory):
     return sorted({dict(event.stats)["step_num"] for event in events})
 
 
+@pytest.mark.slow
 def test_a_traced_run_has_the_same_losses(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} squared is {number * number}\n" for number in range(200)))
