@@ -235,7 +235,7 @@ def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path, capsys)
 @pytest.mark.slow
 def test_a_finished_run_says_so_again(tiny_run, tmp_path, capsys, monkeypatch):
     plots = []
-    monkeypatch.setattr("gpt2_jax.run.reporting.plot", lambda metrics, image: plots.append(image))
+    monkeypatch.setattr("gpt2_jax.run.reporting.plot", lambda metrics, image, references: plots.append(image))
     args = [*tiny_run, "--out", tmp_path / "run", "--steps", 10, "--eval.every", 4]
     assert run_here(args) == 0
     assert plots == [tmp_path / "run" / "loss.png"] * 3  # after updates 4, 8 and 10
