@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import tyro
@@ -93,7 +93,11 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
     for flag, text in (("--json", flags.json), ("--dump", flags.dump)):
         if text and not (path := user_path(text, flag)).absolute().parent.is_dir():
             raise UserError(f"{flag} {path}: {path.parent} is not a directory; create it, or type another path")
-    models = {name: _evaluate_model(name, flags, mesh) for name in names}
+    # What is mistyped is found before the first model takes its time.
+    tasks = _split_tasks(flags.tasks)
+    for name in names if flags.compare else ():
+        use_model(name, lambda stored: None)
+    models = {name: _evaluate_model(name, flags, tasks, mesh) for name in names}
     if is_primary():
         for line in table(models):
             print(strip_controls(line))
@@ -101,7 +105,7 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
             text = json.dumps(to_json(models), indent=2, allow_nan=False)
             replace_text(user_path(flags.json, "--json"), text + "\n")
         if flags.dump:
-            replace_text(user_path(flags.dump, "--dump"), "".join(_records(models)))
+            replace_text(user_path(flags.dump, "--dump"), _records(models))
     return 0
 
 
@@ -113,23 +117,44 @@ def _records(models: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
                 yield json.dumps({"model": name, "task": task, **record}) + "\n"
 
 
-def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
+class _Tasks(NamedTuple):
+    """The names of our tasks, and of those of the harness."""
+
+    own: list[str]
+    harness: list[str]
+
+
+def _split_tasks(text: str) -> _Tasks:
+    """Checks and sorts the names of `--tasks`.
+
+    Raises:
+        UserError: there is no such task, or lm-eval is not installed.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    tasks = _Tasks(
+        own=[name for name in names if not name.startswith(HARNESS)],
+        harness=[name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)],
+    )
+    if tasks.own or not tasks.harness:
+        find_tasks(tasks.own)
+    if tasks.harness:
+        import_optional("lm_eval", f"the task {HARNESS}{tasks.harness[0]}", "lm-eval")
+        from gpt2_jax.evaluation.harness import check_tasks
+
+        check_tasks(tasks.harness)
+    return tasks
+
+
+def _evaluate_model(name: str, flags: Flags, tasks: _Tasks, mesh: Mesh) -> dict[str, Result]:
     dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
-    names = [task.strip() for task in flags.tasks.split(",") if task.strip()]
-    harness_tasks = [task.removeprefix(HARNESS) for task in names if task.startswith(HARNESS)]
-    if harness_tasks:
-        import_optional("lm_eval", f"the task {HARNESS}{harness_tasks[0]}", "lm-eval")
-    own_tasks = [task for task in names if not task.startswith(HARNESS)]
-    if not harness_tasks:
-        find_tasks(own_tasks)  # before a model is opened
 
     def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel]:
-        if not own_tasks:
+        if not tasks.own:
             return None, stored.load(mesh, dtype)
         evaluator = Evaluator(  # finds what is wrong with the examples before the parameters are read
             GPT2(stored.config.unrolled("auto"), dtype),
             stored.tokenizer,
-            own_tasks,
+            tasks.own,
             mesh,
             data=flags.data or None,
             limit=flags.limit or None,
@@ -140,10 +165,10 @@ def _evaluate_model(name: str, flags: Flags, mesh: Mesh) -> dict[str, Result]:
 
     evaluator, gpt2 = use_model(name, load)
     results = _run(evaluator, gpt2, name) if evaluator else {}
-    if harness_tasks:
-        from gpt2_jax.evaluation.lm_eval import run_harness
+    if tasks.harness:
+        from gpt2_jax.evaluation.harness import run_harness
 
-        results |= run_harness(gpt2, harness_tasks, mesh, flags.limit or None)
+        results |= run_harness(gpt2, tasks.harness, mesh, flags.limit or None)
     return results
 
 

@@ -138,12 +138,12 @@ def remove_empty(directories: Iterable[Path]) -> None:
             directory.rmdir()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file atomically: readers see the old text or the new one, never a part."""
+def replace_text(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a text, or its parts, to a file atomically: readers see the old text or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -84,7 +84,7 @@ def test_nothing_imports_a_command():
     [
         ("orbax", {"checkpoint.py", "orbax_cleanup.py"}),
         ("grain", {"data/pipeline.py"}),
-        ("lm_eval", {"evaluation/lm_eval.py"}),
+        ("lm_eval", {"evaluation/harness.py", "evaluation/lm_eval.py"}),
     ],
 )
 def test_only_these_files_import(library, files):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.examples import MAX_LINE_BYTES
+from gpt2_jax.evaluation.examples import text_lines
 from gpt2_jax.evaluation.metrics import Metric, accuracy
 from gpt2_jax.evaluation.requests import Score
 from gpt2_jax.evaluation.task import Collector, Prepared, Setting, Task, totals
@@ -53,7 +52,7 @@ class ChildrensBooks(Task[Cloze]):
     def read(self, path: Path) -> Iterator[Cloze]:
         """See `Task.read`."""
         story: list[str] = []
-        for line, where in _lines(path):
+        for line, where in text_lines(path, "a sentence"):
             if not line.strip():
                 continue
             number, _, content = line.partition(" ")
@@ -87,20 +86,6 @@ class ChildrensBooks(Task[Cloze]):
             return [accuracy("acc", sums.argmax(axis=1) == labels)]
 
         return Prepared(collector.requests, collector.origins, metrics)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            where, line = f"{path}, line {number}", file.readline(MAX_LINE_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; expected a sentence")
-            try:
-                yield line.decode("utf-8").strip("\r\n"), where
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 text (byte {error.start}); copy the file again") from error
 
 
 def _cloze(story: list[str], where: str) -> Cloze:

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_jax.errors import UserError, import_optional, one_line
-from gpt2_jax.evaluation.task import Example, HubDataset, Task
+from gpt2_jax.evaluation.task import Example, Task
 from gpt2_jax.files import check_hub_cache, check_regular, find_paths, user_path
 from gpt2_jax.parsing import parse_json, read_text
 
 MAX_LINE_BYTES = 1 << 22  # A page of WikiText has 0.1 MB. Parsing JSON takes up to 20 times its size.
 MAX_TEXT_BYTES = 1 << 27  # enwik8 has 100 MB.
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hugging Face hub: the one that lm-eval reads."""
+
+    repository: str
+    subset: str | None
+    split: str
+
+
+class RowTask(Task[Example]):
+    """A task whose examples are rows: lines of JSON, or rows of a dataset on the hub.
+
+    Attributes:
+        hub: the dataset with the same examples.
+    """
+
+    hub: HubDataset
+
+    def read(self, path: Path) -> Iterator[Example]:
+        """See `Task.read`."""
+        for row, where in json_rows(path):
+            yield self.from_row(row, where)
+
+    @abc.abstractmethod
+    def from_row(self, row: dict[str, Any], where: str) -> Example:
+        """Makes an example of a row.
+
+        Raises:
+            UserError: a field is missing or has a wrong type.
+        """
 
 
 class Found(NamedTuple):
@@ -23,53 +55,54 @@ class Found(NamedTuple):
         paths: the files, most often one; none for the hub.
         name: the paths, or the name on the hub.
         standard: True if published figures are over these examples.
+        flag: what names the files, for errors.
     """
 
     paths: tuple[Path, ...]
     name: str
     standard: bool
+    flag: str
 
 
-def locate(task: Task[Any], data: Sequence[str | Path] | None) -> Found:
+def locate(task: Task[Any], data: Sequence[str | Path] | None, flag: str = "--data") -> Found:
     """Finds where the examples of a task are.
 
     Args:
         data: files and directories; None for the hub. A directory is searched for the names in `task.files`. A single
             file serves every task; of several, those with these names serve. A task without names reads all files.
+        flag: the flag or key that `data` comes from, for errors.
 
     Raises:
         UserError: there is no such file, or the task has no dataset on the hub.
     """
+    hub = task.hub if isinstance(task, RowTask) else None
     if data is None:
-        if task.hub is None:
+        if hub is None:
             wanted = f"DIR, with {_one_of(task.files)} in DIR" if task.files else "FILE ..., text or token files"
-            raise UserError(f"{task.name} has no dataset on the hub; type --data {wanted}")
-        return Found((), _hub_name(task.hub), True)
+            raise UserError(f"{task.name} has no dataset on the hub; type {flag} {wanted}")
+        return Found((), _hub_name(hub), True, flag)
     if not task.files:
-        files = tuple(dict.fromkeys(file for pattern in data for file in _match(str(pattern))))
-        return Found(files, ", ".join(map(str, files[:3])) + ", …" * (len(files) > 3), False)
-    paths = [user_path(str(path), "--data") for path in data]
+        files = tuple(dict.fromkeys(file for pattern in data for file in _match(str(pattern), flag)))
+        return Found(files, ", ".join(map(str, files[:3])) + ", …" * (len(files) > 3), False, flag)
+    paths = [user_path(str(path), flag) for path in data]
     for path in paths:
         check_regular(path)
         if path.is_dir():
             for name in (*task.files, *task.other_files):
                 if (path / name).is_file():
-                    return Found((path / name,), str(path / name), name in task.files)
+                    return Found((path / name,), str(path / name), name in task.files, flag)
         elif path.exists():
             basenames = {Path(name).name for name in task.files}
             known = basenames | {Path(name).name for name in task.other_files}
             if len(paths) == 1 or path.name in known:
-                return Found((path,), str(path), path.name in basenames)
+                return Found((path,), str(path), path.name in basenames, flag)
         else:
-            raise UserError(f"--data {path} does not exist; type a directory with {_one_of(task.files)}, or a file")
-    where = ", ".join(map(str, paths))
-    hub = ""
-    if task.hub:
-        hub = (
-            f"; or leave --data out to read {_hub_name(task.hub)} from the hub, which pip install '.[eval]' makes able"
-        )
-    names = _one_of((*task.files, *task.other_files))
-    raise UserError(f"{where} has no examples of {task.name}: download them to DIR/{names} and type --data DIR{hub}")
+            raise UserError(f"{flag} {path} does not exist; type a directory with {_one_of(task.files)}, or a file")
+    where, names = ", ".join(map(str, paths)), _one_of((*task.files, *task.other_files))
+    advice = f"download them to DIR/{names} and type {flag} DIR"
+    if hub:
+        advice += f"; or leave {flag} out to read {_hub_name(hub)} from the hub, which needs pip install '.[eval]'"
+    raise UserError(f"{where} has no examples of {task.name}: {advice}")
 
 
 def load_examples(task: Task[Example], found: Found, limit: int | None = None) -> list[Example]:
@@ -79,7 +112,12 @@ def load_examples(task: Task[Example], found: Found, limit: int | None = None) -
         UserError: they cannot be read, or there are none.
     """
     stop = None if task.limits_windows else limit
-    rows = itertools.chain.from_iterable(map(task.read, found.paths)) if found.paths else _from_hub(task)
+    rows: Iterator[Example]
+    if found.paths:
+        rows = itertools.chain.from_iterable(map(task.read, found.paths))
+    else:
+        assert isinstance(task, RowTask)
+        rows = _from_hub(task, found.flag)
     try:
         examples = list(itertools.islice(rows, stop))
     except OSError as error:
@@ -89,11 +127,14 @@ def load_examples(task: Task[Example], found: Found, limit: int | None = None) -
     return examples
 
 
-def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the objects in a file of JSON lines, each with its place, "FILE, line 3". Blank lines are left out.
+def text_lines(path: Path, expected: str) -> Iterator[tuple[str, str]]:
+    """Yields the lines of a file without their ends, each with its place, "FILE, line 3".
+
+    Args:
+        expected: what a line is, for the error: "a sentence".
 
     Raises:
-        UserError: a line is too long, not UTF-8, not JSON or not an object.
+        UserError: a line is too long, or not UTF-8.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -102,21 +143,30 @@ def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             if not line:
                 return
             if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"{where} has more than {MAX_LINE_BYTES:,} bytes; expected a JSON object of a few thousand"
-                )
+                raise UserError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; expected {expected}")
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = parse_json(text) if text.strip() else None
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n"), where
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 text (byte {error.start}); copy the file again") from error
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({one_line(error, 100)}); copy the file again") from error
-            if row is None and not text.strip():
-                continue
-            if not isinstance(row, dict):
-                raise UserError(f"{where} has {one_line(ValueError(repr(row)[:60]))}; expected a JSON object")
-            yield row, where
+
+
+def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the objects in a file of JSON lines, each with its place, "FILE, line 3". Blank lines are left out.
+
+    Raises:
+        UserError: a line is too long, not UTF-8, not JSON or not an object.
+        OSError: the file cannot be read.
+    """
+    for text, where in text_lines(path, "a JSON object of a few thousand"):
+        if not text.strip():
+            continue
+        try:
+            row = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({one_line(error, 100)}); copy the file again") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} has {one_line(ValueError(repr(row)[:60]))}; expected a JSON object")
+        yield row, where
 
 
 def is_json_lines(path: Path) -> bool:
@@ -180,51 +230,42 @@ def whole_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _match(pattern: str) -> list[Path]:
-    files = find_paths(pattern, "--data")
+def _match(pattern: str, flag: str) -> list[Path]:
+    files = find_paths(pattern, flag)
     if not files:
-        raise UserError(f"--data {pattern!r} matches no file; give text files, or the .bin or .npy of tokens")
+        raise UserError(f"{flag} {pattern!r} matches no file; give text files, or the .bin or .npy of tokens")
     for path in files:
         check_regular(path)
         if path.is_dir():
-            raise UserError(f"--data {path} is a directory; type its files: {path}/*.bin")
+            raise UserError(f"{flag} {path} is a directory; type its files: {path}/*.bin")
     return files
 
 
-def _from_hub(task: Task[Example]) -> Iterator[Example]:
+def _from_hub(task: RowTask[Example], flag: str) -> Iterator[Example]:
     hub = task.hub
-    assert hub
-    load_dataset = _datasets(task, hub).load_dataset
+    load_dataset = _datasets(task, flag).load_dataset
     check_hub_cache(hub.repository)
     try:
-        rows = iter(load_dataset(hub.repository, hub.subset, split=hub.split, streaming=True))
+        for number, row in enumerate(load_dataset(hub.repository, hub.subset, split=hub.split, streaming=True), 1):
+            yield task.from_row(row, f"{_hub_name(hub)}, row {number}")
+    except UserError:  # of a row
+        raise
     except Exception as error:  # of the HTTP stack: `datasets` does not document its type
-        raise _hub_error(task, hub, error) from error
-    for number in itertools.count(1):
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _hub_error(task, hub, error) from error
-        yield task.from_row(row, f"{_hub_name(hub)}, row {number}")
+        raise UserError(
+            f"{_hub_name(hub)} cannot be read from the hub ({type(error).__name__}: {one_line(error)}); without "
+            f"network, download {_one_of(task.files)} to DIR elsewhere and type {flag} DIR"
+        ) from error
 
 
-def _datasets(task: Task[Any], hub: HubDataset) -> Any:
+def _datasets(task: RowTask[Any], flag: str) -> Any:
+    hub = task.hub
     try:
         return import_optional("datasets", f"reading {_hub_name(hub)}")
     except UserError as error:
         raise UserError(
-            f"{task.name} needs its examples: type --data DIR, with {_one_of(task.files)} in DIR; or type "
+            f"{task.name} needs its examples: type {flag} DIR, with {_one_of(task.files)} in DIR; or type "
             f"pip install '.[eval]' to read {_hub_name(hub)} from the hub"
         ) from error
-
-
-def _hub_error(task: Task[Any], hub: HubDataset, error: Exception) -> UserError:
-    return UserError(
-        f"{_hub_name(hub)} cannot be read from the hub ({type(error).__name__}: {one_line(error)}); without network, "
-        f"download {_one_of(task.files)} to DIR elsewhere and type --data DIR"
-    )
 
 
 def _hub_name(hub: HubDataset) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.examples import json_rows, label_field, text_field, text_list
+from gpt2_jax.evaluation.examples import HubDataset, RowTask, label_field, text_field, text_list
 from gpt2_jax.evaluation.metrics import Metric, accuracy
 from gpt2_jax.evaluation.requests import Score
-from gpt2_jax.evaluation.task import Collector, HubDataset, Prepared, Setting, Task, totals
+from gpt2_jax.evaluation.task import Collector, Prepared, Setting, totals
 
 ENDINGS = 4
 N_EXAMPLES = 10_042
@@ -30,7 +29,7 @@ class Choice:
     label: int
 
 
-class HellaSwag(Task[Choice]):
+class HellaSwag(RowTask[Choice]):
     """The protocol of lm-eval's task `hellaswag`, lm_eval/tasks/hellaswag."""
 
     name = "hellaswag"
@@ -43,13 +42,8 @@ class HellaSwag(Task[Choice]):
     hub = HubDataset("Rowan/hellaswag", None, "validation")
     n_examples = N_EXAMPLES
 
-    def read(self, path: Path) -> Iterator[Choice]:
-        """See `Task.read`. Lines are those of rowanz/hellaswag, or have the cleaned context in `query`."""
-        for row, where in json_rows(path):
-            yield self.from_row(row, where)
-
     def from_row(self, row: dict[str, Any], where: str) -> Choice:
-        """See `Task.from_row`."""
+        """See `RowTask.from_row`. Rows are those of rowanz/hellaswag, or have the cleaned context in `query`."""
         endings, label = text_list(row, "endings", ENDINGS, where), label_field(row, "label", ENDINGS, where)
         if "query" in row:
             # Cleaned before, but a few texts still have brackets. Cleaning all of them again would remove more spaces.
@@ -87,7 +81,7 @@ class HellaSwagCompletion(HellaSwag):
     files = ("hellaswag_val.jsonl",)
 
     def from_row(self, row: dict[str, Any], where: str) -> Choice:
-        """See `Task.from_row`."""
+        """See `RowTask.from_row`."""
         if "ctx" not in row and "query" in row:
             raise UserError(
                 f"{where} has a cleaned context (query); expected the raw one (ctx): download hellaswag_val.jsonl of "

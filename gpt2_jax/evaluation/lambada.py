@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.examples import json_rows, text_field
+from gpt2_jax.evaluation.examples import HubDataset, RowTask, text_field
 from gpt2_jax.evaluation.metrics import Metric, accuracy
 from gpt2_jax.evaluation.requests import Score
-from gpt2_jax.evaluation.task import Collector, HubDataset, Prepared, Setting, Task, totals
+from gpt2_jax.evaluation.task import Collector, Prepared, Setting, totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Passage:
     word: str
 
 
-class Lambada(Task[Passage]):
+class Lambada(RowTask[Passage]):
     """The protocol of lm-eval's task `lambada_openai`, lm_eval/tasks/lambada, and the paper's accuracy."""
 
     name = "lambada"
@@ -37,13 +36,8 @@ class Lambada(Task[Passage]):
     hub = HubDataset("EleutherAI/lambada_openai", "default", "test")
     n_examples = 5153
 
-    def read(self, path: Path) -> Iterator[Passage]:
-        """See `Task.read`."""
-        for row, where in json_rows(path):
-            yield self.from_row(row, where)
-
     def from_row(self, row: dict[str, Any], where: str) -> Passage:
-        """See `Task.from_row`. The last word is what follows the last space, as in lm-eval."""
+        """See `RowTask.from_row`. The last word is what follows the last space, as in lm-eval."""
         context, _, word = text_field(row, "text", where).rpartition(" ")
         if not word:
             raise UserError(f"{where}: the text is empty or ends with a space; expected a word at its end")

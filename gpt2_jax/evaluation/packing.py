@@ -144,8 +144,11 @@ def layout(rows: Sequence[Sequence[Tree]], length: int) -> tuple[Rows[np.ndarray
     Returns:
         The rows, and for each row its continuations with their numbers of targets, in the order of the targets.
     """
-    tables = (np.zeros((len(rows), length), np.int32) for _ in range(6))
-    arrays: Rows[np.ndarray] = Rows(*tables, np.zeros(len(rows), np.int32))  # type: ignore[call-arg]
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros((len(rows), *shape), np.int32)
+
+    arrays = Rows(zeros(length), zeros(length), zeros(length), zeros(length), zeros(length), zeros(length), zeros())
     scored: list[list[tuple[Slot, int]]] = []
     for row, trees in enumerate(rows):
         at = segment = n_targets = 0

@@ -72,7 +72,7 @@ class Result:
         """Yields the scores of each continuation, in JSON types.
 
         A record has `origin`, such as "example 17" or "val.bin, window 3", `continuation` (its index), `tokens`,
-        `log_probs` (nats per token) and `greedy` (whether each token is the most probable one).
+        `log_probs` (nats per token) and `greedy` (whether no token is more probable).
         """
         if self.prepared is None:
             return
@@ -101,6 +101,7 @@ class Evaluator:
         limit: the most examples of a task; of a task that scores a stream, the most windows. None for all.
         stride: the tokens that a sliding window predicts; None for half of `block_size`.
         named: the tokens around a text, as far as the model's files name them; the others are the tokenizer's.
+        flag: the flag or key that `data` comes from, for errors.
         options: those of XLA.
 
     Raises:
@@ -118,12 +119,13 @@ class Evaluator:
         limit: int | None = None,
         stride: int | None = None,
         named: Boundaries = UNKNOWN,
+        flag: str = "--data",
         options: dict[str, bool] | None = None,
     ) -> None:
         if limit is not None and limit < 1:
-            raise UserError(f"a limit of {limit} examples leaves none; type --limit 1 or more")
+            raise UserError(f"limit = {limit} leaves no examples; expected 1 or more")
         self._setting = Setting(tokenizer, model.config.block_size, named, stride, limit)
-        self._tasks = [self._prepare(task, locate(task, data), model.config) for task in find_tasks(tasks)]
+        self._tasks = [self._prepare(task, locate(task, data, flag), model.config) for task in find_tasks(tasks)]
         for prepared in self._tasks:  # processes with other requests would wait for each other forever
             assert_equal(f"examples of {prepared.task.name}", _digest(prepared.asked))
         self._scorer = Scorer(model, mesh, options)

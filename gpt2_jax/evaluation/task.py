@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,14 +17,6 @@ from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.requests import Request, Score, Tokens, encode_pair
 
 Example = TypeVar("Example")
-
-
-class HubDataset(NamedTuple):
-    """A dataset on the Hugging Face hub: the one that lm-eval reads."""
-
-    repository: str
-    subset: str | None
-    split: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Setting:
         """
         stride = max(self.block_size // 2, 1) if self.stride is None else self.stride
         if not 1 <= stride <= self.block_size:
-            raise UserError(f"a stride of {stride} is out of range; type --stride from 1 to {self.block_size}")
+            raise UserError(f"stride = {stride}; expected 1 to {self.block_size}, the model's block_size")
         return stride
 
     @property
@@ -128,7 +120,6 @@ class Task(abc.ABC, Generic[Example]):
         metric_names: of the metrics that it may have.
         files: the usual names of the public file with the examples, below a directory of data.
         other_files: names of files with the same examples in another form, for which no figures are published.
-        hub: a dataset with the same examples; None if there is none.
         n_examples: how many the published figures are over; None if it is not checked.
         limits_windows: True if a limit counts windows, False if it counts examples.
     """
@@ -138,7 +129,6 @@ class Task(abc.ABC, Generic[Example]):
     metric_names: tuple[str, ...]
     files: tuple[str, ...]
     other_files: tuple[str, ...] = ()
-    hub: HubDataset | None = None
     n_examples: int | None = None
     limits_windows: bool = False
 
@@ -153,14 +143,6 @@ class Task(abc.ABC, Generic[Example]):
         Raises:
             UserError: the file cannot be read, or is not what it should be; with the number of the line.
         """
-
-    def from_row(self, row: dict[str, Any], where: str) -> Example:
-        """Makes an example of a row of the dataset on the hub, or of a line of JSON.
-
-        Raises:
-            UserError: a field is missing or has a wrong type.
-        """
-        raise NotImplementedError(f"{self.name} has no rows")
 
     @abc.abstractmethod
     def prepare(self, examples: Sequence[Example], setting: Setting) -> Prepared:

@@ -11,11 +11,11 @@ import numpy as np
 
 from gpt2_jax.data.encode import utf8
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.examples import is_json_lines, json_rows, text_field, whole_text
+from gpt2_jax.evaluation.examples import HubDataset, RowTask, is_json_lines, text_field, whole_text
 from gpt2_jax.evaluation.metrics import Metric
 from gpt2_jax.evaluation.requests import Request, Score, disjoint_windows
 from gpt2_jax.evaluation.streams import sliding
-from gpt2_jax.evaluation.task import HubDataset, Prepared, Setting, Task, nats
+from gpt2_jax.evaluation.task import Prepared, Setting, nats
 
 # As lm-eval's `wikitext_detokenizer` in tasks/wikitext/preprocess_wikitext.py, in the same order. The second one, which
 # replaces by the text of a pattern, and " N ", which is PTB's, are a part of the protocol too.
@@ -64,7 +64,7 @@ def split_pages(text: str) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-class Pages(Task[str]):
+class Pages(RowTask[str]):
     """WikiText page by page. The examples are the raw pages."""
 
     protocol = (
@@ -81,14 +81,10 @@ class Pages(Task[str]):
 
     def read(self, path: Path) -> Iterator[str]:
         """See `Task.read`. The file is one of the dataset's, or has a JSON object with a `page` in each line."""
-        if is_json_lines(path):
-            for row, where in json_rows(path):
-                yield self.from_row(row, where)
-        else:
-            yield from split_pages(whole_text(path))
+        yield from super().read(path) if is_json_lines(path) else split_pages(whole_text(path))
 
     def from_row(self, row: dict[str, Any], where: str) -> str:
-        """See `Task.from_row`."""
+        """See `RowTask.from_row`."""
         return text_field(row, "page", where)
 
     def prepare(self, examples: Sequence[str], setting: Setting) -> Prepared:

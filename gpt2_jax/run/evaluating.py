@@ -55,6 +55,7 @@ def open_tasks(
         mesh,
         data=config.eval.tasks_data or None,
         limit=config.eval.tasks_limit or None,
+        flag="--eval.tasks_data",
         options=options,
     )
     metrics = ["val_loss", *evaluator.metric_names()]

@@ -17,7 +17,7 @@ from gpt2_jax import load
 from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import evaluate
-from gpt2_jax.evaluation.lm_eval import HarnessModel, run_harness
+from gpt2_jax.evaluation.harness import HarnessModel, run_harness
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2, init_params
