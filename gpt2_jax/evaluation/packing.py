@@ -100,8 +100,8 @@ def pack(trees: Sequence[Tree], n_embd: int) -> tuple[int, list[list[Tree]]]:
         length: _pack(ordered, length) for length in range(shortest, max(shortest, LONGEST_SEARCHED) + 1, ROW_MULTIPLE)
     }
     # A token costs about 24 n_embd² FLOPs in the matmuls of a layer. Its scores cost 4 n_embd FLOPs per token of the
-    # row, and took about six times as long per FLOP on a CPU.
-    length = min(packings, key=lambda length: len(packings[length]) * length * (1 + length / n_embd))
+    # row, and take about twice as long per FLOP.
+    length = min(packings, key=lambda length: len(packings[length]) * length * (1 + length / (3 * n_embd)))
     return length, packings[length]
 
 
