@@ -42,7 +42,7 @@ GENERATED_TOKENS = 256  # where a task names no limit, as in lm-eval
 DTYPES = ("float32", "bfloat16")
 TOP_K = 50  # of sampling where a task names none, as in transformers
 PROMPTS_AT_ONCE = 32
-BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
+BOOTSTRAPS = 1000  # for the standard errors of metrics that are not means
 Pair = tuple[Any, list[int], list[int]]  # (texts, context, continuation)
 
 

@@ -48,7 +48,7 @@ class Metric:
 
     @property
     def value(self) -> float:
-        """The metric. The perplexity of a model that is worse than any is infinite."""
+        """The metric. A perplexity may overflow to infinity."""
         match self.scale:
             case "mean":
                 return self.ratio

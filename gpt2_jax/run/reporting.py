@@ -154,7 +154,7 @@ class Reporter:
         """Prints the results of tasks.
 
         Returns:
-            The finite ones by TASK/METRIC. A model that is worse than any has an infinite perplexity.
+            The finite ones by TASK/METRIC. A perplexity may overflow to infinity, which JSON does not have.
         """
         for task, result in results.items():
             parts = [
