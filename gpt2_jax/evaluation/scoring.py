@@ -173,8 +173,8 @@ def _score_targets(
         target = jax.lax.dynamic_slice_in_dim(targets, start, CHUNK)
         logits = head_logits(flat[jax.lax.dynamic_slice_in_dim(sources, start, CHUNK)], embedding, vocab_size)
         at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        # log-softmax with its sum as a matmul, because XLA's CPU backend sums slowly: 0.60 ms per target with a sum, 0.48
-        # with a matmul. A token is greedy if none is more probable, which needs no second pass over the logits.
+        # log-softmax with its sum as a matmul, because XLA's CPU backend sums slowly: 0.60 ms per target with a sum,
+        # 0.48 ms with a matmul. A token is greedy if none is more probable, which needs no second pass over the logits.
         largest = jnp.max(logits, axis=-1)
         total = jnp.dot(jnp.exp(logits - largest[:, None]), ones, precision="highest")
         return (
