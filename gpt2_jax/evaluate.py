@@ -18,7 +18,7 @@ from gpt2_jax import runtime
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import Dtype, MeshConfig
 from gpt2_jax.config.flags import parse_flags, take_flags
-from gpt2_jax.display import Display, duration
+from gpt2_jax.display import Display, count, duration
 from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
@@ -176,13 +176,18 @@ def _run(evaluator: Evaluator, gpt2: LanguageModel, name: str) -> dict[str, Resu
     """Evaluates our own tasks with a progress bar."""
     counts = evaluator.n_continuations()
     before = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
-    total, start = sum(counts.values()), time.perf_counter()
+    total, began = sum(counts.values()), list[tuple[float, int]]()
     with Display(0, total, "compiling", quiet=not is_primary()) as display:
 
         def progress(task: str, done: int) -> None:
             done += before[task]
-            left = (time.perf_counter() - start) * (total - done) / done
-            display.show(done, f"{name}, {done:,} of {total:,} continuations", [task, f"{duration(left)} left"])
+            if not began:  # those so far waited for the compiler
+                began.append((time.perf_counter(), done))
+            start, compiled = began[0]
+            parts = [task]
+            if done > compiled:
+                parts.append(f"{duration((time.perf_counter() - start) * (total - done) / (done - compiled))} left")
+            display.show(done, f"{name}, {done:,} of {count(total, 'continuation')}", parts)
 
         return evaluator(gpt2.params, progress)
 
