@@ -110,9 +110,9 @@ def test_a_resumed_run_says_what_changed_since_its_checkpoint(tmp_path, capsys):
     saved = json.loads(info.read_text())
     used = saved["made_by"]["optax"]
     assert used == optax.__version__
-    facts = {key: value for key, value in saved.items() if key not in ("step", "val_loss", "checksum")}
+    facts = {key: value for key, value in saved.items() if key not in ("step", "metrics", "checksum")}
     facts["made_by"] |= {"optax": "0.0", "numpy": "0.0"}
-    info.write_text(json.dumps(seal(1, saved["val_loss"], facts)))
+    info.write_text(json.dumps(seal(1, saved["metrics"], facts)))
     changed, resumed = run(2)
     assert changed.startswith(f"changed   optax 0.0 -> {used}; ")
     assert "resumed after update 1" in resumed
