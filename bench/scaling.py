@@ -23,6 +23,13 @@ from gpt2_jax.config.toml import read_config
 
 RECORD = RESULTS / "scaling.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+# The same on all chips, so that the rows of a size can be compared. The presets take what fits.
+SETTINGS = {
+    "gpt2-124m": "--micro_batch_size 16 --model.remat none",
+    "gpt2-355m": "--micro_batch_size 8 --model.remat none",
+    "gpt2-774m": "--micro_batch_size 8 --model.remat dots",
+    "gpt2-1558m": "--micro_batch_size 8 --model.remat dots",
+}
 
 
 class Row(NamedTuple):
@@ -48,7 +55,8 @@ class Row(NamedTuple):
     @property
     def flags(self) -> list[str]:
         """Flags of the command besides `--config` and `--topology`."""
-        return self.sharding.split() + ["--batch_size", str(self.batch_size)] * bool(self.batch_size)
+        words = f"{SETTINGS[self.size]} {self.sharding}".split()
+        return words + ["--batch_size", str(self.batch_size)] * bool(self.batch_size)
 
 
 # In the order of the table. tests/planning compares its own compiles with four of them.

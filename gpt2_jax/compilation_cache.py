@@ -117,8 +117,8 @@ def _digest(key: str, program: bytes) -> bytes:
     return digest.digest()
 
 
-def use_program_cache(directory: Path, max_bytes: int) -> bool:
-    """Makes JAX cache its compiled programs in a `ProgramCache`, for this process.
+def use_program_cache(cache: ProgramCache, directory: Path) -> bool:
+    """Makes JAX keep its compiled programs in the cache of a directory, for this process.
 
     JAX has no public way to do so.
 
@@ -127,7 +127,7 @@ def use_program_cache(directory: Path, max_bytes: int) -> bool:
     """
     jax.config.update("jax_compilation_cache_dir", str(directory))
     try:
-        if _install(ProgramCache(directory, max_bytes), str(directory)):
+        if _install(cache, str(directory)):
             return True
     except (ImportError, AttributeError, TypeError):  # a module, a name or a parameter has gone
         pass

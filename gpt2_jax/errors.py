@@ -73,14 +73,20 @@ def storage_problem(error: BaseException) -> str:
     return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if a device or the host has no memory left."""
+    exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]
+    return exhausted and not storage_problem(error)
+
+
 def fixable(error: BaseException) -> str:
     """The line for an error of the system or a library that the user can fix; "" for any other error."""
     if problem := storage_problem(error):
         where = getattr(error, "filename", None) or "the output"  # standard output, or a file that it does not name
         return f"{where} cannot be written: {problem}; make room, or write elsewhere"
     text = one_line(error, 300)
-    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
-        return f"not enough memory ({text}); take a smaller model, a smaller --micro_batch_size or more devices"
+    if is_out_of_memory(error):
+        return f"not enough memory ({text}); take a smaller model, or devices with more memory"
     return text if "not in the list of known backends" in text else ""  # JAX_PLATFORMS has an unknown name
 
 

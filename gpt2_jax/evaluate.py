@@ -28,7 +28,7 @@ from gpt2_jax.evaluation.table import table, to_json
 from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.generation import LanguageModel
-from gpt2_jax.hardware import current_hardware
+from gpt2_jax.hardware import advising_on_memory, current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
@@ -97,7 +97,8 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
     tasks = _split_tasks(flags.tasks)
     for name in names if flags.compare else ():
         use_model(name, lambda stored: None)
-    models = {name: _evaluate_model(name, flags, tasks, mesh) for name in names}
+    with advising_on_memory(_smaller(flags, mesh)):
+        models = {name: _evaluate_model(name, flags, tasks, mesh) for name in names}
     if is_primary():
         for line in table(models):
             print(strip_controls(line))
@@ -107,6 +108,15 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
         if flags.dump:
             replace_text(user_path(flags.dump, "--dump"), _records(models))
     return 0
+
+
+def _smaller(flags: Flags, mesh: Mesh) -> str:
+    """What to type if memory runs out."""
+    if flags.fsdp < mesh.size:
+        return f"type --fsdp {mesh.size}"
+    if flags.dtype == "float32" and current_hardware().platform != "cpu":
+        return "type --dtype bfloat16"
+    return "take a smaller model"
 
 
 def _records(models: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:

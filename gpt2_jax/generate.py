@@ -17,7 +17,7 @@ from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import LanguageModel, Sampling
-from gpt2_jax.hardware import current_hardware
+from gpt2_jax.hardware import advising_on_memory, current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.resolve import matmul_dtype
@@ -75,17 +75,27 @@ def main(args: Sequence[str]) -> int:
         stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
         return stored.load(None, dtype)
 
-    gpt2 = use_model(flags.model, load)
-    pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
     texts = [prompt] * flags.samples
-    _show(prompt)
-    for new in pieces:
-        texts = [text + more for text, more in zip(texts, new, strict=True)]
-        _show(new[0])
+    with advising_on_memory(_smaller(flags, dtype)):
+        gpt2 = use_model(flags.model, load)
+        pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
+        _show(prompt)
+        for new in pieces:
+            texts = [text + more for text, more in zip(texts, new, strict=True)]
+            _show(new[0])
     _show("\n")
     for number, text in enumerate(texts[1:], start=2):
         _show(f"\n--- sample {number} ---\n{text}\n")
     return 0
+
+
+def _smaller(flags: Flags, dtype: jnp.dtype) -> str:
+    """What to type if memory runs out."""
+    if flags.samples > 1:
+        return f"type --samples {flags.samples // 2}"
+    if dtype == jnp.float32 and current_hardware().platform != "cpu":
+        return "type --dtype bfloat16"
+    return "take a smaller model"
 
 
 def _show(text: str) -> None:

@@ -1,11 +1,16 @@
-"""Devices: what a program is compiled for, and the data-sheet figures of known chips."""
+"""Devices: what a program is compiled for, the data-sheet figures of known chips, and the memory that is free."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
+
+from gpt2_jax.errors import UserError, is_out_of_memory, one_line
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
@@ -87,3 +92,59 @@ def chip_of(device: jax.Device) -> Chip | None:
 def host_of(device: jax.Device) -> int:
     """The index of the host that a device is on. GPUs are eight to a host, however many processes drive them."""
     return device.id // GPUS_PER_HOST if device.platform == "gpu" else device.process_index
+
+
+# The limit of a container in version 2 of control groups, and in version 1.
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def available_memory(device: jax.Device) -> int | None:
+    """Bytes that this process can still allocate on an attached device; None where that is unknown.
+
+    On a GPU, JAX takes three quarters of the memory that is free at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION
+    says otherwise. The simulated devices of a CPU share the memory of the host.
+    """
+    if device.platform == "cpu":
+        host = _available_host_memory()
+        return host // jax.local_device_count() if host else None
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    chip = chip_of(device)
+    return int(chip.memory) if chip else None
+
+
+def _available_host_memory() -> int | None:
+    """Bytes that Linux can still give to processes, at most the limit of this container; None on other systems."""
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    for limit in map(Path, _CONTAINER_LIMITS):
+        if available and limit.exists() and (text := limit.read_text("utf-8").strip()).isdigit():
+            available = min(available, int(text))
+    return available
+
+
+@contextmanager
+def advising_on_memory(advice: str) -> Iterator[None]:
+    """Replaces the error of a device that has no memory left by one line.
+
+    Args:
+        advice: what to type.
+
+    Raises:
+        UserError: no memory is left.
+    """
+    device = jax.local_devices()[0]
+    available = available_memory(device)
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        had = f", of which {available / GIB:.3g} GiB were free" if available else ""
+        raise UserError(
+            f"not enough memory on {device.device_kind}{had} ({one_line(error) or 'MemoryError'}); {advice}"
+        ) from error

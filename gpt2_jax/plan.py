@@ -19,9 +19,10 @@ from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
 from gpt2_jax.display import count, duration, si
 from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import GIB
+from gpt2_jax.hardware import GIB, chip_of
 from gpt2_jax.planning.estimate import Estimate, Plan, TooLargeError, make_plan
-from gpt2_jax.planning.fit import Change, fastest_change, smallest_change
+from gpt2_jax.planning.fit import fastest_change, smallest_change
+from gpt2_jax.planning.micro_batch import Change, fit, is_open
 from gpt2_jax.planning.topologies import devices_of
 
 PROG = "python -m gpt2_jax.plan"
@@ -55,9 +56,13 @@ def main(args: Sequence[str]) -> int:
         if flags.find:
             best, plan = fastest_change(config, devices, where)
         else:
+            if is_open(config):
+                chip = chip_of(devices[0])
+                memory = int(chip.memory) if chip else None
+                config = fit(config, devices, memory, lambda line: print(line, file=sys.stderr)).apply(config)
             plan = make_plan(config, devices, where)
     except TooLargeError as error:
-        change = smallest_change(config, devices, where)
+        change = smallest_change(config, devices, error.memory)
         excess = error.memory.required - (error.memory.available or 0)
         raise UserError(
             f"{config.out} needs {error.memory} on {where}, {excess / GIB:.1f} GiB too much; "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax.compilation_cache import is_private, use_program_cache
+from gpt2_jax.compilation_cache import ProgramCache, is_private, use_program_cache
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import make_directory, user_path
 
@@ -25,7 +25,7 @@ MAX_KEPT_BYTES = 256 << 20  # A program with more temporary memory returns it to
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def enable_compilation_cache(directory: str) -> None:
+def enable_compilation_cache(directory: str) -> ProgramCache | None:
     """Caches compiled programs on disk, for this process and later ones of this user.
 
     Args:
@@ -33,12 +33,15 @@ def enable_compilation_cache(directory: str) -> None:
             a directory of the user's own in it. JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE override
             "auto": then JAX's own cache is used, or none.
 
+    Returns:
+        The cache; None if there is none, or JAX's own.
+
     Raises:
         UserError: the directory cannot be created or written, or the user's own in it is not private.
     """
     if directory == "auto":
         if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
-            return
+            return None
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         path = Path(cache, "gpt2_jax", "programs") if os.path.isabs(cache) else None  # "~" stays if nobody has a home
     else:
@@ -53,10 +56,12 @@ def enable_compilation_cache(directory: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up to a slow start
         if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA trusts its own files as they are
-        if not use_program_cache(path, CACHE_BYTES):
+        cache = ProgramCache(path, CACHE_BYTES)
+        if not use_program_cache(cache, path):
             print(f"programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}", file=sys.stderr)
-    else:  # a user without a home directory has no cache, as in plain JAX
-        jax.config.update("jax_compilation_cache_dir", None)
+        return cache
+    jax.config.update("jax_compilation_cache_dir", None)  # a user without a home has no cache, as in plain JAX
+    return None
 
 
 def _make_private(path: Path) -> str:

@@ -122,7 +122,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
     Raises:
         UserError: as `num_micro_batches`.
     """
-    count = num_micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    count = num_micro_batches(config.batch_size, config.micro_batch_limit, mesh)
     shape = (count, config.batch_size // count, config.model.block_size + 1)
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading_axis=True))
 

@@ -38,6 +38,7 @@ from gpt2_jax.run import summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import open_tasks, validation_loss
+from gpt2_jax.run.fitting import explaining_memory, fitted
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
@@ -106,15 +107,18 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
 def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
     check_same_software()
     hardware = current_hardware()
-    runtime.enable_compilation_cache(config.compilation_cache)
+    cache = runtime.enable_compilation_cache(config.compilation_cache)
     config, attention = resolve(config, hardware)
     saved = saved_config(config)
     config = with_skipped_updates(config, saved)
     initial, config = open_initial(config, saved)
     mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
-    accumulation = {size: num_micro_batches(size, config.micro_batch_size, mesh) for size in schedule.sizes()}
+    for size in schedule.sizes():  # fails here, before the data is read
+        num_micro_batches(size, 1 if config.micro_batch_size == "auto" else config.micro_batch_size, mesh)
     data, config = open_data(config)
+    config, fit = fitted(config, saved, mesh, cache)
+    accumulation = {size: num_micro_batches(size, config.micro_batch_limit, mesh) for size in schedule.sizes()}
     assert_equal("config", to_toml(config))
     assert_equal("data", data.fingerprint)
 
@@ -128,6 +132,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
 
     with (
         watched(config.log) as watch,
+        explaining_memory(config, mesh),
         open_directory(config, saved) as out,
         jax.default_matmul_precision(matmul_precision(config.dtype)),
         exclusive(out, "training") if is_primary() else nullcontext(),
@@ -145,7 +150,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 keep_initial_tokenizer(initial, config, out)
         print_line = run_checkpoints.print_line = reporter.display.print
         run_checkpoints.before_save = reporter.flush
-        for line in summary.banner(config, data, mesh, attention, size, out, start) + run_checkpoints.room(start):
+        for line in summary.banner(config, data, mesh, attention, fit, size, out, start) + run_checkpoints.room(start):
             print_line(line)
         with (
             stop_signals() as stop_requested,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Dtype = Literal["auto", "float32", "bfloat16"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
+Remat = Literal["auto", "none", "dots", "full"]
 
 IGNORE = -1  # a target that does not count in the loss
 
@@ -43,10 +44,11 @@ class GPT2Config:
     The run prints the reason."""
     scan_layers: bool = False
     """Scan over the layers instead of unrolling them: faster to compile and a smaller program, but slower updates."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     """Rematerialization saves memory: the backward pass recomputes activations instead of storing them.
     dots recomputes everything except matmuls, full recomputes whole blocks.
-    Both also gather the parameters sharded over mesh.fsdp a second time, instead of storing them."""
+    auto takes the least that fits into the device's memory; outside of training it is none.
+    dots and full also gather the parameters sharded over mesh.fsdp a second time, instead of storing them."""
     loss_chunk: int = 4096
     """Tokens whose logits are in memory at the same time in the training loss; 0 for all."""
 
@@ -204,9 +206,10 @@ class TrainConfig:
     """Total number of optimizer updates."""
     batch_size: int
     """GLOBAL number of sequences per update, over all devices and micro-batches."""
-    micro_batch_size: int = 0
+    micro_batch_size: int | Literal["auto"] = 0
     """Sequences per device and forward pass; 0 for the device's whole share of the batch.
-    Smaller micro-batches need less memory: gradients are accumulated until batch_size is reached."""
+    Smaller micro-batches need less memory: gradients are accumulated until batch_size is reached.
+    auto takes the most that fit into the device's memory, up to the size from which more are not faster."""
     batch_ramp: tuple[tuple[int, int], ...] = ()
     """Smaller batches at the start of the run, as pairs of tokens and sequences.
     Until the run has trained on that many tokens, each batch has that many sequences.
@@ -238,6 +241,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def micro_batch_limit(self) -> int:
+        """`micro_batch_size` after "auto" is resolved: the most sequences per device and forward pass, 0 for all."""
+        assert self.micro_batch_size != "auto", "planning/micro_batch.py resolves it"
+        return self.micro_batch_size
 
 
 @dataclasses.dataclass(frozen=True)

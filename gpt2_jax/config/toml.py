@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2_jax.config import ModelConfig, TrainConfig, flatten
@@ -127,6 +128,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     Raises:
         UserError: it has another type.
     """
+    if get_origin(hint) is UnionType:  # a number, or a word
+        number, words = get_args(hint)
+        if type(value) is number:
+            return value
+        expected = f"{number.__name__} or {' or '.join(map(repr, get_args(words)))}"
+        if value not in get_args(words):
+            raise UserError(f"{where} = {repr(value)[:SHOWN]}; expected {expected}")
+        return value
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value

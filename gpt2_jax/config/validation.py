@@ -42,7 +42,10 @@ _RANGES: dict[str, _Range] = {
     "out": ("the name of a run directory", bool),
     "steps": _COUNT,
     "batch_size": _between(1, MAX_SEQUENCES),
-    "micro_batch_size": _between(0, MAX_SEQUENCES),
+    "micro_batch_size": (
+        f'"auto", or 0 or more, at most {MAX_SEQUENCES:,}',
+        lambda value: value == "auto" or 0 <= value <= MAX_SEQUENCES,
+    ),
     "seed": ("0 or more and below 2**32", lambda value: 0 <= value < 2**32),
     # A vocab_size of 0 is that of the tokenizer.
     **{f"model.{key}": _between(0 if key == "vocab_size" else 1, limit) for key, limit in MODEL_LIMITS.items()},

@@ -78,6 +78,17 @@ def assert_equal(
         raise UserError(f"the {name} differs from process 0: {ours} here, {theirs} on process 0; {advice}")
 
 
+def least(name: str, value: int | None) -> int | None:
+    """The least value of all processes; None if one of them has none."""
+    if jax.process_count() == 1:
+        return value
+    client, directory = coordination_client(), f"gpt2_jax/{next(_calls)}/{name}/"
+    client.key_value_set(f"{directory}{jax.process_index()}", "" if value is None else str(value))
+    barrier(name)
+    values = [text for _, text in client.key_value_dir_get(directory)]
+    return min(map(int, values)) if all(values) else None
+
+
 def first_problem(problem: str) -> str:
     """Returns the problem of the first process that has one, in all processes; "" if none has one."""
     if jax.process_count() == 1:

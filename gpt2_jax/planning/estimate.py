@@ -138,13 +138,35 @@ class TooLargeError(Exception):
         self.memory = memory
 
 
-def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> Plan:
-    """Compiles the training step of a config and reads its cost from the program.
+class CompiledStep(NamedTuple):
+    """The training step of a config, compiled for given devices.
+
+    Attributes:
+        config: resolved.
+        attention: the chosen backend.
+        params, tokens: shapes and placements of the parameters and of the batch.
+        jaxpr: the traced step.
+        program: the compiled step.
+        memory: what it requires on each device, and what there is.
+    """
+
+    config: TrainConfig
+    attention: attention.Choice
+    mesh: Mesh
+    params: Any
+    tokens: jax.ShapeDtypeStruct
+    jaxpr: Any
+    program: jax.stages.Compiled
+    memory: Memory
+
+
+def compile_step(config: TrainConfig, devices: Sequence[jax.Device], available: int | None = None) -> CompiledStep:
+    """Compiles the training step of a config.
 
     Args:
-        config: validated.
+        config: validated, without "auto" in the place of micro-batch size and rematerialization.
         devices: attached ones, or those of `topologies.devices_of`.
-        where: name of the devices.
+        available: bytes on each device; by default the memory of the chip.
 
     Raises:
         UserError: config and devices do not fit together.
@@ -165,13 +187,32 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         state_bytes = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
         )
-        compiled = _compile(traced.lower(), state_bytes)
-    memory = _memory(compiled, devices[0])
-    module = HloModule(compiled.as_text() or "")
+        program = _compile(traced.lower(), state_bytes)
+    chip = chip_of(devices[0])
+    memory = Memory(_required(program), available or (int(chip.memory) if chip else None))
+    if not memory.fits:
+        raise TooLargeError(memory)
+    return CompiledStep(config, choice, mesh, state.params, tokens, traced.jaxpr, program, memory)
+
+
+def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> Plan:
+    """Compiles the training step of a config and reads its cost from the program.
+
+    Args:
+        config: as for `compile_step`.
+        devices: as for `compile_step`.
+        where: name of the devices.
+
+    Raises:
+        UserError: config and devices do not fit together.
+        TooLargeError: the program requires more memory than a device has.
+    """
+    config, choice, mesh, params, tokens, jaxpr, program, memory = compile_step(config, devices)
+    module = HloModule(program.as_text() or "")
     hbm_bytes, cycles = module.hbm_bytes(), module.estimated_cycles()
-    parts = flops(traced.jaxpr)
+    parts = flops(jaxpr)
     collectives = tuple(module.collectives(dict(mesh.shape)))
-    size = n_params(state.params, config.model)
+    size = n_params(params, config.model)
     per_token = flops_per_token(config.model, size)
     chip = chip_of(devices[0])
     return Plan(
@@ -185,7 +226,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         attention=choice,
         attention_kernels=module.count(ATTENTION_KERNELS),
         attention_copies=module.relayouts(IN_ATTENTION),
-        parameters=tuple(_parameters(state.params)),
+        parameters=tuple(_parameters(params)),
         micro_batches=tokens.shape[0],
         memory=memory,
         model_flops=per_token * config.batch_size * config.model.block_size,
@@ -228,25 +269,16 @@ def parse_out_of_memory(message: str) -> tuple[int, int] | None:
     return int(float(used) * units[used_unit]), int(float(limit) * units[limit_unit])
 
 
-def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> Memory:
-    """The memory of a compiled program on one device.
-
-    Raises:
-        TooLargeError: it does not fit.
-    """
-    stats: Any = compiled.memory_analysis()
-    required = (
+def _required(program: jax.stages.Compiled) -> int:
+    """Bytes on one device while a program runs: arguments, results, temporaries and code."""
+    stats: Any = program.memory_analysis()
+    return int(
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
-    chip = chip_of(device)
-    memory = Memory(required, int(chip.memory) if chip else None)
-    if not memory.fits:
-        raise TooLargeError(memory)
-    return memory
 
 
 def _parameters(params: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:

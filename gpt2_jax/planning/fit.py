@@ -1,76 +1,53 @@
 """Searches for changes of a config that make its training step fit the memory of given devices.
 
-Each attempt compiles the step. Progress goes to stderr.
+Each attempt compiles the step. Progress goes to standard error.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import chip_of
-from gpt2_jax.planning.estimate import Plan, TooLargeError, make_plan
+from gpt2_jax.planning.estimate import Memory, Plan, TooLargeError, make_plan
+from gpt2_jax.planning.micro_batch import REMATS, Change, largest_fit
 from gpt2_jax.sharding import micro_batch_size
 
-REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """New values for keys of a config; None leaves a key unchanged. `str` gives the flags to type."""
-
-    micro_batch_size: int | None = None
-    remat: Literal["none", "dots", "full"] | None = None
-    fsdp: int | None = None
-
-    def apply(self, config: TrainConfig) -> TrainConfig:
-        """`config` with this change."""
-        if self.micro_batch_size is not None:
-            config = dataclasses.replace(config, micro_batch_size=self.micro_batch_size)
-        if self.remat is not None:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=self.remat))
-        if self.fsdp is not None:
-            config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1, fsdp=self.fsdp))
-        return config
-
-    def __str__(self) -> str:
-        flags = {
-            "--micro_batch_size": self.micro_batch_size,
-            "--model.remat": self.remat,
-            "--mesh.data -1 --mesh.fsdp": self.fsdp,
-        }
-        return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
-
-
-def smallest_change(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> Change | None:
+def smallest_change(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> Change | None:
     """The first change that makes a config fit: smaller micro-batches, then rematerialization, then sharding.
+
+    Args:
+        config: validated. "auto" stands for the settings that need the least memory.
+        memory: what the config requires on each device, and what there is.
 
     Returns:
         None if nothing fits.
     """
-    per_device = config.batch_size // len(devices)
-    now = micro_batch_size(config.batch_size, config.micro_batch_size, len(devices))
-    smallest = 1 if now > 1 else None
-    changes = [Change(size) for size in _divisors(per_device) if size < now]
-    if config.model.remat != "full":
-        changes.append(Change(smallest, "full"))
-    changes += [Change(fsdp=fsdp) for fsdp in reversed(_divisors(len(devices))) if fsdp > max(config.mesh.fsdp, 1)]
-    if config.mesh.fsdp == 1 and len(devices) > 1:
-        changes.append(Change(smallest, "full", len(devices)))
-    for change in changes:
-        print(f"trying {change}", file=sys.stderr)
+    assert memory.available
+    open_keys = config.micro_batch_size == "auto", config.model.remat == "auto"
+    config = Change(1 if open_keys[0] else None, "full" if open_keys[1] else None).apply(config)
+    now, remat = micro_batch_size(config.batch_size, config.micro_batch_limit, len(devices)), config.model.remat
+    sizes = [size for size in _divisors(config.batch_size // len(devices)) if size <= now]
+    remats = REMATS[REMATS.index(remat) :]
+    larger = [fsdp for fsdp in reversed(_divisors(len(devices))) if fsdp > config.mesh.fsdp > 0]
+    for fsdp in (None, *larger):
+        changed, known = Change(fsdp=fsdp).apply(config), {} if fsdp else {(remat, now): memory}
         try:
-            make_plan(change.apply(config), devices, where)
+            fit = largest_fit(changed, devices, memory.available, sizes, remats, _to_stderr, known)
         except (TooLargeError, UserError):  # still too large, or a size of `fsdp` that does not map onto the slice
             continue
-        return change
+        return Change(fit.micro_batch_size if fit.micro_batch_size != now else None,
+                      fit.remat if fit.remat != remat else None, fsdp)  # fmt: skip
     return None
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def fastest_change(config: TrainConfig, devices: Sequence[jax.Device], where: str) -> tuple[Change, Plan]:

@@ -25,7 +25,7 @@ def validation_loss(
 
     All processes call it together.
     """
-    batch_size = mesh.size * micro_batch_size(config.batch_size, config.micro_batch_size, mesh.size)
+    batch_size = mesh.size * micro_batch_size(config.batch_size, config.micro_batch_limit, mesh.size)
     sharding, rows = batch_sharding(mesh, leading_axis=False), functools.partial(local_rows, mesh)
     batches = eval_batches(windows, batch_size, limit, rows)
     sums: list[tuple[jax.Array, jax.Array]] = []

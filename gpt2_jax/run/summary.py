@@ -24,13 +24,18 @@ TRAIN = "python -m gpt2_jax.train"
 
 
 def banner(
-    config: TrainConfig, data: Data, mesh: Mesh, attention: Choice, n_params: int, out: Path, start: int
+    config: TrainConfig, data: Data, mesh: Mesh, attention: Choice, fit: str, n_params: int, out: Path, start: int
 ) -> list[str]:
-    """The lines that name the model, the data and the devices; `start` is the update that the run resumes after."""
+    """The lines that name the model, the data and the devices.
+
+    Args:
+        fit: how the micro-batch size was found; "" if the config sets it.
+        start: the update that the run resumes after.
+    """
     model = config.model
     kind = mesh.devices.flat[0].device_kind
     versions = " · ".join(f"{name} {importlib.metadata.version(name)}" for name in ("gpt2_jax", "jax"))
-    count = num_micro_batches(config.batch_size, config.micro_batch_size, mesh)
+    count = num_micro_batches(config.batch_size, config.micro_batch_limit, mesh)
     batch = (
         f"{config.batch_size} sequences = {config.batch_size * model.block_size:,} tokens per update "
         f"({mesh.size} devices × {count} micro-batches × {config.batch_size // mesh.size // count} sequences)"
@@ -44,6 +49,7 @@ def banner(
         "attention": str(attention),
         "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens ({config.data.tokenizer})",
         "batch": ramp + batch,
+        **({"memory": f"{fit}, with remat {model.remat}"} if fit else {}),
         "run": f"{out}, {config.steps:,} updates"
         + (f", from {config.init_from}" if config.init_from else "")
         + (f", resumed after update {start:,}" if start else ""),

@@ -1,0 +1,141 @@
+"""Fits a run into the memory of its devices: the values for "auto", and the line about a run that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.checkpoint_info import complete_checkpoints, read_info
+from gpt2_jax.compilation_cache import ProgramCache
+from gpt2_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, TrainConfig
+from gpt2_jax.config.toml import to_toml
+from gpt2_jax.display import count
+from gpt2_jax.distributed.agreement import broadcast_from_primary, least
+from gpt2_jax.errors import DamagedError, UserError, is_out_of_memory
+from gpt2_jax.files import user_path
+from gpt2_jax.hardware import GIB, available_memory
+from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
+from gpt2_jax.planning.fit import smallest_change
+from gpt2_jax.planning.micro_batch import Change, Fit, fit, is_open
+from gpt2_jax.run.provenance import made_by
+
+GROWTH = 1.05  # a larger part of memory that is free is worth a new search
+
+
+def fitted(
+    config: TrainConfig, saved: TrainConfig | None, mesh: Mesh, cache: ProgramCache | None
+) -> tuple[TrainConfig, str]:
+    """The config with values for "auto" that fit into the memory of the devices, and a line that says how they came.
+
+    A run that resumes on the devices that it ran on keeps its values, so that it stays equal to an undisturbed one bit
+    for bit. On other devices, and for a new run, they come from the cache of programs or from a search. All processes
+    call it together.
+
+    Args:
+        config: resolved, with the vocabulary size of the data.
+        saved: the config of the run before it was interrupted.
+        mesh: the devices.
+        cache: remembers what was found.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if not is_open(config):
+        return config, ""
+    if saved and _ran_here(config, mesh):
+        before = Change(
+            saved.micro_batch_limit if config.micro_batch_size == "auto" else None,
+            saved.model.remat if config.model.remat == "auto" else None,
+        )
+        return before.apply(config), "as before"
+    devices = list(mesh.devices.flat)
+    memory = least("memory", available_memory(jax.local_devices()[0]))
+    key = "micro-batch-" + hashlib.sha256(_facts(config, mesh).encode()).hexdigest()
+    found = _remembered(broadcast_from_primary("micro-batch", _get(cache, key)), memory)
+    if found:
+        return found.apply(config), f"as found before: {found.memory}"
+    try:
+        found = fit(config, devices, memory, lambda line: None)
+    except TooLargeError as error:
+        raise UserError(_too_large(config, devices, error.memory)) from error
+    if cache:
+        cache.put(key, json.dumps([*found[:2], *found.memory]).encode())
+    if not found.compilations:
+        return found.apply(config), ""
+    return found.apply(config), f"{found.memory}, found in {count(found.compilations, 'compilation')}"
+
+
+def _facts(config: TrainConfig, mesh: Mesh) -> str:
+    """All that the memory of the training step depends on, and more."""
+    config = dataclasses.replace(config, out="", steps=1, init_from="", skip_updates=(), compilation_cache="")
+    others = {"data": DataConfig(), "checkpoint": CheckpointConfig(), "eval": EvalConfig(), "log": LogConfig()}
+    return json.dumps(made_by(mesh)) + to_toml(dataclasses.replace(config, **others))
+
+
+def _get(cache: ProgramCache | None, key: str) -> str:
+    return (cache.get(key) or b"").decode() if cache else ""
+
+
+def _remembered(entry: str, available: int | None) -> Fit | None:
+    """What an entry of the cache says, if it still fits and memory has not grown since."""
+    if not entry or not available:
+        return None
+    size, remat, required, before = json.loads(entry)
+    return Fit(size, remat, Memory(required, available), 0) if required <= available <= GROWTH * before else None
+
+
+def _ran_here(config: TrainConfig, mesh: Mesh) -> bool:
+    """True if the newest checkpoint of the run was saved on the same devices."""
+    checkpoints = complete_checkpoints(user_path(config.out, "out") / "checkpoints")
+    here = made_by(mesh)
+    for path in reversed(checkpoints):
+        try:
+            before = read_info(path).get("made_by", {})
+        except DamagedError:
+            continue
+        return all(before.get(key) == here[key] for key in ("device", "mesh"))
+    return False
+
+
+@contextmanager
+def explaining_memory(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+    """Replaces the error of a device that has no memory left by one line with the smallest change that fits.
+
+    Args:
+        config: resolved, without "auto".
+        mesh: the devices.
+    """
+    available = available_memory(jax.local_devices()[0])  # before the run takes its part
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        kind, size = mesh.devices.flat[0].device_kind, config.micro_batch_limit
+        if not available or jax.process_count() > 1:  # the others may not compile with this one
+            raise UserError(f"{kind} has no memory left; type a smaller --micro_batch_size than {size}") from error
+        devices = list(mesh.devices.flat)
+        try:
+            memory = compile_step(config, devices, available).memory
+        except TooLargeError as too_large:
+            raise UserError(_too_large(config, devices, too_large.memory)) from error
+        change = smallest_change(config, devices, memory._replace(required=available + 1))
+        raise UserError(
+            f"{kind} has no memory left, though the training step needs {memory}: another program may use it too; "
+            f"stop that program{f', or type {change}' if change else ''}"
+        ) from error
+
+
+def _too_large(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> str:
+    """The line about a config that requires more memory than a device has."""
+    change = smallest_change(config, devices, memory)
+    return (
+        f"the training step needs {memory} on {devices[0].device_kind}; "
+        + (f"type {change}" if change else "no smaller setting fits; take a smaller model, or more devices")
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""The search for the largest micro-batch: its rules with invented memory, and one search with the compiler."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gpt2_jax.config.toml import read_config
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import GIB
+from gpt2_jax.planning import micro_batch
+from gpt2_jax.planning.estimate import CompiledStep, Memory, TooLargeError, compile_step
+from gpt2_jax.planning.micro_batch import fit
+
+PRESET = read_config("gpt2-124m")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Replaces the compiler by a function of (micro-batch size, remat), in GiB, and the CPU by a GPU. Counts its calls."""
+    tried = []
+
+    def give(memory):
+        def compile_invented(config, devices, limit):
+            key = (config.micro_batch_limit, config.model.remat)
+            assert key not in tried
+            tried.append(key)
+            required = Memory(int(memory(*key) * GIB), limit)
+            if not required.fits:
+                raise TooLargeError(required)
+            return CompiledStep(config, None, None, None, None, None, None, required)
+
+        monkeypatch.setattr(micro_batch, "compile_step", compile_invented)
+        return tried
+
+    monkeypatch.setattr(micro_batch, "_ENOUGH_TOKENS_ON_CPU", micro_batch._ENOUGH_TOKENS)
+    return give
+
+
+def find(available, config=PRESET):
+    found = fit(config, jax.devices()[:1], int(available * GIB), lambda line: None)
+    return found.micro_batch_size, found.remat
+
+
+def test_a_large_device_takes_one_compilation_and_no_more_than_enough_tokens(compiler):
+    tried = compiler(lambda micro, remat: 2 + micro)
+    assert find(2000) == (32, "none")
+    assert tried == [(32, "none")]
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.3, 0.45, 1.0, 3.0, 6.0])
+@pytest.mark.parametrize("fixed", [1.0, 2.5, 6.0])
+@pytest.mark.parametrize("available", [15.0, 24.0, 80.0])
+def test_the_largest_that_fits_is_found_in_three_compilations(compiler, slope, fixed, available):
+    """However far the first guess is off, for memory that is linear in the micro-batch."""
+    tried = compiler(lambda micro, remat: fixed + slope * micro)
+    sizes = [size for size in (32, 16, 8, 4, 2, 1) if fixed + slope * size <= micro_batch.USABLE * available]
+    assert find(available) == (sizes[0], "none")
+    assert len(tried) <= micro_batch.MAX_COMPILATIONS
+
+
+def test_no_more_rematerialization_than_is_needed(compiler):
+    compiler(lambda micro, remat: 2 + micro * {"none": 20, "dots": 3, "full": 1}[remat])
+    assert find(16) == (4, "dots")
+    compiler(lambda micro, remat: 2 + micro * {"none": 20, "dots": 15, "full": 3}[remat])
+    assert find(16) == (4, "full")
+
+
+def test_what_the_user_sets_is_obeyed(compiler):
+    model = dataclasses.replace(PRESET.model, remat="full")
+    tried = compiler(lambda micro, remat: 2 + micro)
+    assert find(2000, dataclasses.replace(PRESET, model=model)) == (32, "full")
+    compiler(lambda micro, remat: 2 + micro * {"none": 3, "dots": 2, "full": 1}[remat])
+    assert find(36, dataclasses.replace(PRESET, micro_batch_size=16)) == (16, "dots")
+    assert all(key[1] == "full" for key in tried)
+
+
+def test_sizes_divide_the_share_of_every_batch(compiler):
+    compiler(lambda micro, remat: 0.1 * micro)
+    ramped = dataclasses.replace(PRESET, batch_size=48, batch_ramp=((10**6, 12), (10**7, 36)))
+    assert find(2000, ramped) == (12, "none")
+    with pytest.raises(UserError, match="a batch of 511 sequences does not divide over 8 devices"):
+        fit(dataclasses.replace(PRESET, batch_size=511), jax.devices(), 10**9, lambda line: None)
+
+
+def test_nothing_fits(compiler):
+    compiler(lambda micro, remat: 20 + micro)
+    with pytest.raises(TooLargeError) as error:
+        find(16)
+    assert error.value.memory.required == 21 * GIB
+
+
+def test_without_a_limit_nothing_is_compiled(compiler):
+    tried = compiler(lambda micro, remat: 1)
+    found = fit(PRESET, jax.devices()[:1], None, lambda line: None)
+    assert found[:2] == (32, "none")
+    assert tried == []
+
+
+def test_the_found_program_fits_and_the_next_larger_one_does_not():
+    """With the compiler, for a device with 40 MiB."""
+    config = dataclasses.replace(read_config("quickstart"), batch_size=32, micro_batch_size="auto")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257, n_layer=2))
+    lines = []
+    available = 40 << 20
+    found = fit(config, jax.devices()[:1], available, lines.append)
+    assert 1 < found.micro_batch_size < 32
+    assert found.compilations == len(lines) <= micro_batch.MAX_COMPILATIONS
+    assert found.memory.required <= micro_batch.USABLE * available
+    larger = dataclasses.replace(config, micro_batch_size=2 * found.micro_batch_size)
+    assert compile_step(larger, jax.devices()[:1], 1 << 40).memory.required > micro_batch.USABLE * available
