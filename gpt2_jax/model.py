@@ -239,7 +239,9 @@ class GPT2(nn.Module):
         if gather := self.gather_params:
             block = nn.map_variables(block, "params", lambda variables: {"params": gather(variables["params"])})
         if config.remat in REMAT_POLICIES:
-            block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=(2,))
+            block = nn.remat(
+                block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=(2,)
+            )
         if config.scan_layers:
             layers = nn.scan(
                 block,

@@ -56,10 +56,10 @@ def enable_compilation_cache(directory: str) -> ProgramCache | None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up to a slow start
         if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA trusts its own files as they are
-        cache = ProgramCache(path, CACHE_BYTES)
-        if not use_program_cache(cache, path):
+        programs = ProgramCache(path, CACHE_BYTES)
+        if not use_program_cache(programs, path):
             print(f"programs are not cached: gpt2_jax cannot check those of JAX {jax.__version__}", file=sys.stderr)
-        return cache
+        return programs
     jax.config.update("jax_compilation_cache_dir", None)  # a user without a home has no cache, as in plain JAX
     return None
 

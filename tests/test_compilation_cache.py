@@ -304,7 +304,7 @@ def settings_of_jax():
 def test_jax_takes_the_cache(settings_of_jax, tmp_path):
     ours, others = tmp_path / "ours", tmp_path / "others"
     ours.mkdir()
-    assert use_program_cache(ours, LIMIT)
+    assert use_program_cache(ProgramCache(ours, LIMIT), ours)
     assert jax.jit(lambda x: x + 12345)(1) == 12346
     assert list(ours.glob("jit_*.program"))
     before = set(ours.iterdir())
@@ -319,7 +319,7 @@ def test_jax_takes_the_cache(settings_of_jax, tmp_path):
 def test_without_a_part_of_jax_nothing_is_cached(name, settings_of_jax, monkeypatch, tmp_path):
     with monkeypatch.context() as context:
         context.delattr(cache_of_jax, name)
-        assert not use_program_cache(tmp_path, LIMIT)
+        assert not use_program_cache(ProgramCache(tmp_path, LIMIT), tmp_path)
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -329,7 +329,7 @@ def test_if_jax_prefers_its_own_nothing_is_cached(settings_of_jax, monkeypatch, 
 
     with monkeypatch.context() as context:
         context.setattr(cache_of_jax, "_initialize_cache", initialize)
-        assert not use_program_cache(tmp_path, LIMIT)
+        assert not use_program_cache(ProgramCache(tmp_path, LIMIT), tmp_path)
     assert jax.config.jax_compilation_cache_dir is None
     assert cache_of_jax._cache is None
     assert jax.jit(lambda x: x + 23456)(1) == 23457

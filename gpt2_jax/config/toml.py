@@ -7,8 +7,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2_jax.config import ModelConfig, TrainConfig, flatten
 from gpt2_jax.errors import UserError
@@ -128,7 +127,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     Raises:
         UserError: it has another type.
     """
-    if get_origin(hint) is UnionType:  # a number, or a word
+    if get_origin(hint) is Union:  # a number, or a word
         number, words = get_args(hint)
         if type(value) is number:
             return value

@@ -7,7 +7,6 @@ memory is nearly linear in the micro-batch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ _SAVED_ARRAYS = {"none": 17, "dots": 10, "full": 1}
 _SAVED_SCORES = 2.5  # arrays [heads, time, time] per sequence, by the same count, of attention that stores them
 _STATE = 12  # bytes per parameter: parameters and two moments
 _WORK = 8  # bytes per parameter: the gradient, and its sum over micro-batches
-_LOGITS = 12  # bytes per logit: the logits in float32, their exponentials and their gradient
+_LOGITS = 4  # bytes per logit of a chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +87,7 @@ def is_open(config: TrainConfig) -> bool:
     return config.micro_batch_size == "auto" or config.model.remat == "auto"
 
 
-def fit(
-    config: TrainConfig, devices: Sequence[jax.Device], available: int | None, note: Callable[[str], None]
-) -> Fit:
+def fit(config: TrainConfig, devices: Sequence[jax.Device], available: int | None, note: Callable[[str], None]) -> Fit:
     """The values for "auto" in a config, the other ones as they are.
 
     Raises:
@@ -131,7 +128,9 @@ def largest_fit(
         TooLargeError: nothing fits.
         UserError: as `compile_step`.
     """
-    formulas = {remat: _formula(config, devices, remat) for remat in remats}
+    resolved, choice = resolve(config, hardware_of(devices[0]))
+    itemsize, fsdp = jnp.dtype(resolved.dtype).itemsize, make_mesh(config.mesh, devices).shape["fsdp"]
+    formulas = {remat: formula(config.model, remat, itemsize, fsdp, choice.backend == "xla") for remat in remats}
     limit = int(USABLE * available)
     measured = dict(known or {})
     compilations = 0
@@ -160,42 +159,52 @@ def _most_promising(
     limit: int,
 ) -> tuple[Remat, int]:
     """The settings to compile next; those that were compiled already, once nothing better is expected to fit."""
-    for remat, formula in formulas.items():
+    for remat, expected in formulas.items():
         known = {size: memory for (other, size), memory in measured.items() if other == remat}
-        too_large = min((size for size, memory in known.items() if not memory.fits), default=math.inf)
+        too_large = min((size for size, memory in known.items() if not memory.fits), default=sizes[0] + 1)
         for size in sizes:
-            if size < too_large and (size in known or _expected(size, formula, known) <= limit):
+            if size < too_large and (size in known or _expected(size, expected, known) <= limit):
                 return remat, size
+        # No size is expected to fit. Memory may fall in proportion to the size, but not faster: then try the smallest.
+        if known and too_large > sizes[-1] and sizes[-1] / too_large * known[too_large].required <= limit:
+            return remat, sizes[-1]
     return remat, sizes[-1]
 
 
-def _expected(size: int, formula: tuple[float, float], known: dict[int, Memory]) -> float:
-    """Bytes that the step is expected to require on one device, by the formula and by what was compiled."""
-    fixed, per_sequence = formula
+def _expected(size: int, by_formula: tuple[float, float], known: dict[int, Memory]) -> float:
+    """Bytes that the step is expected to require on one device, by the formula and by what was compiled.
+
+    With one compiled program the slope may be the formula's, or such that the formula's `fixed` is right. The one that
+    expects less memory counts: what was expected to fit is compiled, what was not would never be found.
+    """
+    fixed, per_sequence = by_formula
     if not known:
         return fixed + per_sequence * size
     nearest, *others = sorted(known, key=lambda other: abs(other - size))
     required = known[nearest].required
     if others:
         per_sequence = (required - known[others[0]].required) / (nearest - others[0])
-    elif required > fixed:
-        per_sequence = (required - fixed) / nearest
+    else:
+        slopes = per_sequence, (required - fixed) / nearest
+        per_sequence = max(slopes) if size < nearest else max(min(slopes), 0.0)
     return required + per_sequence * (size - nearest)
 
 
-def _formula(config: TrainConfig, devices: Sequence[jax.Device], remat: Remat) -> tuple[float, float]:
-    """Bytes on one device that do not depend on the micro-batch, and bytes per sequence."""
-    config, choice = resolve(config, hardware_of(devices[0]))
-    model = config.model
-    itemsize = jnp.dtype(config.dtype).itemsize
+def formula(model: GPT2Config, remat: Remat, itemsize: int, fsdp: int, stores_scores: bool) -> tuple[float, float]:
+    """Bytes on one device that do not depend on the micro-batch, and bytes per sequence.
+
+    Args:
+        itemsize: bytes of an activation.
+        fsdp: devices that share one copy of the parameters.
+        stores_scores: attention keeps its weights for the backward pass.
+    """
     vocab, time = model.vocab_size or GPT2Config.vocab_size, model.block_size
     parameters = (12 * model.n_layer * model.n_embd + vocab + time) * model.n_embd
-    scores = _SAVED_SCORES * model.n_head * time * time if choice.backend == "xla" else 0.0
+    scores = _SAVED_SCORES * model.n_head * time * time if stores_scores else 0.0
     whole_block = _SAVED_ARRAYS["none"] * time * model.n_embd + scores  # also what one block recomputes
     saved = whole_block if remat == "none" else _SAVED_ARRAYS[remat] * time * model.n_embd
     logits = _LOGITS * vocab * (model.loss_chunk or time)
-    fixed = parameters * (_STATE + _WORK) / make_mesh(config.mesh, devices).shape["fsdp"]
-    per_sequence = (model.n_layer * saved + whole_block) * itemsize
+    fixed, per_sequence = parameters * (_STATE + _WORK) / fsdp, (model.n_layer * saved + whole_block) * itemsize
     return (fixed + logits, per_sequence) if model.loss_chunk else (fixed, per_sequence + logits)
 
 

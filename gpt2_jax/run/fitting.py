@@ -19,7 +19,7 @@ from gpt2_jax.display import count
 from gpt2_jax.distributed.agreement import broadcast_from_primary, least
 from gpt2_jax.errors import DamagedError, UserError, is_out_of_memory
 from gpt2_jax.files import user_path
-from gpt2_jax.hardware import GIB, available_memory
+from gpt2_jax.hardware import available_memory
 from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
 from gpt2_jax.planning.fit import smallest_change
 from gpt2_jax.planning.micro_batch import Change, Fit, fit, is_open
@@ -73,9 +73,19 @@ def fitted(
 
 def _facts(config: TrainConfig, mesh: Mesh) -> str:
     """All that the memory of the training step depends on, and more."""
-    config = dataclasses.replace(config, out="", steps=1, init_from="", skip_updates=(), compilation_cache="")
-    others = {"data": DataConfig(), "checkpoint": CheckpointConfig(), "eval": EvalConfig(), "log": LogConfig()}
-    return json.dumps(made_by(mesh)) + to_toml(dataclasses.replace(config, **others))
+    config = dataclasses.replace(
+        config,
+        out="",
+        steps=1,
+        skip_updates=(),
+        init_from="",
+        compilation_cache="",
+        data=DataConfig(),
+        checkpoint=CheckpointConfig(),
+        eval=EvalConfig(),
+        log=LogConfig(),
+    )
+    return json.dumps(made_by(mesh)) + to_toml(config)
 
 
 def _get(cache: ProgramCache | None, key: str) -> str:
