@@ -28,7 +28,7 @@ from gpt2_jax.evaluation.table import table, to_json
 from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.generation import LanguageModel
-from gpt2_jax.hardware import advising_on_memory, current_hardware
+from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
@@ -97,7 +97,7 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
     tasks = _split_tasks(flags.tasks)
     for name in names if flags.compare else ():
         use_model(name, lambda stored: None)
-    with advising_on_memory(_smaller(flags, mesh)):
+    with runtime.advising_on_memory(_smaller(flags, mesh)):
         models = {name: _evaluate_model(name, flags, tasks, mesh) for name in names}
     if is_primary():
         for line in table(models):

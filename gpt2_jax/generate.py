@@ -17,7 +17,7 @@ from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import LanguageModel, Sampling
-from gpt2_jax.hardware import advising_on_memory, current_hardware
+from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.resolve import matmul_dtype
@@ -76,7 +76,7 @@ def main(args: Sequence[str]) -> int:
         return stored.load(None, dtype)
 
     texts = [prompt] * flags.samples
-    with advising_on_memory(_smaller(flags, dtype)):
+    with runtime.advising_on_memory(_smaller(flags, dtype)):
         gpt2 = use_model(flags.model, load)
         pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
         _show(prompt)

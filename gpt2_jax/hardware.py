@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
-
-from gpt2_jax.errors import UserError, is_out_of_memory, one_line
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
@@ -125,26 +121,3 @@ def _available_host_memory() -> int | None:
         if available and limit.exists() and (text := limit.read_text("utf-8").strip()).isdigit():
             available = min(available, int(text))
     return available
-
-
-@contextmanager
-def advising_on_memory(advice: str) -> Iterator[None]:
-    """Replaces the error of a device that has no memory left by one line.
-
-    Args:
-        advice: what to type.
-
-    Raises:
-        UserError: no memory is left.
-    """
-    device = jax.local_devices()[0]
-    available = available_memory(device)
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        had = f", of which {available / GIB:.3g} GiB were free" if available else ""
-        raise UserError(
-            f"not enough memory on {device.device_kind}{had} ({one_line(error) or 'MemoryError'}); {advice}"
-        ) from error

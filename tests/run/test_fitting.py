@@ -52,6 +52,7 @@ def run(tmp_path, monkeypatch, capsys):
     return train
 
 
+@pytest.mark.slow
 def test_a_small_device_gets_a_run_that_fits_and_the_search_is_remembered(run):
     settings, line, compiled = run("a", 1)
     assert settings == (4, "none")
