@@ -60,7 +60,8 @@ class Flags:
     dump: str = ""
     """File to write the log-probabilities of all tokens to, as lines of JSON."""
     dtype: Dtype = "float32"
-    """Dtype of activations and matmuls. Published figures are in float32; bfloat16 is faster on accelerators."""
+    """Dtype of activations and matmuls. Published figures are in float32; bfloat16 is faster on accelerators.
+    auto is the one that gpt2_jax.train takes on the same device."""
     fsdp: int = 1
     """Devices that share one copy of the parameters, for a model that does not fit into one."""
 
@@ -156,7 +157,7 @@ def _split_tasks(text: str) -> _Tasks:
 
 
 def _evaluate_model(name: str, flags: Flags, tasks: _Tasks, mesh: Mesh) -> dict[str, Result]:
-    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
+    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware()))
 
     def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel]:
         if not tasks.own:

@@ -58,7 +58,8 @@ class Flags:
     slide: bool = False
     """Continue past block_size from the last block_size tokens. Each token then costs a forward pass over all."""
     dtype: Dtype = "auto"
-    """Dtype of activations and matmuls: auto is bfloat16 on accelerators and float32 on CPU."""
+    """Dtype of activations and matmuls.
+    auto is bfloat16 on accelerators, float16 on NVIDIA GPUs of the generations Volta and Turing, float32 on CPU."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> int:
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.samples, flags.seed, slide=flags.slide)
     prompt = _prompt(flags).removeprefix("\ufeff")  # the byte order mark of a file
     runtime.enable_compilation_cache("auto")
-    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware().platform))
+    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware()))
 
     def load(stored: StoredModel) -> LanguageModel:
         stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read

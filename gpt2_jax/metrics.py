@@ -53,12 +53,12 @@ class ThroughputMeter:
     Args:
         flops_per_token: model FLOPs.
         devices: all devices of the mesh.
-        dtype: the dtype of matmuls. Known peaks are for bfloat16.
+        dtype: the dtype of matmuls. Known peaks are for bfloat16 and float16, which are equally fast.
     """
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
         self._flops = flops_per_token
-        chip = chip_of(devices[0]) if dtype == "bfloat16" else None
+        chip = chip_of(devices[0]) if dtype != "float32" else None
         self._peak = chip.flops * len(devices) if chip else None
         self._since: float | None = None
         self._tokens = 0

@@ -71,6 +71,12 @@ def _dense(
     return nn.Dense(features, use_bias=config.bias, dtype=dtype, kernel_init=init, name=name, dot_general=dot)
 
 
+def _tanh_gelu(x: jax.Array) -> jax.Array:
+    """GPT-2's approximation of GELU. In float16, x³ would overflow from 41 on, and its gradient would be NaN."""
+    wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+    return nn.gelu(wide).astype(x.dtype)
+
+
 def _exact_gelu(x: jax.Array) -> jax.Array:
     """x Φ(x) by erf in float32, as in torch. (`jax.nn.gelu` uses erfc, which XLA's CPU backend computes twice.)"""
     wide = x.astype(jnp.float32)
@@ -153,7 +159,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """[batch, time, n_embd] -> [batch, time, n_embd]."""
         config = self.config
-        gelu = nn.gelu if config.gelu == "tanh" else _exact_gelu
+        gelu = _tanh_gelu if config.gelu == "tanh" else _exact_gelu
         y = gelu(_dense(config, self.dtype, 4 * config.n_embd, "c_fc")(x))
         std = INIT_STD / (2 * config.n_layer) ** 0.5
         y = _dense(config, self.dtype, config.n_embd, "c_proj", std)(y)

@@ -9,17 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gpt2_jax.config import OptimizerConfig
 from gpt2_jax.layers import is_stacked
+from gpt2_jax.loss_scale import skip_overflows
 from gpt2_jax.outliers import watch_outliers
 
+FLOAT32 = jnp.dtype(jnp.float32)
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+
+def make_optimizer(config: OptimizerConfig, dtype: jnp.dtype = FLOAT32) -> optax.GradientTransformationExtraArgs:
     """The chain that turns the mean gradient of a whole batch into an update. Its `update` takes the loss too.
 
     One update is `gradient_accumulator` → mean over the mesh axis `data` → this chain (`step.py`).
+
+    Args:
+        dtype: that of the model's matmuls. float16 needs a scaled loss, whose overflows are no outliers.
     """
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -32,9 +39,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
             mask=decay_mask,
         ),
     )
-    if config.on_outlier == "off":
-        return optax.with_extra_args_support(chain)
-    return watch_outliers(chain, config.outlier_window, config.outlier_z_score, skip=config.on_outlier == "skip")
+    optimizer = optax.with_extra_args_support(chain)
+    if config.on_outlier != "off":
+        skip = config.on_outlier == "skip"
+        optimizer = watch_outliers(chain, config.outlier_window, config.outlier_z_score, skip)
+    return skip_overflows(optimizer) if dtype == jnp.float16 else optimizer
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -56,9 +56,7 @@ def watch_outliers(
         place = state.seen % window  # of the oldest
         losses, grad_norms = history.at[:, place].set(jnp.where(finite, values, history[:, place]))
         if skip:
-            updates = jax.tree.map(lambda leaf: jnp.where(outlier, 0, leaf).astype(leaf.dtype), updates)
-            passed = _advance_counts(state.inner)
-            new = jax.tree.map(lambda old, leaf: jnp.where(outlier, old, leaf), passed, new)
+            updates, new = skip_if(outlier, updates, state.inner, new)
         return updates, WatchedState(new, losses, grad_norms, state.seen + finite, outlier.astype(jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -69,11 +67,15 @@ def pass_over(state: optax.OptState) -> optax.OptState:
 
     So the learning rate follows the schedule as if the update had been done.
     """
-    if isinstance(state, WatchedState):
-        return state._replace(inner=_advance_counts(state.inner))
-    return _advance_counts(state)
-
-
-def _advance_counts(state: optax.OptState) -> optax.OptState:
-    """Adds 1 to all integers of Optax's states: they count updates."""
+    if hasattr(state, "inner"):  # the states of our own wrappers have integers that count something else
+        return state._replace(inner=pass_over(state.inner))
+    # All integers of Optax's states count updates.
     return jax.tree.map(lambda leaf: leaf + 1 if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf, state)
+
+
+def skip_if(
+    skip: jax.Array, updates: optax.Updates, old: optax.OptState, new: optax.OptState
+) -> tuple[optax.Updates, optax.OptState]:
+    """Updates of 0 and `pass_over(old)` where `skip`, bool [], is true; otherwise `updates` and `new`."""
+    updates = jax.tree.map(lambda leaf: jnp.where(skip, 0, leaf).astype(leaf.dtype), updates)
+    return updates, jax.tree.map(lambda passed, leaf: jnp.where(skip, passed, leaf), pass_over(old), new)

@@ -21,7 +21,7 @@ def resolve(config: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, Choic
     Raises:
         UserError: the hardware does not support the requested attention backend.
     """
-    dtype = matmul_dtype(config.dtype, hardware.platform)
+    dtype = matmul_dtype(config.dtype, hardware)
     optimizer = dataclasses.replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.steps)
     model = config.model
     problem = Problem(hardware, jnp.dtype(dtype), model.block_size, model.n_embd // model.n_head, model.dropout)
@@ -29,11 +29,18 @@ def resolve(config: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, Choic
     return dataclasses.replace(config, dtype=dtype, optimizer=optimizer), choice
 
 
-def matmul_dtype(dtype: Dtype, platform: Platform) -> Dtype:
-    """The dtype of activations and matmuls: "auto" is float32 on CPU and bfloat16 elsewhere."""
-    if dtype == "auto":
-        return "float32" if platform == "cpu" else "bfloat16"
-    return dtype
+def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
+    """The dtype of activations and matmuls: "auto" is the narrowest that the hardware has matrix units for.
+
+    NVIDIA GPUs have them for bfloat16 from Ampere on (compute capability 8.0), and for float16 from Volta on (7.0).
+    TPUs and AMD's GPUs have them for bfloat16.
+    """
+    if dtype != "auto":
+        return dtype
+    platform, capability = hardware
+    if platform == "cpu" or (platform == "cuda" and capability < 7.0):
+        return "float32"
+    return "float16" if platform == "cuda" and capability < 8.0 else "bfloat16"
 
 
 def matmul_precision(dtype: str | jnp.dtype) -> Literal["highest"] | None:

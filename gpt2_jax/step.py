@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,9 +26,10 @@ from gpt2_jax.attention import BACKENDS
 from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
+from gpt2_jax.loss_scale import current_scale, value_and_grad
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
 from gpt2_jax.optimizer import gradient_accumulator, learning_rate_schedule, make_optimizer
-from gpt2_jax.outliers import WatchedState, pass_over
+from gpt2_jax.outliers import pass_over
 from gpt2_jax.sharding import BATCH_AXES, batch_sharding, gather, state_sharding, with_shardings
 
 
@@ -50,6 +52,8 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
     param_norm: jax.Array  # global norm of the new parameters: finite only if all of them are
     outlier: jax.Array | None = None  # int32, 1 if the update is one; None if nothing watches for them
+    loss_scale: jax.Array | None = None  # of this update; None but for float16
+    overflows: jax.Array | None = None  # int32, updates so far whose gradients were not finite, this one included
 
 
 class TrainStep(Protocol):
@@ -97,7 +101,7 @@ def state_shardings(model: GPT2, config: OptimizerConfig, mesh: Mesh) -> TrainSt
 
 def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params | None = None) -> TrainState:
     params = params or init_params(model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, model.dtype).init(params))
 
 
 # --- training ------------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ def make_train_step(
     `micro_batches` and `sequences` compiles once. `options` are those of XLA.
     """
     data = mesh_axis(mesh, "data")
-    chain, schedule = make_optimizer(optimizer), learning_rate_schedule(optimizer)
+    chain, schedule = make_optimizer(optimizer, model.dtype), learning_rate_schedule(optimizer)
     loss_and_grads = _make_loss_and_grads(model, mesh)
 
     def update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
@@ -121,12 +125,22 @@ def make_train_step(
         # Differentiate with respect to device-varying parameters: for replicated ones, differentiation itself inserts
         # a psum over `data` into every micro-step.
         params = jax.lax.pcast(state.params, data, to="varying")
-        loss, grads = _mean_over_micro_batches(loss_and_grads, params, tokens, key, data, mesh.shape["fsdp"])
+        scale = current_scale(state.opt_state)
+        gradient = functools.partial(loss_and_grads, scale)
+        loss, grads = _mean_over_micro_batches(gradient, params, tokens, key, data, mesh.shape["fsdp"])
         loss, grads = jax.lax.pmean((loss, grads), data)  # the only reduction over `data`
         updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
         new_params = optax.apply_updates(state.params, updates)
-        outlier = opt_state.outlier if isinstance(opt_state, WatchedState) else None
-        metrics = Metrics(loss, optax.tree.norm(grads), schedule(state.step), optax.tree.norm(new_params), outlier)
+        outlier, overflows = (optax.tree.get(opt_state, name) for name in ("outlier", "overflows"))
+        metrics = Metrics(
+            loss,
+            optax.tree.norm(grads),
+            schedule(state.step),
+            optax.tree.norm(new_params),
+            outlier,
+            jnp.asarray(scale.scale) if scale else None,
+            overflows,
+        )
         return TrainState(state.step + 1, new_params, opt_state), metrics
 
     shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
@@ -179,8 +193,8 @@ def _mean_over_micro_batches(
     return jnp.sum(loss_sum) / micro_batches, accumulation.acc_grads
 
 
-def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> LossAndGrads:
-    """Loss and gradient of one micro-batch [sequences, time + 1], manual over `fsdp`."""
+def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> Callable[..., tuple[jax.Array, Params]]:
+    """Loss and gradient of one micro-batch [sequences, time + 1], manual over `fsdp`: `LossAndGrads` after a scale."""
     fsdp = mesh_axis(mesh, "fsdp")
     specs = param_specs(model, mesh)
     loss_of = functools.partial(_mean_loss, model, specs, mesh.shape["fsdp"])
@@ -188,15 +202,17 @@ def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> LossAndGrads:
     def map_replicated(function: Callable[[jax.Array], jax.Array], tree: Params) -> Params:
         return jax.tree.map(lambda leaf, spec: leaf if "fsdp" in spec else function(leaf), tree, specs)
 
-    def loss_and_grads(params: Params, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
+    def loss_and_grads(
+        scale: DynamicScale | None, params: Params, tokens: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Params]:
         if fsdp:
             key = jax.random.fold_in(key, jax.lax.axis_index(fsdp))
         # Mark replicated leaves as device-varying, so that differentiation inserts no psum, and sum them afterwards.
         params = map_replicated(lambda leaf: jax.lax.pcast(leaf, fsdp, to="varying"), params)
-        loss, grads = jax.value_and_grad(loss_of)(params, tokens, key)
+        loss, grads = value_and_grad(loss_of, scale)(params, tokens, key)
         return loss[None], map_replicated(lambda grad: jax.lax.psum(grad, fsdp), grads)
 
-    return shard_map(loss_and_grads, model, None, {"fsdp"}, (specs, P(fsdp), P()), (P(fsdp), specs))
+    return shard_map(loss_and_grads, model, None, {"fsdp"}, (P(), specs, P(fsdp), P()), (P(fsdp), specs))
 
 
 def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import DivergedError, ReplicaError, RewindError, SaveError, UserError
 from gpt2_jax.files import exclusive
 from gpt2_jax.hardware import current_hardware
+from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
 from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, resolve
 from gpt2_jax.run import summary
@@ -205,7 +206,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         sample = summary.sample_text(model, state.params, data, config)
         if is_primary():
             best = checkpoints.best()
-            for line in summary.closing(config, data, out, loss_sum, n_targets, sample, best, fingerprint.state):
+            final = fingerprint.state, count_overflows(state.opt_state)
+            for line in summary.closing(config, data, out, loss_sum, n_targets, sample, best, *final):
                 print_line(line)
     return 0
 

@@ -13,7 +13,7 @@ from torch_gpt2 import as_params, torch_gpt2
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import stack_layers, unstack_layers
 from gpt2_jax.loss import cross_entropy
-from gpt2_jax.model import GPT2, init_params, n_params, padded_vocab_size
+from gpt2_jax.model import GPT2, MLP, init_params, n_params, padded_vocab_size
 
 SMALL = GPT2Config(vocab_size=300, block_size=64, n_layer=3, n_head=4, n_embd=64, attention="xla")
 FULL = GPT2Config(attention="xla")  # 124M
@@ -171,14 +171,28 @@ def test_a_sequence_beyond_block_size_is_an_error(tiny):
         model.apply({"params": params}, jnp.zeros((1, 33), jnp.int32))
 
 
-def test_bfloat16_logits_are_summed_in_float32(tiny):
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.bfloat16, 8), (jnp.float16, 11)])
+def test_16_bit_logits_are_summed_in_float32(tiny, dtype, bits):
     model, params = tiny
     tokens = tokens_for(model.config, 2, 32)
     exact = model.apply({"params": params}, tokens)
-    with jax.numpy_dtype_promotion("standard"):  # Flax's layer norm mixes bfloat16 values and float32 statistics
-        rounded = model.clone(dtype=jnp.bfloat16).apply({"params": params}, tokens)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's layer norm mixes 16-bit values and float32 statistics
+        rounded = model.clone(dtype=dtype).apply({"params": params}, tokens)
     assert rounded.dtype == jnp.float32
-    # Not rounded to bfloat16 at the end: more distinct values than 8 bits of mantissa can hold in this range.
+    # Not rounded to 16 bits at the end: more distinct values than their mantissa can hold in this range.
     assert len(np.unique(rounded)) > 3000
-    # bfloat16 keeps 8 bits: each of some 10 roundings on the way costs up to 0.4% of the logits' spread.
-    np.testing.assert_allclose(rounded, exact, atol=0.04 * float(exact.std()))
+    # With 8 bits, each of some 10 roundings on the way costs up to 0.4% of the logits' spread.
+    np.testing.assert_allclose(rounded, exact, atol=10 * 2.0**-bits * float(exact.std()))
+
+
+def test_gelu_in_float16_overflows_nowhere(tiny_config):
+    """x³ is beyond float16 from 41 on. With identities as kernels, the MLP is its activation."""
+    width = tiny_config.n_embd
+    layers = {"c_fc": jnp.eye(width, 4 * width), "c_proj": jnp.eye(4 * width, width)}
+    params = {name: {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for name, kernel in layers.items()}
+    x = jnp.resize(jnp.array([-6e4, -200, -41, -1, 0, 1, 41, 200, 6e4], jnp.float16), (1, 1, width))
+    value, gradient = jax.vjp(lambda x: MLP(tiny_config, jnp.float16).apply({"params": params}, x, True), x)
+    expected = torch.tensor(np.float32(x), requires_grad=True)
+    torch.nn.functional.gelu(expected, approximate="tanh").sum().backward()
+    np.testing.assert_array_equal(value, torch.nn.functional.gelu(expected, approximate="tanh").detach().half())
+    np.testing.assert_allclose(gradient(jnp.ones_like(x))[0], expected.grad, atol=2**-10)  # 1.08 at 1, in 11 bits

@@ -1,12 +1,34 @@
-"""What a config and the hardware leave to XLA."""
+"""What follows from a config and the hardware: the dtype, and what is left to XLA."""
 
 import pytest
 
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.resolve import compiler_options
+from gpt2_jax.hardware import Hardware
+from gpt2_jax.resolve import compiler_options, matmul_dtype
 
 BASE = {"out": "runs/x", "steps": 1, "batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype"),
+    [
+        (Hardware("cpu"), "float32"),
+        (Hardware("tpu"), "bfloat16"),
+        (Hardware("rocm"), "bfloat16"),
+        (Hardware("cuda", 6.0), "float32"),  # P100: no matrix units
+        (Hardware("cuda", 7.0), "float16"),  # V100
+        (Hardware("cuda", 7.5), "float16"),  # T4
+        (Hardware("cuda", 8.0), "bfloat16"),  # A100
+        (Hardware("cuda", 8.9), "bfloat16"),  # L4, RTX 4090
+        (Hardware("cuda", 9.0), "bfloat16"),  # H100
+        (Hardware("cuda", 12.0), "bfloat16"),  # RTX 5090
+    ],
+)
+def test_auto_is_the_narrowest_dtype_with_matrix_units(hardware, dtype):
+    assert matmul_dtype("auto", hardware) == dtype
+    for named in ("float32", "bfloat16", "float16"):
+        assert matmul_dtype(named, hardware) == named
 
 
 @pytest.mark.parametrize(

@@ -151,14 +151,20 @@ def test_the_gradient_that_adamw_sees_has_the_clipped_norm(tiny_config, batches)
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "fsdp"),
-    [(False, 1), (True, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 4), (True, 1)])],
+    ("scan_layers", "fsdp", "dtype"),
+    [
+        (False, 1, jnp.bfloat16),
+        (True, 4, jnp.bfloat16),
+        pytest.param(False, 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(True, 1, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(True, 4, jnp.float16, marks=pytest.mark.slow),
+    ],
 )
-def test_the_bfloat16_step_for_cuda_calls_cudnn(tiny_config, scan_layers, fsdp, cudnn_without_gpu):
+def test_the_16_bit_step_for_cuda_calls_cudnn(tiny_config, scan_layers, fsdp, dtype, cudnn_without_gpu):
     config = dataclasses.replace(
         tiny_config, n_head=2, n_embd=128, block_size=128, attention="cudnn", scan_layers=scan_layers
     )
-    traced = trace(config, mesh_of(8 // fsdp, fsdp), 2, jnp.bfloat16)[0]
+    traced = trace(config, mesh_of(8 // fsdp, fsdp), 2, dtype)[0]
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(__cudnn\$\w+)", program)
     assert set(calls) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
@@ -236,7 +242,7 @@ def test_the_optimizer_runs_once_per_update_on_the_mean_gradient(tiny_config, ba
         jax.debug.callback(lambda norm: calls.append(float(norm)), optax.tree.norm(grads))
         return jax.tree.map(jnp.zeros_like, grads), state
 
-    monkeypatch.setattr(step, "make_optimizer", lambda _: optax.GradientTransformation(lambda params: (), update))
+    monkeypatch.setattr(step, "make_optimizer", lambda *_: optax.GradientTransformation(lambda params: (), update))
     _, norms, _ = run(dataclasses.replace(tiny_config, n_layer=1), mesh_of(1), batches, accumulation)
     jax.effects_barrier()
     assert calls == norms  # of as many updates as there are batches

@@ -18,6 +18,8 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"needs tpu, found {problem.hardware.platform}"
     if problem.dropout:
         return f"has no dropout, asked for {problem.dropout:g}"
+    if problem.dtype == jnp.float16:  # JAX's compiler of Pallas kernels for TPU has no vectors of it
+        return "needs bfloat16 or float32, found float16"
     if problem.time % BLOCK:
         return f"needs a length that is a multiple of {BLOCK}, found {problem.time}"
     if problem.head_dim % 64:

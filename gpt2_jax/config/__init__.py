@@ -10,7 +10,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
 Remat = Literal["auto", "none", "dots", "full"]
@@ -222,7 +222,9 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the initial parameters, the data order and dropout."""
     dtype: Dtype = "auto"
-    """Dtype of activations and matmuls: auto is bfloat16 on accelerators and float32 on CPU.
+    """Dtype of activations and matmuls.
+    auto is bfloat16 on accelerators, float16 on NVIDIA GPUs of the generations Volta and Turing, float32 on CPU.
+    float16 trains with dynamic loss scaling: updates whose gradients overflow are skipped and counted.
     Parameters, optimizer state, softmax, layer norm statistics and the loss are always float32."""
     deterministic: bool = False
     """Bit-for-bit equal results on NVIDIA GPUs: excludes kernels that add in no fixed order, and turns off autotuning.

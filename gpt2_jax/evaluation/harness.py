@@ -39,7 +39,7 @@ from gpt2_jax.interop import load
 from gpt2_jax.sharding import make_mesh
 
 GENERATED_TOKENS = 256  # where a task names no limit, as in lm-eval
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 TOP_K = 50  # of sampling where a task names none, as in transformers
 PROMPTS_AT_ONCE = 32
 BOOTSTRAPS = 1000  # for the standard errors of metrics that are not means

@@ -16,6 +16,7 @@ from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError, RewindError
 from gpt2_jax.evaluation import Result
 from gpt2_jax.evaluation.table import number
+from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
@@ -65,7 +66,7 @@ class Reporter:
 
         Raises:
             DivergedError: the loss, the gradient norm or a parameter is not finite, or the update is an outlier and
-                `on_outlier` is "stop".
+                `on_outlier` is "stop". An overflow of float16 is none, unless the loss scale is at its minimum.
             RewindError: it is an outlier and `on_outlier` is "rewind".
         """
         if pending is None or pending[0] <= self._reported:
@@ -75,13 +76,19 @@ class Reporter:
         if metrics is None:
             self._skipped(step, "by skip_updates")
             return
-        *floats, outlier = jax.device_get(metrics)
-        loss, grad_norm, learning_rate, param_norm = map(float, floats)
+        *values, outlier, loss_scale, overflows = jax.device_get(metrics)
+        loss, grad_norm, learning_rate, param_norm = map(float, values)
+        scaling = {} if loss_scale is None else {"loss_scale": float(loss_scale), "overflows": int(overflows)}
         found = f"loss {loss}, gradient norm {grad_norm}"
-        if outlier:
+        if scaling and not math.isfinite(grad_norm):  # before outliers: this update did not reach their watch
+            found += f" at loss scale {loss_scale:g}"
+            if math.isfinite(param_norm) and loss_scale > MIN_SCALE:
+                self._skipped(step, f"overflow of float16: {found}", **scaling)
+                return
+        elif outlier:
             self._handle_outlier(step, found)
-        if outlier and self._config.optimizer.on_outlier == "skip":
-            return
+            if self._config.optimizer.on_outlier == "skip":
+                return
         self._check_finite(step, loss + grad_norm + param_norm, f"{found} and parameters of norm {param_norm}")
         self._outliers = 0
         tokens = self._tokens_after(step)
@@ -99,6 +106,7 @@ class Reporter:
             "learning_rate": learning_rate,
             "tokens_per_second": speed and round(speed.tokens_per_second, 1),
             "mfu": speed and speed.mfu and round(speed.mfu, 4),
+            **scaling,
         }
         self._write(row)
         left = self._tokens_after(self._config.steps) - tokens
@@ -119,10 +127,10 @@ class Reporter:
     def _look_command(self, step: int) -> str:
         return f"python -m gpt2_jax.data {shlex.quote(str(self._out))} --update {step}"
 
-    def _skipped(self, step: int, reason: str) -> None:
-        """Logs an update that changed nothing."""
+    def _skipped(self, step: int, reason: str, **more: float) -> None:
+        """Logs an update that changed nothing, with `more` keys of its row."""
         self.display.print(f"update {step}: skipped ({reason})")
-        self._write({"step": step, "tokens": self._tokens_after(step), "skipped": reason})
+        self._write({"step": step, "tokens": self._tokens_after(step), "skipped": reason, **more})
 
     def _before(self) -> str:
         saved = self._checkpoints.newest

@@ -84,6 +84,7 @@ def closing(
     sample: str | None,
     best: int | None,
     fingerprint: str,
+    overflows: int | None = None,
 ) -> list[str]:
     """The lines with the loss of the finished run, its files and a command to type next.
 
@@ -92,6 +93,7 @@ def closing(
         sample: the text from `sample_text`.
         best: the step of the best checkpoint.
         fingerprint: that of the final state.
+        overflows: updates skipped because a gradient overflowed; None if the loss was not scaled.
     """
     lines = ["", f"{'loss':10}{loss_sum / n_targets:.4f} nats per token over {n_targets:,} held-out tokens"]
     if data.val_text:
@@ -104,6 +106,8 @@ def closing(
     if sample is not None:
         lines.append(f"{'sample':10}{config.eval.sample_tokens} tokens written by the model:\n")
         lines.append("    " + sample.replace("\n", "\n    ") + "\n")
+    if overflows is not None:
+        lines.append(f"{'float16':10}{overflows:,} of {config.steps:,} updates skipped, because a gradient overflowed")
     others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
     lines.append(f"{'run':10}{out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
     lines.append(f"{'state':10}fingerprint {fingerprint}, of parameters and optimizer state")

@@ -54,6 +54,18 @@ def test_xla_in_bfloat16_is_as_near_to_float32_as_jax_is():
         assert ours <= 1.25 * theirs
 
 
+@pytest.mark.slow
+def test_xla_in_float16_is_eight_times_as_near():
+    """JAX's own attention cannot be differentiated in float16 on CPU, so bfloat16 is the measure: 8 bits beside 11."""
+    exact = value_and_grads(causal_attention, *qkv(130))
+    errors = [
+        [np.linalg.norm(x.astype(jnp.float32) - right) for x, right in zip(narrow, exact, strict=True)]
+        for dtype in (jnp.bfloat16, jnp.float16)
+        for narrow in [value_and_grads(causal_attention, *(x.astype(dtype) for x in qkv(130)))]
+    ]
+    np.testing.assert_allclose(np.divide(*errors), 8, rtol=0.2)  # which way single roundings go is chance
+
+
 @pytest.mark.parametrize("time", [7, 130])
 def test_the_gradients_under_dropout_are_those_of_the_function(time):
     def attention(q, k, v):
@@ -104,6 +116,8 @@ def test_dropout_without_a_key_is_an_error():
         ({}, "cudnn"),
         ({"hardware": Hardware("tpu")}, "splash"),
         ({"hardware": Hardware("tpu"), "dtype": jnp.float32}, "splash"),
+        ({"hardware": Hardware("tpu"), "dtype": jnp.float16}, "xla"),
+        ({"dtype": jnp.float16}, "cudnn"),
         ({"hardware": Hardware("cpu")}, "xla"),
         ({"hardware": Hardware("rocm")}, "xla"),
         ({"dtype": jnp.float32}, "xla"),

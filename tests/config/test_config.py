@@ -226,7 +226,7 @@ def test_mistakes_on_the_command_line_are_one_clear_line(args, message):
         ("model = 3", "model is a section; write \\[model\\]"),
         ("steps = '3'", "steps = '3'; expected int, found str"),
         ("steps = true", "steps = True; expected int, found bool"),
-        ("dtype = 'float64'", "dtype = 'float64'; expected one of 'auto', 'float32', 'bfloat16'"),
+        ("dtype = 'float64'", "dtype = 'float64'; expected one of 'auto', 'float32', 'bfloat16', 'float16'"),
         ("batch_ramp = [[1, 2, 3]]", "batch_ramp = .* expected a list of pairs"),
         ("[data]\nsources = 3", r"data.sources = 3; expected tables; write \[\[data.sources\]\] for each"),
     ],

@@ -221,7 +221,7 @@ def test_tasks_of_the_harness_beside_ours(pair, mesh, task_manager, monkeypatch)
 def test_mistakes_have_their_line(pair, mesh):
     with pytest.raises(UserError, match="the model gpt2_jax has no argument revision"):
         HarnessModel(pair[1]._gpt2, mesh=mesh, revision="main")
-    with pytest.raises(UserError, match="dtype = auto; expected float32, bfloat16"):
+    with pytest.raises(UserError, match="dtype = auto; expected float32, bfloat16, float16"):
         HarnessModel(pair[1]._gpt2, dtype="auto", mesh=mesh)
     with pytest.raises(UserError, match=r"\('unb', 'a'\), whose continuation has no tokens"):
         ask(pair[1], "loglikelihood", ("unb", "a"))

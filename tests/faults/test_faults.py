@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from faulty import command, names, rows, run
 from xla_flags import FAST_COMPILE
 
+from gpt2_jax import loss_scale
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.errors import DivergedError, ReplicaError, SaveError, UserError
@@ -32,6 +34,20 @@ def test_what_is_not_finite_is_never_saved(flags, tmp_path, after_update, metric
         run(flags, tmp_path / "run")
     assert names(tmp_path / "run") == [str(step) for step in range(2, update, 2)]
     assert max(row["step"] for row in rows(tmp_path / "run")) == update - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "update"), [(1e6, 8), (np.nan, 6)])
+def test_a_float16_run_that_diverged_is_no_overflow(flags, tmp_path, after_update, monkeypatch, value, update):
+    """1e6 is infinite in float16 at any scale: the third overflow is at the smallest one. NaN is no overflow at all."""
+    monkeypatch.setattr(loss_scale, "INITIAL_SCALE", 4.0)
+    broken = jax.jit(partial(jax.tree.map, lambda leaf: jnp.full_like(leaf, value)))
+    after_update(5, lambda state, metrics: (state._replace(params=broken(state.params)), metrics))
+    message = rf"update {update} has loss nan, gradient norm nan at loss scale \d and parameters of norm .* from before"
+    with pytest.raises(DivergedError, match=message):
+        run(flags, tmp_path / "run", "--dtype", "float16")
+    skipped = [row["step"] for row in rows(tmp_path / "run") if "skipped" in row]
+    assert skipped == list(range(6, update))
 
 
 @pytest.mark.slow

@@ -110,9 +110,10 @@ def test_a_batch_gives_the_tokens_of_each_prompt_alone(pair, sampling):
 
 
 @pytest.mark.slow
-def test_bfloat16_draws_from_its_own_logits(pair):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits_draw_from_their_own_logits(pair, dtype):
     _, model, params = pair
-    rounded = model.clone(dtype=jnp.bfloat16)
+    rounded = model.clone(dtype=dtype)
     tokens = generate(rounded, params, [prompt(40)], 60, Sampling(0))[0].tolist()
     sequence = np.array([prompt(40) + tokens], np.int32)
     logits = np.asarray(rounded.apply({"params": params}, sequence))[0, 39:-1]
