@@ -84,3 +84,61 @@ def test_a_small_step_compiles_for_gpus_of_each_generation(topology, backend):
     assert table["attention_kernels"] == calls
     assert table["memory"]["needed"] > 3 * 4 * table["n_params"]
     assert table["estimate"]["mfu"][0] > 0
+
+
+# --- Several slices of TPUs -------------------------------------------------------------------------------
+
+
+@needs_libtpu
+def test_slices_of_tpus_that_are_not_attached():
+    devices = devices_of("2xv5e:2x4")
+    assert [slice_of(device) for device in devices] == [0] * 8 + [1] * 8
+    assert sorted({host_of(device) for device in devices}) == [0, 1, 2, 3]
+    for fsdp in (1, 2, 4, 8):
+        mesh = make_mesh(MeshConfig(-1, fsdp), devices)
+        assert all(len({slice_of(device) for device in group}) == 1 for group in mesh.devices)
+    mesh = make_mesh(MeshConfig(1, -1), devices)  # across both, if asked for
+    assert [slice_of(device) for device in mesh.devices.flat] == [0] * 8 + [1] * 8
+    with pytest.raises(UserError, match=r"mesh\.fsdp = 8 does not map onto a 4x4x1 slice"):
+        make_mesh(MeshConfig(-1, 8), devices_of("2xv6e:4x4"))
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("shape", "devices"), [("v2:2x2", 8), ("v3:2x2", 8), ("v4:2x2x1", 4), ("tpu7x:2x2x1", 8)])
+def test_older_and_newer_tpus(shape, devices):
+    """On v2, v3 and 7x a core is a device. JAX's names of all are in the table."""
+    found = devices_of(shape)
+    assert len(found) == devices
+    assert found[0].device_kind in CHIPS
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_gradients_cross_the_network_between_slices_once():
+    table = plan("--topology", "2xv5e:2x2", "--mesh.fsdp", "2")
+    assert table["mesh"] == {"data": 4, "fsdp": 2}
+    crossing = [one for one in table["collectives"] if one["slices"] == 2]
+    assert {(one["kind"], tuple(one["axes"]), one["devices"]) for one in crossing} == {("all-reduce", ("data",), 2)}
+    # Each device sends its part of the sum within the slice: a quarter of the gradients, in float32 and padded.
+    least = 4 * table["n_params"] / 4
+    assert least < sum(one["n_bytes"] for one in crossing) < 2 * least
+    speed = CHIPS[table["kind"]].network
+    assert table["estimate"]["links"] > sum(one["sent"] for one in crossing) / speed
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_small_step_compiles_for_the_oldest_tpu():
+    """The attention kernel does not."""
+    table = plan("--topology", "v2:2x2")
+    assert table["attention"]["backend"] == "xla"
+    assert table["attention"]["against"]["splash"] == "needs TPU v4 or newer, found TPU v2"
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_sparse_core_sends_counts():
+    table = plan("--topology", "tpu7x:2x2x1")
+    reduced = sum(one["n_bytes"] for one in table["collectives"] if one["kind"] == "all-reduce")
+    padded = table["n_params"] + (384 - 257) * 192
+    assert reduced == pytest.approx(4 * padded, rel=0.01)
