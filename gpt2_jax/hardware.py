@@ -93,24 +93,21 @@ _V6E = _tpu(918, 32, 1638, 400, 12.5, 1.75)
 
 # Keys are values of `jax.Device.device_kind`. Columns: dense TFLOP/s, GiB, then GB/s of memory, links and network.
 #
-# GPUs: peaks and bandwidths are NVIDIA's and AMD's data sheets of each product, read in November 2026, halved where
-# they count sparsity. GeForce cards and the A10G add in float32 at half their float16 rate (NVIDIA's white papers on
-# GA102, Ada and RTX Blackwell, appendix A). GiB are what CUDA and ROCm report (XLA's target configs, and out-of-memory
-# messages of PyTorch): the data sheet's size less error correction and the driver's part. Links are NVLink or Infinity
-# Fabric where all GPUs of a host have it, else PCIe: half of a data sheet's figure, which counts both directions.
-# Network is a port of InfiniBand per GPU in NVIDIA's and AMD's own hosts (DGX), and 100 Gb/s for hosts of eight PCIe
-# cards, as clouds rent them.
-# TPUs: Google's documentation of each generation, read in November 2026; links of v2 and v3: Jouppi et al. 2020. One
-# device is a core, half a chip, on v2, v3 and 7x, and a chip on the others. v4's network is taken to be v5p's.
+# GPUs: peaks and bandwidths are from the documents that each group names, halved where they count sparsity, and were
+# compared with the tables of nanochat, Lightning and XLA in November 2026. GeForce cards and the A10G add in float32 at
+# half their float16 rate. GiB are what CUDA and ROCm report (XLA's target configs, out-of-memory messages of PyTorch):
+# the data sheet's size less error correction and the driver's part. Links are NVLink or Infinity Fabric where all GPUs
+# of a host have it, else PCIe: half of a data sheet's figure, which counts both directions. Network is a port of
+# InfiniBand per GPU in hosts that are built for it (DGX), and 100 Gb/s for eight PCIe cards, as clouds rent them.
 _PCIE3, _PCIE4, _PCIE5, _SHARED_PORT = 16, 32, 64, 12.5 / 8
 CHIPS = {
-    # Volta (2017) and Turing (2018): float16
+    # Volta and Turing, in float16: data sheets of V100 (2020) and T4 (2019)
     "Tesla V100-SXM2-16GB": _gpu(125, 15.8, 900, 150, 6.25),
     "Tesla V100-SXM2-32GB": _gpu(125, 31.7, 900, 150, 6.25),
     "Tesla V100-PCIE-16GB": _gpu(112, 15.8, 900, _PCIE3, _SHARED_PORT),
     "Tesla V100-PCIE-32GB": _gpu(112, 31.7, 900, _PCIE3, _SHARED_PORT),
     "Tesla T4": _gpu(65, 14.6, 320, _PCIE3, _SHARED_PORT),
-    # Ampere (2020)
+    # Ampere: data sheets of A100 (2021), A10 (2021), A40 (2020), RTX A6000 (2020); GA102 white paper (2020)
     "NVIDIA A100-SXM4-40GB": _gpu(312, 39.4, 1555, 300, 25),
     "NVIDIA A100-SXM4-80GB": _gpu(312, 79.1, 2039, 300, 25),
     "NVIDIA A100-PCIE-40GB": _gpu(312, 39.4, 1555, _PCIE4, _SHARED_PORT),
@@ -120,27 +117,28 @@ CHIPS = {
     "NVIDIA A40": _gpu(149.7, 44.3, 696, _PCIE4, _SHARED_PORT),
     "NVIDIA RTX A6000": _gpu(154.8, 47.4, 768, _PCIE4, _SHARED_PORT),
     "NVIDIA GeForce RTX 3090": _gpu(71, 23.7, 936, _PCIE4, _SHARED_PORT),
-    # Ada (2022)
+    # Ada: data sheets of L4 and L40S (2023); Ada white paper (2022)
     "NVIDIA L4": _gpu(121, 22.0, 300, _PCIE4, _SHARED_PORT),
     "NVIDIA L40S": _gpu(362, 44.4, 864, _PCIE4, _SHARED_PORT),
     "NVIDIA GeForce RTX 4090": _gpu(165.2, 23.6, 1008, _PCIE4, _SHARED_PORT),
-    # Hopper (2022)
+    # Hopper: data sheets of H100 (2023), GH200 (2023), H200 (2024)
     "NVIDIA H100 80GB HBM3": _gpu(989, 79.1, 3350, 450, 50),
     "NVIDIA H100 PCIe": _gpu(756, 79.1, 2039, _PCIE5, _SHARED_PORT),
     "NVIDIA H100 NVL": _gpu(835, 93.0, 3938, _PCIE5, _SHARED_PORT),
     "NVIDIA H200": _gpu(989, 139.8, 4800, 450, 50),
     "NVIDIA GH200 480GB": _gpu(989, 94.5, 4000, 450, 50, 1, 1),
     "NVIDIA GH200 144G HBM3e": _gpu(989, 142.5, 4900, 450, 50, 1, 1),
-    # Blackwell (2024)
+    # Blackwell: data sheets of DGX B200 and GB200 (2024), DGX B300 and GB300 (2025); RTX Blackwell white paper (2025)
     "NVIDIA B200": _gpu(2250, 178.3, 8000, 900, 50),
     "NVIDIA GB200": _gpu(2500, 184.3, 8000, 900, 50, 4, 72),
     "NVIDIA B300 SXM6 AC": _gpu(2250, 267.7, 8000, 900, 100),
     "NVIDIA GB300": _gpu(2500, 276.6, 8000, 900, 100, 4, 72),
     "NVIDIA GeForce RTX 5090": _gpu(209.5, 31.4, 1792, _PCIE5, _SHARED_PORT),
-    # CDNA 2 (2021; a device is one of the two dies of a card) and CDNA 3 (2023)
+    # CDNA: data sheets of MI250X (2021; a device is one of its two dies) and MI300X (2023)
     "AMD Instinct MI250X": _gpu(191.5, 64.0, 1638, 200, 12.5),
     "AMD Instinct MI300X": _gpu(1307, 191.7, 5300, 448, 50),
-    # TPUs
+    # Google's documentation of each TPU (2026); the links of v2 and v3: Jouppi et al. 2020. A device is a core, half a
+    # chip, on v2, v3 and 7x, and a chip on the others. v4's network is taken to be v5p's.
     "TPU v2": _tpu(23, 8, 350, 124, clock_ghz=0.7),
     "TPU v3": _tpu(61.5, 16, 450, 164, clock_ghz=0.94),
     "TPU v4": _tpu(275, 32, 1228, 300, 6.25, 1.05),
