@@ -27,9 +27,10 @@ from gpt2_jax.planning.topologies import devices_of
 
 PROG = "python -m gpt2_jax.plan"
 DESCRIPTION = """Plan training: compile the training step for chips that need not be attached, and print its memory,
-collectives, FLOPs and estimated time. --topology names the chips: v5e:4x4, v5p:2x2x4, v6e:2x4, h100:8, h200:16, a100:8
-or cpu:8; without it, the devices of this machine. --find searches for the micro-batch size and the rematerialization
-that fit and take the least estimated time. --json prints everything as JSON."""
+collectives, FLOPs and estimated time. --topology names the chips: v5e:4x4, v5p:2x2x4, 2xv6e:2x4 for two slices, t4:1,
+rtx-4090:1, h100:8 or cpu:8 (an unknown name prints all); without it, the devices of this machine. --find searches for
+the micro-batch size and the rematerialization that fit and take the least estimated time. --json prints everything as
+JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,8 @@ def format_plan(plan: Plan) -> str:
     ]  # fmt: skip
     collectives = [
         f"{each.kind} over {' and '.join(each.axes)}: {si(each.n_bytes)}B per update in {count(each.times, 'call')} "
-        f"among {each.devices} devices; each sends {si(int(each.sent()))}B"
+        f"among {each.devices} devices{f' of {each.slices} slices' * (each.slices > 1)}; "
+        f"each sends {si(int(each.sent()))}B"
         for each in plan.collectives
     ]
     lines += _labeled("collectives", collectives or ["none"])

@@ -1,4 +1,4 @@
-"""Process setup: the persistent compilation cache, malloc on CPU, and the line of a command that runs out of memory.
+"""Process setup: the persistent compilation cache, malloc on CPU, the memory of a GPU, and the line if none is left.
 
 Environment variables that configure either of them win over the defaults here.
 """
@@ -18,7 +18,7 @@ import jax
 from gpt2_jax.compilation_cache import ProgramCache, is_private, use_program_cache
 from gpt2_jax.errors import UserError, is_out_of_memory, one_line
 from gpt2_jax.files import make_directory, user_path
-from gpt2_jax.hardware import GIB, available_memory
+from gpt2_jax.hardware import GIB, GPU_MEMORY_SHARE, available_memory
 
 CACHE_BYTES = 8 << 30  # The least recently used programs are removed. The quickstart's take 260 KB on one CPU.
 
@@ -78,6 +78,15 @@ def _make_private(path: Path) -> str:
     if path.is_symlink() or not is_private(status):
         return f"has {path.name}, which is not a directory that only you can write"
     return "" if os.access(path, os.W_OK) else "cannot be written"
+
+
+def use_most_of_gpu_memory() -> None:
+    """Lets JAX reserve `GPU_MEMORY_SHARE` of each GPU instead of three quarters, unless the environment has a share.
+
+    The rest is for CUDA itself, the code of kernels, and NCCL's buffers. Call it before JAX looks for devices.
+    """
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_SHARE)
 
 
 def use_single_malloc_arena() -> None:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import MeshConfig, TrainConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import slice_of
 from gpt2_jax.layers import is_stacked
 
 BATCH_AXES = ("data", "fsdp")
@@ -28,8 +29,11 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (all by default).
 
+    Where several slices are joined by a slower network (TPU slices, hosts of GPUs), `fsdp` stays within a slice and
+    `data` crosses them, as in JAX's `create_hybrid_device_mesh`. Only an `fsdp` of whole slices crosses them too.
+
     Raises:
-        UserError: the axes do not multiply to the number of devices, or do not map onto a TPU slice.
+        UserError: the axes do not multiply to the number of devices, or do not map onto a slice or onto whole slices.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp = config.data, config.fsdp
@@ -42,14 +46,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data = {config.data} × mesh.fsdp = {config.fsdp} does not make the {len(devices)} devices here; "
             "type --mesh.data -1 --mesh.fsdp 1"
         )
+    slices = [list(group) for _, group in itertools.groupby(sorted(devices, key=slice_of), slice_of)]
+    sizes = {len(group) for group in slices}
+    within = math.gcd(*sizes)  # the largest `fsdp` within every slice
+    if within % fsdp == 0:
+        parts = [_slice_mesh(len(group) // fsdp, fsdp, group) for group in slices]
+    elif len(sizes) == 1 and fsdp % within == 0:
+        parts = [_slice_mesh(1, within, group) for group in slices]
+    else:
+        raise UserError(
+            f"mesh.fsdp = {fsdp} neither fits into a slice or host of {within} devices nor fills several; "
+            f"type --mesh.data -1 --mesh.fsdp {within}"
+        )
     # Auto axes: `nn.Embed`'s gather fails under explicit ones.
+    return Mesh(np.concatenate(parts).reshape(data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _slice_mesh(data: int, fsdp: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice in the order of its physical links: [data, fsdp]."""
     try:
-        return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+        return jax.make_mesh((data, fsdp), BATCH_AXES, devices=devices).devices
     except NotImplementedError as error:  # on most TPUs, JAX gives a mesh axis only whole dimensions of the slice
         dims = [len(set(coordinates)) for coordinates in zip(*(device.coords for device in devices), strict=True)]
         sizes = {math.prod(some) for count in range(len(dims) + 1) for some in itertools.combinations(dims, count)}
         raise UserError(
-            f"mesh.data = {data} × mesh.fsdp = {fsdp} does not map onto a {'x'.join(map(str, dims))} slice; type "
+            f"mesh.fsdp = {fsdp} does not map onto a {'x'.join(map(str, dims))} slice; type "
             f"--mesh.data -1 --mesh.fsdp {min(size for size in sizes if size > fsdp)}"
         ) from error
 

@@ -66,6 +66,7 @@ def main(args: Sequence[str]) -> int:
     flags = parse_flags(ClusterFlags, cluster_args, prog=summary.TRAIN, description=DESCRIPTION)
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
+    runtime.use_most_of_gpu_memory()
     try:
         with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []

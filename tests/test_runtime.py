@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from jax._src import compilation_cache as cache_of_jax
+from jaxlib import xla_client
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax import runtime
@@ -168,6 +169,22 @@ def test_a_cache_directory_that_cannot_be_created(monkeypatch, tmp_path, jax_con
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     runtime.enable_compilation_cache("auto")  # a user without a home directory
     assert jax_config.jax_compilation_cache_dir is None
+
+
+# --- the memory of a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_training_takes_most_of_a_gpu_unless_the_environment_says_how_much(monkeypatch, name):
+    for each in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(each, "")  # so that it is restored
+        monkeypatch.delenv(each)
+    runtime.use_most_of_gpu_memory()
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.9
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv(name, "0.5")
+    runtime.use_most_of_gpu_memory()
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.5
 
 
 # --- containers: a user id that nobody has, with or without a home ---------------------------------------

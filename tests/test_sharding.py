@@ -1,16 +1,20 @@
-"""What is split over `fsdp`, and how it becomes whole."""
+"""What is split over `fsdp`, how it becomes whole, and where the devices of several slices go."""
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
+from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2, init_params
 from gpt2_jax.sharding import gather, make_mesh, state_sharding
 
@@ -85,3 +89,77 @@ def test_gather_rounds_the_parameters_and_not_their_gradients():
         np.testing.assert_array_equal(whole[name], params[name].astype(jnp.bfloat16).astype(jnp.float32))
         np.testing.assert_array_equal(grads[name], np.full((4, 8), 259, np.float32))
     np.testing.assert_array_equal(whole["whole"], params["whole"])
+
+
+# --- Slices that a slower network joins -------------------------------------------------------------------
+
+
+def simulated(kind, platform, slices):
+    """Devices that JAX's functions accept, of slices with this many devices each."""
+    ids = itertools.count()
+    return [
+        SimpleNamespace(
+            id=next(ids), device_kind=kind, platform=platform, slice_index=index, process_index=index,
+            coords=(place % 4, place // 4, 0), core_on_chip=0, client=SimpleNamespace(runtime_type=""),
+        )
+        for index, size in enumerate(slices)
+        for place in range(size)
+    ]  # fmt: skip
+
+
+def ids_of(devices, data, fsdp, monkeypatch):
+    """Where each device is on the mesh. JAX makes no mesh of simulated devices, so only the array is compared."""
+
+    def make_slice(shape, names, devices):
+        split = devices[0].platform == "tpu"
+        return SimpleNamespace(devices=mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split))
+
+    monkeypatch.setattr("gpt2_jax.sharding.Mesh", lambda devices, *_, **__: devices)
+    monkeypatch.setattr(jax, "make_mesh", make_slice)
+    return np.vectorize(lambda device: device.id)(make_mesh(MeshConfig(data, fsdp), devices))
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")])
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16])
+def test_fsdp_stays_within_a_slice_and_data_crosses(kind, platform, fsdp, monkeypatch):
+    devices = simulated(kind, platform, [16, 16, 16])
+    ids = ids_of(devices, -1, fsdp, monkeypatch)
+    assert sorted(ids.flat) == list(range(48))
+    assert all(len({id // 16 for id in group}) == 1 for group in ids)
+    split = platform == "tpu"
+    hybrid = mesh_utils.create_hybrid_device_mesh(
+        (16 // fsdp, fsdp), (3, 1), devices, allow_split_physical_axes=split
+    )  # fmt: skip
+    assert (ids == np.vectorize(lambda device: device.id)(hybrid)).all()
+
+
+def test_the_order_of_the_devices_does_not_matter(monkeypatch):
+    """`jax.devices()` orders them by process, and a slice has several."""
+    devices = simulated("NVIDIA L4", "gpu", [4, 4])
+    shuffled = [devices[place] for place in (0, 4, 1, 5, 2, 6, 3, 7)]
+    ids = ids_of(shuffled, 2, 4, monkeypatch)
+    assert (ids == ids_of(devices, 2, 4, monkeypatch)).all()
+
+
+def test_fsdp_over_whole_slices(monkeypatch):
+    """A model that is too large for a host is sharded over two of them, at the speed of the network."""
+    ids = ids_of(simulated("Tesla T4", "gpu", [4, 4, 4, 4]), -1, 8, monkeypatch)
+    assert ids.tolist() == [list(range(8)), list(range(8, 16))]
+
+
+@pytest.mark.parametrize(
+    ("slices", "fsdp", "message"),
+    [
+        ([8, 8, 8], 12, "mesh.fsdp = 12 neither fits into a slice or host of 8 devices nor fills several; type --mesh"),
+        ([8, 8, 8], 3, "type --mesh.data -1 --mesh.fsdp 8"),
+        ([4, 2, 2], 4, "a slice or host of 2 devices .* type --mesh.data -1 --mesh.fsdp 2"),
+    ],
+)
+def test_fsdp_that_would_cross_slices_in_part(slices, fsdp, message, monkeypatch):
+    devices = simulated("NVIDIA L4", "gpu", slices)
+    with pytest.raises(UserError, match=message):
+        ids_of(devices, -1, fsdp, monkeypatch)
+
+
+def test_slices_of_different_sizes(monkeypatch):
+    assert ids_of(simulated("NVIDIA L4", "gpu", [4, 2]), -1, 2, monkeypatch).shape == (3, 2)

@@ -16,6 +16,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Says why the kernel cannot solve a problem, or returns None if it can."""
     if problem.hardware.platform != "tpu":
         return f"needs tpu, found {problem.hardware.platform}"
+    if problem.hardware.kind in ("TPU v2", "TPU v3"):  # their matrix units take only float32 from kernels
+        return f"needs TPU v4 or newer, found {problem.hardware.kind}"
     if problem.dropout:
         return f"has no dropout, asked for {problem.dropout:g}"
     if problem.dtype == jnp.float16:  # JAX's compiler of Pallas kernels for TPU has no vectors of it

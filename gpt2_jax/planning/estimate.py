@@ -5,7 +5,6 @@ The times are arithmetic on data-sheet figures, not measurements.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from gpt2_jax import attention
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.tokenizer import vocab_size
-from gpt2_jax.hardware import GIB, Chip, chip_of, hardware_of, host_of
+from gpt2_jax.hardware import GIB, Chip, chip_of, hardware_of, host_of, slice_of
 from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import n_params
 from gpt2_jax.planning.flops import Part, flops
@@ -211,7 +210,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
     module = HloModule(program.as_text() or "")
     hbm_bytes, cycles = module.hbm_bytes(), module.estimated_cycles()
     parts = flops(jaxpr)
-    collectives = tuple(module.collectives(dict(mesh.shape)))
+    collectives = tuple(module.collectives(dict(mesh.shape), [slice_of(device) for device in mesh.devices.flat]))
     size = n_params(params, config.model)
     per_token = flops_per_token(config.model, size)
     chip = chip_of(devices[0])
@@ -234,7 +233,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
         hbm_bytes=hbm_bytes,
         cycles=cycles,
         collectives=collectives,
-        estimate=_estimate(chip, hbm_bytes, cycles, parts, collectives, mesh) if chip else None,
+        estimate=_estimate(chip, hbm_bytes, cycles, parts, collectives, mesh.size) if chip else None,
     )
 
 
@@ -295,21 +294,20 @@ def _estimate(
     cycles: int,
     parts: dict[Part, float],
     collectives: Sequence[Collective],
-    mesh: Mesh,
+    devices: int,
 ) -> Estimate:
-    kernels = parts["attention"] / mesh.size / chip.flops
+    kernels = parts["attention"] / devices / chip.flops
     return Estimate(
-        compute=sum(parts.values()) / mesh.size / chip.flops,
+        compute=sum(parts.values()) / devices / chip.flops,
         memory=hbm_bytes / chip.bandwidth,
-        communication=sum(collective.sent() / _link_speed(chip, collective.axes, mesh) for collective in collectives),
-        compiler_estimate=cycles / chip.clock + kernels if cycles else None,
+        communication=sum(collective.sent() / _link_speed(chip, collective) for collective in collectives),
+        compiler_estimate=cycles / chip.clock + kernels if cycles and chip.clock else None,
     )
 
 
-def _link_speed(chip: Chip, axes: tuple[str, ...], mesh: Mesh) -> float:
-    """Bytes per second that each device can send along some mesh axes while all others send as well."""
-    group = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)]
-    hosts = collections.Counter(host_of(device) for device in group.flat)
-    if not chip.network or len(hosts) == 1:
+def _link_speed(chip: Chip, collective: Collective) -> float:
+    """Bytes per second that each device can send in a collective while all others send as well."""
+    if not chip.network or collective.slices == 1:
         return chip.link
-    return min(chip.link, chip.network * min(hosts.values()))  # parallel rings use all network ports of a host
+    # Parallel rings use all network ports of a slice.
+    return min(chip.link, chip.network * collective.devices / collective.slices)

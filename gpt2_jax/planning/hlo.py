@@ -7,9 +7,10 @@ as it runs. `jax.stages.Compiled.as_text()` prints the text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +29,14 @@ BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
+# Between TPU slices, the runtime exchanges what each device sends to its host.
+BETWEEN_SLICES = re.compile(r'"xla_megascale_runtime",_xla_host_transfer_rendezvous="([a-z\-]+)')
 # Opcodes that move no bytes themselves: new names for existing arrays, control flow (the computations that it calls are
 # counted), and the ends of asynchronous instructions, which count at their start.
 FREE = {
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id"),
     *("while", "conditional", "call", "after-all", "opt-barrier", "domain", "async-update", "async-done", "copy-done"),
+    *("call-start", "call-done", "send", "send-done", "recv", "recv-done"),
 }
 
 
@@ -48,7 +52,7 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind along the same mesh axes.
+    """All collectives of one kind along the same mesh axes, among as many devices on as many slices.
 
     Attributes:
         kind: HLO opcode, such as "all-reduce".
@@ -56,6 +60,7 @@ class Collective:
         devices: number of devices in each group.
         times: calls in one run of the program.
         n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device sends.
+        slices: number of slices that the devices of a group are on.
     """
 
     kind: str
@@ -63,6 +68,7 @@ class Collective:
     devices: int
     times: int
     n_bytes: int
+    slices: int = 1
 
     def sent(self) -> float:
         """Bytes that each device sends with ring algorithms (Patarasuk and Yuan 2009)."""
@@ -94,7 +100,7 @@ class HloModule:
                     re.findall(rf"{role}=%?([\w.\-]+)", instruction.attributes)[0] for role in ("condition", "body")
                 )
                 self._add_runs(body, times * self._trip_count(instruction, condition))
-            elif instruction.opcode in ("call", "conditional", "async-start"):
+            elif instruction.opcode in ("call", "call-start", "conditional", "async-start"):
                 for called in _called(instruction):
                     self._add_runs(called, times)
 
@@ -125,32 +131,28 @@ class HloModule:
                 for called in _called(instruction):
                     yield from self._within(called)
 
-    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
+    def collectives(self, mesh_shape: dict[str, int], slices: Sequence[int] = ()) -> list[Collective]:
         """The collectives of one run of the program, most bytes first.
 
         Args:
             mesh_shape: axis names and sizes. The program numbers its devices in the order of the mesh.
+            slices: the slice of each device, in the order of the mesh; by default there is one.
         """
-        found: dict[tuple[str, tuple[str, ...], int], tuple[int, int]] = {}
+        slice_of = np.array(slices or [0] * math.prod(mesh_shape.values())).reshape(list(mesh_shape.values()))
+        found: dict[tuple[str, tuple[str, ...], int, int], tuple[int, int]] = {}
         for name, times in self._runs.items():
             for computation, instruction in self._within(name):
-                kind = instruction.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                groups = _groups(instruction, math.prod(mesh_shape.values()))
-                devices = groups.shape[1]
-                if devices == 1:
+                if not (group := _group(instruction, mesh_shape, slice_of)):
                     continue
                 operands = self._computations[computation]
-                n_bytes = sum(n_bytes_of(operands[operand].shape) for operand in instruction.operands)
+                used = instruction.operands[:1] if instruction.opcode == "send" else instruction.operands
+                n_bytes = sum(n_bytes_of(operands[operand].shape) for operand in used)
+                kind, _, devices, _ = group
                 if kind == "all-gather":
                     n_bytes *= devices
-                places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())))  # [axes, groups, devices]
-                varies = (places != places[:, :, :1]).any(axis=(1, 2))
-                axes = tuple(axis for axis, along in zip(mesh_shape, varies, strict=True) if along)
-                before = found.get((kind, axes, devices), (0, 0))
-                found[kind, axes, devices] = before[0] + times, before[1] + times * n_bytes
-        collectives = [Collective(*key, *counts) for key, counts in found.items()]
+                before = found.get(group, (0, 0))
+                found[group] = before[0] + times, before[1] + times * n_bytes
+        collectives = [Collective(*key[:3], *counts, key[3]) for key, counts in found.items()]
         return sorted(collectives, key=lambda collective: -collective.n_bytes)
 
     def hbm_bytes(self) -> int:
@@ -234,6 +236,26 @@ class HloModule:
                 if instruction.opcode == "transpose" or _order(before) != _order(instruction.shape):
                     total += times
         return total
+
+
+def _group(
+    instruction: Instruction, mesh_shape: dict[str, int], slice_of: np.ndarray
+) -> tuple[str, tuple[str, ...], int, int] | None:
+    """Kind, mesh axes, devices and slices of the groups of a collective; None if nothing is sent."""
+    if instruction.opcode == "send" and (between := BETWEEN_SLICES.search(instruction.attributes)):
+        crossing = [(slice_of != slice_of.take([0], axis)).any() for axis in range(slice_of.ndim)]
+        count = len(np.unique(slice_of))
+        return between[1], tuple(itertools.compress(mesh_shape, crossing)), count, count
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    groups = _groups(instruction, slice_of.size)
+    if groups.shape[1] == 1:
+        return None
+    places = np.stack(np.unravel_index(groups, slice_of.shape))  # [axes, groups, devices]
+    varies = (places != places[:, :, :1]).any(axis=(1, 2))
+    count = max(len(set(group)) for group in slice_of.reshape(-1)[groups].tolist())
+    return kind, tuple(itertools.compress(mesh_shape, varies)), groups.shape[1], count
 
 
 def _called(instruction: Instruction) -> list[str]:

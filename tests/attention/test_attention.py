@@ -122,6 +122,8 @@ def test_dropout_without_a_key_is_an_error():
         ({"hardware": Hardware("rocm")}, "xla"),
         ({"dtype": jnp.float32}, "xla"),
         ({"hardware": Hardware("cuda", 7.5)}, "xla"),  # a T4
+        ({"hardware": Hardware("tpu", kind="TPU v3")}, "xla"),
+        ({"hardware": Hardware("tpu", kind="TPU v4")}, "splash"),
         ({"dropout": 0.1}, "xla"),
         ({"head_dim": 100}, "xla"),
         ({"hardware": Hardware("tpu"), "time": 1000}, "xla"),
@@ -145,6 +147,7 @@ def test_the_choice_says_why():
         ("splash", {}, "'splash' needs tpu, found cuda; type --model.attention auto"),
         ("cudnn", {"hardware": Hardware("cpu")}, "needs cuda, found cpu"),
         ("cudnn", {"dtype": jnp.float32}, "needs bfloat16 or float16, found float32"),
+        ("splash", {"hardware": Hardware("tpu", kind="TPU v2")}, "needs TPU v4 or newer, found TPU v2"),
         ("splash", {"hardware": Hardware("tpu"), "time": 100}, "multiple of 128, found 100"),
         ("splash", {"hardware": Hardware("tpu"), "head_dim": 32}, "multiple of 64, found 32"),
     ],

@@ -3,15 +3,13 @@
 import dataclasses
 import importlib.util
 
-import jax
 import pytest
 
-from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.hardware import Chip
 from gpt2_jax.planning import estimate as estimates
+from gpt2_jax.planning.hlo import Collective
 from gpt2_jax.planning.topologies import devices_of
-from gpt2_jax.sharding import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -28,16 +26,16 @@ def test_the_bounds_are_full_overlap_and_none(seconds, lower, upper):
     assert (estimate.lower_bound, estimate.upper_bound) == (lower, upper)
 
 
-def test_devices_of_a_host_share_its_ports(monkeypatch):
-    monkeypatch.setattr(estimates, "host_of", lambda device: device.id // 4)
-    mesh = make_mesh(MeshConfig(2, 4), jax.devices())  # two hosts, `fsdp` within each
+@pytest.mark.parametrize(
+    ("axes", "devices", "slices", "speed"),
+    [(("fsdp",), 4, 1, 450), (("data",), 2, 2, 50), (("data", "fsdp"), 8, 2, 4 * 50), (("data", "fsdp"), 80, 2, 450)],
+)
+def test_devices_of_a_slice_share_its_ports(axes, devices, slices, speed):
     chip = Chip(flops=1e12, memory=1e9, bandwidth=1e11, link=450, network=50)
-    assert estimates._link_speed(chip, ("fsdp",), mesh) == 450
-    assert estimates._link_speed(chip, ("data",), mesh) == 50
-    assert estimates._link_speed(chip, ("data", "fsdp"), mesh) == 4 * 50
-    assert (
-        estimates._link_speed(dataclasses.replace(chip, network=0), ("data",), mesh) == 450
-    )  # links connect all hosts
+    collective = Collective("all-reduce", axes, devices, 1, 1000, slices)
+    assert estimates._link_speed(chip, collective) == speed
+    joined = dataclasses.replace(chip, network=0)  # the links connect everything
+    assert estimates._link_speed(joined, collective) == 450
 
 
 GIB = 2**30

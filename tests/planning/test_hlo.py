@@ -142,3 +142,51 @@ ENTRY %main (x: f32[5]) -> f32[5] {{
 }}"""
     (found,) = HloModule(text).collectives({"data": 2, "fsdp": 4})
     assert found == Collective("all-reduce", axes, devices, 1, 20)
+
+
+def test_groups_span_the_slices_of_their_devices(mesh):
+    def sums(x):
+        return jax.lax.psum(jnp.sin(jax.lax.psum(x, "fsdp")), "data")
+
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    program = HloModule(compiled_for(mapped, (100,)).as_text())
+    slices = {one.axes: one.slices for one in program.collectives({"data": 2, "fsdp": 4}, [0] * 4 + [1] * 4)}
+    assert slices == {("fsdp",): 1, ("data",): 2}
+    assert {one.slices for one in program.collectives({"data": 2, "fsdp": 4})} == {1}
+
+
+def test_what_the_runtime_sends_between_tpu_slices():
+    """As libtpu writes it for two slices of four: sums within each, then of a quarter between them by the hosts."""
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
+    text = f"""
+ENTRY %main (x: f32[100]) -> f32[100] {{
+  %x = f32[100]{{0}} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[100]{{0}}, u32[], token[]) send(%x, %after-all), channel_id=6, is_host_transfer=true, frontend_attributes={{{handler}}}
+  %other = (f32[100]{{0}}, u32[], token[]) send(%x, %after-all), channel_id=7, is_host_transfer=true
+  ROOT %sum = f32[100]{{0}} all-reduce(%x), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+}}
+"""  # noqa: E501
+    program = HloModule(text)
+    assert program.collectives({"data": 4, "fsdp": 2}, [0] * 4 + [1] * 4) == [
+        Collective("all-reduce", ("data",), 2, 1, 100 * F32, slices=2),
+        Collective("all-reduce", ("data", "fsdp"), 4, 1, 100 * F32, slices=1),
+    ]
+    assert program.hbm_bytes() == 0  # no bytes of a collective
+
+
+def test_what_runs_asynchronously_on_a_sparse_core():
+    """As libtpu writes it for TPU7x."""
+    text = """
+%on_sparse_core (x: f32[100]) -> f32[100] {
+  %y = f32[100]{0} parameter(0)
+  ROOT %sum = f32[100]{0} all-reduce(%y), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}, execution_thread="sparsecore"
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %start = ((f32[100]{0}), f32[100]{0}) call-start(%x), to_apply=%on_sparse_core
+  ROOT %done = f32[100]{0} call-done(%start)
+}
+"""
+    (found,) = HloModule(text).collectives({"data": 2, "fsdp": 4})
+    assert found == Collective("all-reduce", ("data", "fsdp"), 8, 1, 100 * F32)
