@@ -79,7 +79,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     """
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
-        vocab, merges = _vocab_and_merges(tokenizer)
+        vocab, merges = vocab_and_merges(tokenizer)
         (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
         (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
@@ -103,7 +103,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
+def vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
     """The contents of `vocab.json`, and the lines of `merges.txt`, recovered from the order of tiktoken's tokens."""
     special = {encoding.encode_single_token(token): token for token in encoding.special_tokens_set}
     ranks = {
