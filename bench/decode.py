@@ -15,11 +15,12 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+import sys
 import tempfile
 
 import numpy as np
-from decoders import cores, installed, start_all
-from record import Figures, Rows, arguments, median_of, take_turns, write
+from decoders import DecoderError, cores, installed, start_all
+from record import Figures, Rows, arguments, median_of, output, take_turns, write
 
 from gpt2_jax.convert import convert
 
@@ -90,8 +91,14 @@ def main() -> None:
                     case["first_token_ratio"] = median_of(ours, FIRST) / median_of(peer, FIRST)
                 cases.append(case)
     figures: Figures = {"model": args.model or "124M, random weights", "threads": cores(), "cases": cases}
-    figures |= {"peers": names[1:]} if args.peers else {"dtype": args.dtype}
+    figures |= {"peers": names[1:], "llama.cpp": llama_cpp_build()} if args.peers else {"dtype": args.dtype}
     write("decode-peers" if args.peers else "decode", figures, rows(figures), args.results)
+
+
+def llama_cpp_build() -> str:
+    """The instructions that llama.cpp was compiled with and uses; "" if it is not installed."""
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    return output(sys.executable, "-c", code)
 
 
 def random_model(directory: str) -> str:
@@ -105,4 +112,7 @@ def random_model(directory: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DecoderError as error:
+        raise SystemExit(f"error: {error}") from error

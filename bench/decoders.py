@@ -13,6 +13,7 @@ in the processes that use them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -45,6 +46,10 @@ def installed() -> list[str]:
     ]
 
 
+class DecoderError(Exception):
+    """A decoder failed. The text is its name and the reason."""
+
+
 @contextlib.contextmanager
 def start_all(names: Sequence[str], directory: str) -> Iterator[dict[str, Callable[[Prompts, int], Timed]]]:
     """Starts decoders. Yields functions that time one call: (prompts, new tokens) -> Timed.
@@ -52,18 +57,24 @@ def start_all(names: Sequence[str], directory: str) -> Iterator[dict[str, Callab
     Args:
         names: decoders with their dtypes, such as "ours float32".
         directory: a model of transformers; with its tokenizer for CTranslate2 and llama.cpp.
+
+    Raises:
+        DecoderError: one cannot start, or its process ends, as with instructions that the CPU does not have.
     """
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several decoders share the device
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
-        for name, process in processes.items():
-            process.submit(start, name, directory).result()
 
-        def call(name: str) -> Callable[[Prompts, int], Timed]:
-            return lambda prompts, new: processes[name].submit(run, prompts, new).result()
+        def call(name: str, function: Callable[..., Any], *args: Any) -> Any:
+            try:
+                return processes[name].submit(function, *args).result()
+            except Exception as error:
+                raise DecoderError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
-        yield {name: call(name) for name in names}
+        for name in names:
+            call(name, start, name, directory)
+        yield {name: functools.partial(call, name, run) for name in names}
 
 
 # --- in the process ------------------------------------------------------------------------------------

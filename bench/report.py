@@ -31,6 +31,7 @@ class Goal(NamedTuple):
 
 SHOWN = ("jax", "jaxlib", "tokamax")  # versions beside the kernels
 CHAR = "time over nanogpt or nanogpt compiled"
+ONE_PROMPT = "generation, 124M, 1 prompt, float32, CPU: tokens/s"
 GOALS = (
     Goal("character model (4 × 128), CPU: time of an update", "nanoGPT, the faster of eager and compiled",
          "peers-char-cpu", CHAR, at_most=0.8),
@@ -48,15 +49,15 @@ GOALS = (
          "peers-sweep-1558m-nvidia-h200", "best MFU", "%", at_least=0.55),
     Goal("generation, 124M, 1 and 8 prompts, CPU: tokens/s", "transformers' generate",
          "decode-cpu", "tokens/s over transformers", "×", at_least=2.0),
-    Goal("generation, 124M, 1 prompt, float32, CPU: tokens/s", "CTranslate2 in float32",
+    Goal(ONE_PROMPT, "CTranslate2 in float32",
          "decode-peers-cpu", "tokens/s over ctranslate2 float32", "×"),
-    Goal("the same", "CTranslate2 in int8",
+    Goal(ONE_PROMPT, "CTranslate2 in int8",
          "decode-peers-cpu", "tokens/s over ctranslate2 int8", "×"),
-    Goal("the same", "llama.cpp in float32",
+    Goal(ONE_PROMPT, "llama.cpp in float32",
          "decode-peers-cpu", "tokens/s over llama.cpp float32", "×"),
-    Goal("the same", "llama.cpp in q8_0",
+    Goal(ONE_PROMPT, "llama.cpp in q8_0",
          "decode-peers-cpu", "tokens/s over llama.cpp q8_0", "×"),
-    Goal("the same", "ours in bfloat16",
+    Goal(ONE_PROMPT, "ours in bfloat16",
          "decode-peers-cpu", "tokens/s over ours bfloat16", "×"),
     Goal("generation, 124M, 1 and 8 prompts, one H200: tokens/s", "transformers' generate",
          "decode-nvidia-h200", "tokens/s over transformers", "×", at_least=4.0),

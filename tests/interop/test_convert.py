@@ -127,9 +127,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path):
     for gelu, run in runs.items():
         config = dataclasses.replace(GELUS[gelu], n_embd=128)
         save_run(run, config, random_params(config))
-    formats = sorted(
-        (*FORMATS, *["gguf"] * bool(find_spec("gguf"))), key=lambda to: to == "orbax"
-    )  # last: its threads may report errors later
+    formats = [*FORMATS, *["gguf"] * bool(find_spec("gguf"))]
+    formats.sort(key=lambda to: to == "orbax")  # last: its threads may report errors later
     commands = [
         ["--from", str(runs["exact" if to == "nanogpt" else "tanh"]), "--to", to, "--out", str(tmp_path / "out")]
         for to in formats
