@@ -1,12 +1,14 @@
-"""One update, alone or beside those of nanoGPT and transformers: the same model, batch and tokens on the same machine.
+"""One update, alone or beside nanoGPT, transformers and llm.c: the same model, batch and tokens on the same machine.
 
     python bench/peers.py --case char --nanogpt DIR
     python bench/peers.py --case 124m --transformers
+    python bench/peers.py --case llmc --llmc PROGRAM
     python bench/peers.py --config gpt2-124m --name peers-sweep --sweep micro_batch_size=8,16 model.loss_chunk=1024,0
 
 Cases: `char` (nanoGPT's character model for CPUs), `char-gpu` (its model for GPUs, 16 sequences), `124m` (GPT-2 small,
-2 sequences of 1,024 tokens). Other flags are those of training. nanoGPT and transformers run eagerly and compiled. Each
-trainer has a process of its own (bench/trainers.py), and all take turns. The ratio is to the fastest.
+2 sequences of 1,024 tokens), `llmc` (GPT-2 small, 4 sequences of 64 tokens, as llm.c's train_gpt2.c has them). Other
+flags are those of training. nanoGPT and transformers run eagerly and compiled; llm.c is its built train_gpt2 for CPUs.
+Each trainer has a process of its own (bench/trainers.py), and all take turns. The ratio is to the fastest.
 
 --sweep changes one key at a time; --grid takes all combinations. A variant that does not fit is recorded as such, and
 the file is written anew after each variant. MFU is (6 N + 12 L C T) × tokens/s over the dense bfloat16 peak of the chip
@@ -27,6 +29,7 @@ CASES = {
     "char": ["--config", "shakespeare-char-cpu"],
     "char-gpu": ["--config", "shakespeare-char", "--batch_size", "16", "--micro_batch_size", "0"],
     "124m": ["--config", "gpt2-124m", "--batch_size", "2", "--micro_batch_size", "0"],
+    "llmc": ["--config", "gpt2-124m", "--batch_size", "4", "--micro_batch_size", "0", "--model.block_size", "64"],
 }
 
 
@@ -57,7 +60,7 @@ def rows(figures: Figures) -> Rows:
     if mfu := best["trainers"]["ours"].get("mfu"):
         results["best MFU"] = mfu, describe(best)
     trainers = cases[0]["trainers"]
-    for peer in ("nanogpt", "transformers"):
+    for peer in ("nanogpt", "transformers", "llmc"):
         if ways := [name for name in trainers if name.startswith(peer)]:
             times = {name: trainers[name]["median_s"] for name in ("ours", *ways)}
             ratio, name = times["ours"] / min(times[way] for way in ways), " or ".join(ways)
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, help="or --config, with --name")
     parser.add_argument("--nanogpt", metavar="DIR", help="checkout of nanoGPT")
     parser.add_argument("--transformers", action="store_true", help="GPT2LMHeadModel of transformers")
+    parser.add_argument("--llmc", metavar="PROGRAM", help="llm.c's train_gpt2")
     parser.add_argument("--compile", choices=["both", "yes", "no"], default="both", help="whether torch compiles")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block of updates, at least")
     parser.add_argument("--updates", type=int, default=5, help="of a block, at least")
@@ -85,7 +89,7 @@ def main() -> None:
         parser.error("type --case, or --config and --name")
     ways = {"both": ["", " compiled"], "yes": [" compiled"], "no": [""]}[args.compile]
     peers = ["nanogpt"] * bool(args.nanogpt) + ["transformers"] * args.transformers
-    names = ["ours", *(peer + way for peer in peers for way in ways)]
+    names = ["ours", *(peer + way for peer in peers for way in ways), *["llmc"] * bool(args.llmc)]
     sweeps = {key: values.split(",") for key, _, values in (word.partition("=") for word in args.sweep)}
     wanted = [
         (change, [*flags, *(f"--{key}={value}" for key, value in change.items())])
@@ -100,7 +104,7 @@ def main() -> None:
     device = ""
     for change, variant in wanted:
         try:
-            cases.append({"change": change, "trainers": measure(names, variant, args, args.nanogpt)})
+            cases.append({"change": change, "trainers": measure(names, variant, args, args.nanogpt, args.llmc)})
             device = cases[-1]["trainers"]["ours"]["device"]
         except TrainerError as error:
             cases.append({"change": change, "error": str(error)})

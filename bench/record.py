@@ -24,7 +24,8 @@ from gpt2_jax.files import replace_text
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken", "gigatoken", "torch",
-            "transformers", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
+            "transformers", "ctranslate2", "llama_cpp_python", "tokamax", "nvidia-cudnn-cu12",
+            "nvidia-cudnn-cu13")  # fmt: skip
 VARIABLES = ("XLA_", "JAX_", "CUDA_", "NCCL_", "NVIDIA_", "TF32_", "OMP_", "LIBTPU_")  # prefixes
 
 Figures = dict[str, Any]

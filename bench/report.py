@@ -31,6 +31,7 @@ class Goal(NamedTuple):
 
 SHOWN = ("jax", "jaxlib", "tokamax")  # versions beside the kernels
 CHAR = "time over nanogpt or nanogpt compiled"
+ONE_PROMPT = "generation, 124M, 1 prompt, float32, CPU: tokens/s"
 GOALS = (
     Goal("character model (4 × 128), CPU: time of an update", "nanoGPT, the faster of eager and compiled",
          "peers-char-cpu", CHAR, at_most=0.8),
@@ -38,6 +39,8 @@ GOALS = (
          "peers-char-gpu-cpu", CHAR, at_most=0.9),
     Goal("124M, 1,024 tokens, 2 sequences, float32, CPU: time of an update", "transformers on torch, the faster",
          "peers-124m-cpu", "time over transformers or transformers compiled", at_most=0.9),
+    Goal("124M, 4 sequences of 64 tokens, float32, CPU: time of an update", "llm.c's train_gpt2",
+         "peers-llmc-cpu", "time over llmc", at_most=0.9),
     Goal("124M, one H200: tokens/s", "nanoGPT with torch.compile",
          "peers-124m-nvidia-h200", "tokens/s over nanogpt compiled", "×", at_least=1.25),
     Goal("124M, one H200, the best micro-batch: MFU", "989 TFLOP/s",
@@ -46,6 +49,16 @@ GOALS = (
          "peers-sweep-1558m-nvidia-h200", "best MFU", "%", at_least=0.55),
     Goal("generation, 124M, 1 and 8 prompts, CPU: tokens/s", "transformers' generate",
          "decode-cpu", "tokens/s over transformers", "×", at_least=2.0),
+    Goal(ONE_PROMPT, "CTranslate2 in float32",
+         "decode-peers-cpu", "tokens/s over ctranslate2 float32", "×"),
+    Goal(ONE_PROMPT, "CTranslate2 in int8",
+         "decode-peers-cpu", "tokens/s over ctranslate2 int8", "×"),
+    Goal(ONE_PROMPT, "llama.cpp in float32",
+         "decode-peers-cpu", "tokens/s over llama.cpp float32", "×"),
+    Goal(ONE_PROMPT, "llama.cpp in q8_0",
+         "decode-peers-cpu", "tokens/s over llama.cpp q8_0", "×"),
+    Goal(ONE_PROMPT, "ours in bfloat16",
+         "decode-peers-cpu", "tokens/s over ours bfloat16", "×"),
     Goal("generation, 124M, 1 and 8 prompts, one H200: tokens/s", "transformers' generate",
          "decode-nvidia-h200", "tokens/s over transformers", "×", at_least=4.0),
     Goal("HellaSwag, 124M in float32, CPU: examples/s", "the faster of lm-eval's `hf` and a loop over transformers",
@@ -87,7 +100,7 @@ def summary(goal: Goal, row: Figures | None) -> str:
 def source(name: str, figures: Figures) -> str:
     """When and where a file was measured, and the command that does it again, without directories of whoever ran it."""
     words = ["python", f"bench/{name.split('-')[0]}.py", *figures["command"][1:]]
-    for flag in {"--results", "--nanogpt", "--data"} & set(words):
+    for flag in {"--results", "--nanogpt", "--data", "--llmc"} & set(words):
         at = words.index(flag)
         words[at : at + 2] = [] if flag == "--results" else [flag, "DIR"]
     where = figures["device"] if figures["device"] != "cpu" else f"{figures['cpu']}, {figures['cores']} cores"

@@ -5,11 +5,13 @@ So each has its own memory, threads and settings, is compiled and warmed up once
     ours          `make_train_step` on one device, fed and read as train.py does: metrics are fetched one update late
     transformers  GPT2LMHeadModel with fused attention (SDPA) and fused AdamW
     nanogpt       model.py of a nanoGPT checkout, with the optimizer that it configures
+    llmc          llm.c's train_gpt2 for CPUs, with an AdamW of its own, which neither clips nor decays
 
-All take model, batch, micro-batch and optimizer from the flags of `python -m gpt2_jax.train`. None has dropout, and all
-get the same random tokens. On a GPU torch computes in bfloat16 under autocast, with TF32 where that leaves float32. The
-torch trainers have nanoGPT's 50,304 rows for GPT-2's vocabulary of 50,257, and wait for the device only after the last
-update. JAX and torch are imported only in the processes that use them.
+All take model, batch, micro-batch and optimizer from the flags of `python -m gpt2_jax.train`; llm.c always has 4
+sequences of 64 tokens. None has dropout, and all get the same random tokens. llm.c also gets our initial parameters,
+and must compute the same first loss. On a GPU torch computes in bfloat16 under autocast, with TF32 where that leaves
+float32. The torch trainers have nanoGPT's 50,304 rows for GPT-2's vocabulary of 50,257, and wait for the device only
+after the last update. JAX and torch are imported only in the processes that use them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,17 +51,20 @@ class TrainerError(Exception):
     """A trainer failed. The text is its name and the reason."""
 
 
-def measure(names: Sequence[str], flags: Sequence[str], args: argparse.Namespace, nanogpt: str = "") -> Figures:
+def measure(
+    names: Sequence[str], flags: Sequence[str], args: argparse.Namespace, nanogpt: str = "", llmc: str = ""
+) -> Figures:
     """The figures of trainers that take turns, by name.
 
     Args:
-        names: "ours", "transformers", "nanogpt", or with " compiled" the last two with torch.compile.
+        names: "ours", "transformers", "nanogpt", "llmc", or with " compiled" the two of torch with torch.compile.
         flags: of a training config, with --config.
         args: with the repetitions `repeat`, each of at least `seconds` and `updates`.
         nanogpt: directory of the nanoGPT checkout.
+        llmc: llm.c's program train_gpt2.
 
     Raises:
-        TrainerError: one could not start, or failed.
+        TrainerError: one could not start, or failed, or llm.c computes another loss.
     """
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several trainers share the device
     context = multiprocessing.get_context("spawn")
@@ -69,7 +78,9 @@ def measure(names: Sequence[str], flags: Sequence[str], args: argparse.Namespace
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise TrainerError(f"{name}: {reason}") from error
 
-        about = {name: call(name, start, name, flags, nanogpt) for name in names}
+        about = {name: call(name, start, name, flags, nanogpt, llmc) for name in names}
+        if "llmc" in names and abs(about["llmc"]["first_loss"] - about["ours"]["first_loss"]) > 1e-3:  # 11 in float32
+            raise TrainerError(f"llmc: first loss {about['llmc']['first_loss']}, ours {about['ours']['first_loss']}")
         seconds = {name: call(name, run, args.updates)["seconds"] for name in names}
         blocks = {name: max(args.updates, math.ceil(args.seconds / seconds[name])) for name in names}
         runs = take_turns({name: functools.partial(call, name, run, blocks[name]) for name in names}, args.repeat)
@@ -110,18 +121,19 @@ def training_config(flags: Sequence[str]) -> TrainConfig:
 
 # --- in the process ------------------------------------------------------------------------------------
 
-trainer: Ours | Torch
+trainer: Ours | Torch | LlmC
 
 
-def start(name: str, flags: Sequence[str], nanogpt: str) -> Figures:
+def start(name: str, flags: Sequence[str], nanogpt: str, llmc: str) -> Figures:
     """Builds a trainer and does its first update, which includes compilation."""
     global trainer
     begin = time.perf_counter()
     config = training_config(flags)
-    trainer = Ours(config) if name == "ours" else Torch(config, name, nanogpt)
+    makers = {"ours": lambda: Ours(config), "llmc": lambda: LlmC(config, llmc)}
+    trainer = makers.get(name, lambda: Torch(config, name, nanogpt))()
     built = time.perf_counter()
-    trainer.updates(1)
-    times = {"build_s": built - begin, "first_update_s": time.perf_counter() - built}
+    loss = trainer.updates(1)
+    times = {"build_s": built - begin, "first_update_s": time.perf_counter() - built, "first_loss": loss}
     return {**trainer.about, "tokens": config.batch_size * config.model.block_size, **times}
 
 
@@ -130,15 +142,23 @@ def run(updates: int) -> Figures:
     begin = time.perf_counter()
     loss = trainer.updates(updates)
     seconds = (time.perf_counter() - begin) / updates
+    if isinstance(trainer, LlmC):
+        seconds = trainer.seconds / updates
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "loss": loss, "peak_bytes": trainer.device_peak() or resident}
 
 
 def random_batches(config: TrainConfig) -> Iterator[np.ndarray]:
     """The same batches for every trainer, eight over and over: int32 [micro_batches, sequences, block_size + 1]."""
-    rng = np.random.default_rng(0)
     shape = (config.batch_size // config.micro_batch_size, config.micro_batch_size, config.model.block_size + 1)
-    return itertools.cycle([rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(8)])
+    windows = np.lib.stride_tricks.sliding_window_view(random_tokens(config), shape[-1])[:: config.model.block_size]
+    return itertools.cycle(np.ascontiguousarray(batch).reshape(shape) for batch in np.split(windows, 8))
+
+
+def random_tokens(config: TrainConfig) -> np.ndarray:
+    """The tokens of `random_batches` in one row, int32 [8 · batch_size · block_size + 1]."""
+    count = 8 * config.batch_size * config.model.block_size + 1
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, count, dtype=np.int32)
 
 
 class Ours:
@@ -248,6 +268,71 @@ class Torch:
     def device_peak(self) -> int | None:
         """See `Ours.device_peak`."""
         return self.torch.cuda.max_memory_allocated() if self.cuda else None
+
+
+class LlmC:
+    """llm.c's train_gpt2, in a directory with a model and token files under the names that it reads.
+
+    Each call starts it anew, and ends it after the updates. `seconds` is the time that it prints for them, without the
+    first, in which it allocates its memory.
+    """
+
+    def __init__(self, config: TrainConfig, program: str) -> None:
+        if (config.batch_size, config.model.block_size) != (4, 64):
+            raise UserError("llm.c's train_gpt2 takes 4 sequences of 64 tokens; type --case llmc")
+        self.program, self.seconds = os.path.abspath(program), 0.0
+        self.directory = tempfile.TemporaryDirectory()
+        here = Path(self.directory.name)
+        write_llmc_model(config, here)
+        data = here / "dev" / "data" / "tinyshakespeare"
+        data.mkdir(parents=True)
+        tokens = random_tokens(config)[: 4 * 64 + 1]  # the first batch alone: train_gpt2 shuffles several
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, tokens.size
+        for split in ("train", "val"):
+            (data / f"tiny_shakespeare_{split}.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        self.about = {"device": "cpu", "dtype": "float32", "threads": len(os.sched_getaffinity(0))}
+
+    def updates(self, count: int) -> float:
+        """See `Ours.updates`."""
+        words = ["stdbuf", "-oL", self.program]
+        pattern = re.compile(r"step \d+: train loss (\S+) \(took (\S+) ms\)")
+        with subprocess.Popen(words, cwd=self.directory.name, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            done = list(itertools.islice(filter(None, map(pattern.match, process.stdout)), count + 1))
+            process.kill()
+        if len(done) <= count:
+            raise UserError(f"{self.program} ended after {len(done)} updates; expected {count + 1} of its 41")
+        self.seconds = sum(float(step[2]) for step in done[1:]) / 1000
+        return float(done[count - 1][1])
+
+    def device_peak(self) -> int | None:
+        """See `Ours.device_peak`."""
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def write_llmc_model(config: TrainConfig, directory: Path) -> None:
+    """Writes our initial parameters as llm.c's gpt2_124M.bin."""
+    import jax
+
+    from gpt2_jax.data.tokenizer import gpt2_encoding
+    from gpt2_jax.hardware import Hardware
+    from gpt2_jax.interop.llmc import write_llmc
+    from gpt2_jax.interop.stored import StoredModel
+    from gpt2_jax.model import init_params
+    from gpt2_jax.resolve import build_model, resolve
+
+    resolved, attention = resolve(config, Hardware("cpu"))
+    model = build_model(resolved, attention)
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(config.seed))
+    arrays = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def read(name: str) -> np.ndarray:
+        rows = model.config.vocab_size if name.startswith("wte") else None
+        return np.asarray(arrays[name])[:rows]
+
+    write_llmc(StoredModel("our model", model.config, read, gpt2_encoding), directory, "float32")
+    next(directory.glob("model_*.bin")).rename(directory / "gpt2_124M.bin")
 
 
 def transformers_model(config: TrainConfig, device: Any) -> tuple[Any, Any, Any]:

@@ -57,10 +57,14 @@ def run_command(main: Callable[[list[str]], int]) -> None:
 
 
 def _report(line: str, code: int) -> int:
-    """Prints a line to standard error, which may be closed, and returns `code`."""
+    warn(line)
+    return code
+
+
+def warn(line: str) -> None:
+    """Prints a line to standard error, which may be closed."""
     with suppress(OSError):
         print(strip_controls(line), file=sys.stderr or open(os.devnull, "w"), flush=True)  # noqa: SIM115
-    return code
 
 
 def _drop_unless_writable(stream: TextIO | None) -> OSError | None:

@@ -21,6 +21,7 @@ from gpt2_jax.data.tokenizer import tokenizer_name
 from gpt2_jax.errors import UserError, one_line, strip_controls
 from gpt2_jax.files import user_path
 from gpt2_jax.interop import MODEL_KINDS, use_model
+from gpt2_jax.interop.gguf import write_gguf
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
 from gpt2_jax.interop.model_files import directory_files
@@ -31,7 +32,7 @@ from gpt2_jax.interop.tokenizer_files import VOCABULARIES, read_tokenizer
 
 PROG = "python -m gpt2_jax.convert"
 
-Format = Literal["huggingface", "llmc", "nanogpt", "orbax"]
+Format = Literal["huggingface", "llmc", "nanogpt", "gguf", "orbax"]
 ExportDtype = Literal["float32", "bfloat16"]
 
 
@@ -45,7 +46,7 @@ class Flags:
     out: str
     """Directory to create; it must not exist."""
     dtype: ExportDtype = "float32"
-    """Dtype of the parameters, for huggingface and llmc. bfloat16 rounds; llm.c's train_gpt2cu reads it by default."""
+    """Dtype of the parameters, for huggingface, llmc and gguf. bfloat16 rounds; it is the default of train_gpt2cu."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -67,6 +68,8 @@ def _next_command(flags: Flags, out: Path, files: list[str]) -> str:
         return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
     if flags.to == "orbax":
         return f"python -m gpt2_jax.generate --model {out}"
+    if flags.to == "gguf":
+        return f"llama.cpp: llama-server -m {out / 'model.gguf'}"
     tokenizer = read_tokenizer(directory_files(out), lambda: None)
     others = vocabulary and (tokenizer is None or tokenizer_name(tokenizer) != "gpt2")
     if flags.to == "llmc":
@@ -93,7 +96,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         source: any MODEL.
         to: the format to write.
         out: the directory to create.
-        dtype: the dtype of the parameters, for huggingface and llmc.
+        dtype: the dtype of the parameters, for huggingface, llmc and gguf.
 
     Returns:
         `out`, as a path.
@@ -107,7 +110,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
     except OSError as error:
         raise UserError(f"--out {out} cannot be a directory ({error.strerror}); give another --out") from error
     if dtype != "float32" and to in ("nanogpt", "orbax"):
-        raise UserError(f"--dtype {dtype} is for huggingface and llmc, and {to} is always float32; leave --dtype out")
+        raise UserError(f"--dtype {dtype} is for huggingface, llmc and gguf; {to} is always float32: leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
     return use_model(source, lambda model: _convert(model.with_fingerprint(), to, out, dtype))
@@ -124,6 +127,8 @@ def _convert(model: StoredModel, to: Format, out: Path, dtype: ExportDtype) -> P
             write_huggingface(model, partial, dtype)
         elif to == "llmc":
             write_llmc(model, partial, dtype)
+        elif to == "gguf":
+            write_gguf(model, partial, dtype)
         elif to == "nanogpt":
             write_nanogpt(model, partial)
         else:
@@ -135,7 +140,7 @@ def _convert(model: StoredModel, to: Format, out: Path, dtype: ExportDtype) -> P
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         partial.rename(out)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the writers' errors for a full disk
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)  # NumPy's OSError has only a text
         raise UserError(f"{out} cannot be written: {reason}; give another --out") from error
     finally:
         for _ in range(50):  # after a failure, Orbax's threads may still write for a moment

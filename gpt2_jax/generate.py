@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 from gpt2_jax import runtime
-from gpt2_jax.cli import run_command
+from gpt2_jax.cli import run_command, warn
 from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, strip_controls
@@ -20,7 +20,7 @@ from gpt2_jax.generation import LanguageModel, Sampling
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.resolve import matmul_dtype
+from gpt2_jax.resolve import matmul_dtype, slow_dtype
 
 PROG = "python -m gpt2_jax.generate"
 
@@ -70,11 +70,14 @@ def main(args: Sequence[str]) -> int:
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.samples, flags.seed, slide=flags.slide)
     prompt = _prompt(flags).removeprefix("\ufeff")  # the byte order mark of a file
     runtime.enable_compilation_cache("auto")
-    dtype = jnp.dtype(matmul_dtype(flags.dtype, current_hardware()))
+    hardware = current_hardware()
+    dtype = matmul_dtype(flags.dtype, hardware)
+    if warning := slow_dtype(dtype, hardware.platform):
+        warn(warning)
 
     def load(stored: StoredModel) -> LanguageModel:
         stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
-        return stored.load(None, dtype)
+        return stored.load(None, jnp.dtype(dtype))
 
     texts = [prompt] * flags.samples
     with runtime.advising_on_memory(_smaller(flags, dtype)):
@@ -90,12 +93,12 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _smaller(flags: Flags, dtype: jnp.dtype) -> str:
+def _smaller(flags: Flags, dtype: Dtype) -> str:
     """What to type if memory runs out."""
     if flags.samples > 1:
         return f"type --samples {flags.samples // 2}"
-    if dtype == jnp.float32 and current_hardware().platform != "cpu":
-        return "type --dtype bfloat16"
+    if dtype == "float32" and (smaller := matmul_dtype("auto", current_hardware())) != dtype:
+        return f"type --dtype {smaller}"
     return "take a smaller model"
 
 

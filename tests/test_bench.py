@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from token_files import write_llmc
+from torch_gpt2 import torch_gpt2
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -116,6 +120,55 @@ def test_a_trainer_trains_or_says_why_not(bench):
     assert figures["peak_bytes"] > 50 << 20
     with pytest.raises(trainers.TrainerError, match=r"ours: UserError: .*no-such-preset"):
         trainers.measure(["ours"], ["--config", "no-such-preset"], args)
+
+
+def test_updates_of_llm_c_are_timed_by_its_own_clock(bench, monkeypatch, tmp_path):
+    trainers = bench("trainers")
+    monkeypatch.setattr(trainers, "write_llmc_model", lambda config, directory: None)
+    program = tmp_path / "train_gpt2"
+    program.write_text("""#!/usr/bin/env bash
+wc -c dev/data/tinyshakespeare/tiny_shakespeare_train.bin > "$(dirname "$0")/size"
+for step in {0..4}; do
+  echo "val loss 9.5"
+  echo "step $step: train loss $step.250000 (took $((1000 - 100 * step)).5 ms)"
+done
+""")
+    program.chmod(0o755)
+    config = trainers.training_config([*TINY, "--model.block_size", "64", "--micro_batch_size", "0"])
+    llmc = trainers.LlmC(config, str(program))
+    assert llmc.updates(1) == 0.25
+    assert (tmp_path / "size").read_text().split()[0] == str(4 * 256 + 2 * (4 * 64 + 1))
+    assert llmc.updates(3) == 2.25
+    assert llmc.seconds == pytest.approx(0.9005 + 0.8005 + 0.7005)  # without the first
+    with pytest.raises(UserError, match="ended after 5 updates; expected 6"):
+        llmc.updates(5)
+    llmc.directory.cleanup()
+    with pytest.raises(UserError, match="takes 4 sequences of 64 tokens"):
+        trainers.LlmC(trainers.training_config(TINY), str(program))
+
+
+def test_every_peer_of_generation_has_a_row(bench):
+    runs = {
+        "ours float32": [{"tokens_per_second": value} for value in (60.0, 80.0, 70.0)],
+        "llama.cpp q8_0": [{"tokens_per_second": value} for value in (140.0, 150.0, 100.0)],
+    }
+    rows = bench("decode").rows({"peers": ["llama.cpp q8_0"], "cases": [{"batch": 1, "runs": runs}]})
+    details = "tokens/s: ours float32 70.0 (60.0 to 80.0), llama.cpp q8_0 140.0 (100.0 to 150.0)"
+    assert rows == {"tokens/s over llama.cpp q8_0": (0.5, details)}
+
+
+@pytest.mark.slow
+def test_decoders_write_the_same_text_in_turns(bench, tmp_path):
+    decoders = bench("decoders")
+    config = GPT2Config(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32)
+    torch_gpt2(config).save_pretrained(tmp_path / "model")
+    prompts = np.random.default_rng(0).integers(0, 300, (2, 20)).tolist()
+    with decoders.start_all(["ours float32", "transformers float32"], str(tmp_path / "model")) as both:
+        results = [decode(prompts, 30) for decode in both.values()]
+    for first, total, tokens in results:
+        assert 0 < first < total
+        assert tokens.shape == (2, 30)
+    np.testing.assert_array_equal(results[0][2], results[1][2])
 
 
 def test_sweeps_change_one_key_or_all(bench):

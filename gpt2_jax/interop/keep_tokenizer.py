@@ -80,7 +80,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     """
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
-        vocab, merges = _vocab_and_merges(tokenizer)
+        vocab, merges = vocab_and_merges(tokenizer)
         replace_text(directory / "vocab.json", json.dumps(vocab))
         replace_text(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
@@ -104,7 +104,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     replace_text(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
+def vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
     """The contents of `vocab.json`, and the lines of `merges.txt`, recovered from the order of tiktoken's tokens."""
     special = {encoding.encode_single_token(token): token for token in encoding.special_tokens_set}
     ranks = {

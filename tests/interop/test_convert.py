@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import safetensors
@@ -126,7 +127,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path):
     for gelu, run in runs.items():
         config = dataclasses.replace(GELUS[gelu], n_embd=128)
         save_run(run, config, random_params(config))
-    formats = sorted(FORMATS, key=lambda to: to == "orbax")  # last: its threads may report errors later
+    formats = [*FORMATS, *["gguf"] * bool(find_spec("gguf"))]
+    formats.sort(key=lambda to: to == "orbax")  # last: its threads may report errors later
     commands = [
         ["--from", str(runs["exact" if to == "nanogpt" else "tanh"]), "--to", to, "--out", str(tmp_path / "out")]
         for to in formats
@@ -153,6 +155,6 @@ def test_the_command_reports_the_files_and_the_next_command(saved, tmp_path, cap
     assert "model_00000000.bin" in printed
     assert "make train_gpt2cu PRECISION=FP32" in printed
     with pytest.raises(UserError, match="invalid choice"):
-        main(["--from", "x", "--to", "gguf", "--out", "y"])
-    with pytest.raises(UserError, match="--dtype bfloat16 is for huggingface and llmc"):
+        main(["--from", "x", "--to", "onnx", "--out", "y"])
+    with pytest.raises(UserError, match="--dtype bfloat16 is for huggingface, llmc and gguf; orbax"):
         main(["--from", str(saved), "--to", "orbax", "--out", str(tmp_path / "o"), "--dtype", "bfloat16"])
