@@ -37,7 +37,7 @@ def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
     """
     if dtype != "auto":
         return dtype
-    platform, capability = hardware
+    platform, capability = hardware.platform, hardware.capability
     if platform == "cpu" or (platform == "cuda" and capability < 7.0):
         return "float32"
     return "float16" if platform == "cuda" and capability < 8.0 else "bfloat16"
