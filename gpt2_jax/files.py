@@ -142,7 +142,7 @@ def replace_text(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text, or its parts, to a file atomically: readers see the old text or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:  # the same bytes on every system
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
@@ -155,22 +155,20 @@ def replace_text(path: Path, text: str | Iterable[str]) -> None:
 def exclusive(directory: Path, purpose: str) -> Iterator[None]:
     """Locks a directory for this process. The kernel releases the lock when the process ends, even if it is killed.
 
+    The lock is on the directory itself. Windows cannot open one, and locks the file `.lock` in it instead.
+
     Args:
         purpose: the activity that the lock protects, for the error message: "training".
 
     Raises:
         UserError: another process holds the lock. (A requeued job can start while the old one still saves.)
     """
-    if sys.platform == "win32":  # has no flock
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(directory, os.O_RDONLY)
+    file = directory / ".lock" if sys.platform == "win32" else None
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT) if file else os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(descriptor)
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"another process is {purpose} in {directory}; wait for it, stop it, or give another --out"
             ) from None
@@ -179,3 +177,23 @@ def exclusive(directory: Path, purpose: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        if file:
+            with suppress(OSError):  # another process has it open
+                file.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    """Locks an open file or directory, without waiting, with the lock that each system releases with the process.
+
+    Raises:
+        BlockingIOError, on Windows PermissionError: another process holds the lock.
+        OSError: the file system has no locks.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ from gpt2_jax.data.manifest import MANIFEST, SPLITS, Manifest, saved_settings
 from gpt2_jax.data.preparation import write_tokens
 from gpt2_jax.data.sources import FileSource, Source
 from gpt2_jax.data.tokenizer import end_of_text_token
-from gpt2_jax.data.workers import TokenizeOptions
+from gpt2_jax.data.workers import MAX_WORKERS, TokenizeOptions
 from gpt2_jax.data.writer import ShardWriter
 from gpt2_jax.display import Display, count
 from gpt2_jax.errors import UserError, strip_controls
@@ -26,7 +26,6 @@ from gpt2_jax.files import exclusive, make_directory, remove_empty, replace_text
 
 PROG = "python -m gpt2_jax.prepare"
 MAX_SHARD_TOKENS = 2**31 - 1  # the count in a header is an int32
-MAX_WORKERS = 1024
 
 NAMES = {name: f"{dataset.description} ({dataset.repository})" for name, dataset in DATASETS.items()} | {
     "fineweb-10b-tokenized": f"fineweb-10b, already tokenized, 20 GB; --limit counts whole files ({TOKENIZED})",

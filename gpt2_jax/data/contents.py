@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,8 +147,8 @@ class Contents:
 
     def _hash(self, numbers: Sequence[int], in_background: bool = False) -> None:
         """Hashes files and keeps each digest. A file that changes meanwhile or cannot be read stays unknown."""
-        if in_background:
-            with contextlib.suppress(OSError, AttributeError):  # Linux has a priority per thread
+        if in_background and sys.platform == "linux":  # elsewhere a thread has no priority under its number
+            with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         for number in numbers:
             with contextlib.suppress(OSError, UserError):

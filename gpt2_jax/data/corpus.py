@@ -105,10 +105,14 @@ def match_files(pattern: str, name: str) -> list[str]:
 
 
 def name_files(paths: Iterable[str]) -> dict[str, Path]:
-    """Maps names relative to the common folder to the files, sorted."""
-    ordered = sorted({os.path.abspath(path) for path in paths})
-    root = os.path.dirname(ordered[0]) if len(ordered) == 1 else os.path.commonpath(ordered)
-    return {os.path.relpath(path, root): Path(path) for path in ordered}
+    """Maps names relative to the common folder to the files, sorted. A name has `/` between folders on every system."""
+    found = {os.path.abspath(path) for path in paths}
+    try:
+        root = os.path.dirname(*found) if len(found) == 1 else os.path.commonpath(found)
+    except ValueError:  # drives of Windows have nothing in common
+        root = ""
+    names = {Path(os.path.relpath(path, root) if root else path).as_posix(): Path(path) for path in found}
+    return dict(sorted(names.items()))
 
 
 def _read_documents(paths: dict[str, Path]) -> list[Document]:

@@ -9,6 +9,7 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -159,10 +160,10 @@ class _Gigatoken:
     def _renew(self) -> None:
         import gigatoken
 
-        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.writelines(self._lines)
-            file.flush()
-            self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {}), 0
+        with tempfile.TemporaryDirectory() as directory:  # Windows would not open a temporary file again
+            path = Path(directory, "gpt2.tiktoken")
+            path.write_bytes(b"".join(self._lines))
+            self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(str(path), "gpt2", {}), 0
 
     def __call__(self, text: bytes) -> np.ndarray:
         if self._bytes > self.RENEW_BYTES:

@@ -10,7 +10,7 @@ import numpy as np
 from gpt2_jax.data.encode import uses_gigatoken
 from gpt2_jax.data.manifest import Split
 from gpt2_jax.data.sources import Source
-from gpt2_jax.data.workers import TokenizeOptions, tokenize_blocks
+from gpt2_jax.data.workers import MAX_WORKERS, TokenizeOptions, tokenize_blocks
 from gpt2_jax.data.writer import ShardWriter
 from gpt2_jax.display import Display, count, duration, si
 from gpt2_jax.errors import UserError
@@ -34,7 +34,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
         UserError: the source cannot be read, a document is damaged, or a worker was killed.
         OSError: the directory cannot be written.
     """
-    workers = workers or _n_cores()
+    workers = workers or min(_n_cores(), MAX_WORKERS)
     cursor = writer.cursor
     writer.save_progress(cursor)
     meter = _Meter(writer, source.total, limit)
@@ -67,7 +67,7 @@ def write_tokens(source: Source, writer: ShardWriter, options: TokenizeOptions, 
 
 
 def _n_cores() -> int:
-    """The number of cores that this process may use; on macOS, all cores."""
+    """The number of cores that this process may use; on macOS and Windows, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -18,8 +18,10 @@ import abc
 import errno
 import os
 import re
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +41,9 @@ PEEK_BYTES = 1 << 16  # Read to see which format a file has, or whether it is te
 MIN_HALVES = 64  # Of 16 bits. In fewer tokens every second one can be 0 by chance.
 MAX_HIGH_HALF = 16  # The high half of a token is below it in vocabularies of up to a million tokens.
 MAX_NPY_HEADER = 1 << 16
+
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+_seek = threading.Lock()
 
 
 class Tokens(abc.ABC):
@@ -103,7 +108,7 @@ class TokenFile(Tokens):
     def __init__(self, path: Path, n_tokens: int, offset: int, dtype: np.dtype) -> None:
         self.path, self.dtype, self._n_tokens, self._offset = path, dtype, n_tokens, offset
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = os.open(path, os.O_RDONLY | _BINARY)
         except OSError as error:
             advice = "; raise the limit of open files: ulimit -n 65536" if error.errno == errno.EMFILE else ""
             raise UserError(f"{path} cannot be read: {error.strerror}{advice}") from error
@@ -124,12 +129,23 @@ class TokenFile(Tokens):
             done = 0
             while done < size:
                 try:
-                    read = os.preadv(self._file, [memory[begin + done : begin + size]], offset + done)
+                    read = _read_at(self._file, memory[begin + done : begin + size], offset + done)
                 except OSError as error:
                     raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
                 if not read:
                     raise UserError(f"{self.path} has become shorter; copy or prepare it again")
                 done += read
+
+
+def _read_at(file: int, out: memoryview, offset: int) -> int:
+    """Reads from an offset of a file into `out`, and returns the number of bytes: 0 at the end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [out], offset)
+    with _seek:  # Windows has one position per file, for all threads
+        os.lseek(file, offset, os.SEEK_SET)
+        data = os.read(file, len(out))
+    out[: len(data)] = data
+    return len(data)
 
 
 def open_tokens(path: str | Path) -> TokenFile:
@@ -301,7 +317,8 @@ def allow_open_files(count: int) -> None:
     wanted = count + 512  # for everything else in the process
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        with suppress(ValueError, OSError):  # macOS has a lower limit behind the one without end
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def open_token_files(paths: Sequence[Path]) -> list[TokenFile]:

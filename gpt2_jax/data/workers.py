@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from gpt2_jax.data.manifest import SPLITS, Split
 from gpt2_jax.data.sources import Block, Span
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
 from gpt2_jax.errors import UserError
+
+MAX_WORKERS = 61 if sys.platform == "win32" else 1024  # a process of Windows waits for 64 things at most
 
 FIX_OR_SKIP = "fix it and give another --out, or type --on-error skip"
 
@@ -182,7 +185,13 @@ def tokenize_blocks(
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Starts processes with Ctrl-C blocked, even while they import. This process handles it."""
+    """Starts processes with Ctrl-C blocked, even while they import. This process handles it.
+
+    Windows blocks no signals: there a worker that still imports prints its interrupt too.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

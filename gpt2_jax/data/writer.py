@@ -195,7 +195,7 @@ class ShardWriter:
             shard, path = self._open[split], self.directory / self._name(split)
             partial = path.with_name(path.name + PARTIAL)
             if path.exists():  # completed after the last save
-                path.rename(partial)
+                path.replace(partial)
             size = HEADER_BYTES + 2 * shard.tokens
             if not shard.tokens:
                 partial.write_bytes(header_bytes(0))
@@ -216,7 +216,7 @@ class ShardWriter:
         del self._files[split]
         partial = path.with_name(path.name + PARTIAL)
         self.shards.append(Shard(path.name, shard.tokens, shard.documents, sha256(partial)))
-        partial.rename(path)
+        partial.replace(path)
         self._open[split] = _OpenShard(shard.number + 1)
 
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -158,8 +159,9 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
 
     # With several processes, `jax.distributed.initialize` has installed JAX's own handler of SIGTERM.
     numbers = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
+    hangup = signal.SIGBREAK if sys.platform == "win32" else signal.SIGHUP
+    if signal.getsignal(hangup) is signal.SIG_DFL:  # nohup ignores it
+        numbers.append(hangup)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop_requested

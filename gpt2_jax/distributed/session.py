@@ -43,10 +43,15 @@ def distributed_session(
 
     Args:
         exit_codes: the exit codes of errors that print one line. Any other error prints a traceback and exits with 1.
+
+    Raises:
+        UserError: there is a cluster, on Windows.
     """
     if cluster is None:
         yield
         return
+    if sys.platform == "win32":
+        raise UserError("several processes of one run need Linux or macOS; start the command without a cluster")
     _initialize(cluster, flags)
     reporter = _start_crash_reporter()
     exiting = threading.Lock()  # Acquired once, by the thread that ends this process.

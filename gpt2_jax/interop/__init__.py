@@ -54,6 +54,7 @@ def open_model(name: str) -> StoredModel:
         with permission(path):
             return _open_directory(name, path)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    is_path |= "\\" in name or ":" in name  # of Windows; no name on the hub has them
     if not name or is_path or path.suffix in (".pt", ".pth", ".bin"):
         raise UserError(f"{name or 'an empty name'} does not exist; expected {MODEL_KINDS}")
     assume_gpt2 = name.removeprefix("openai-community/") in OPENAI_MODELS

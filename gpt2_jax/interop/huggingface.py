@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.tokenizer import Boundaries
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import check_hub_cache
+from gpt2_jax.files import check_hub_cache, replace_text
 from gpt2_jax.interop.keep_tokenizer import keep_tokenizer, special_ids
 from gpt2_jax.interop.model_files import FindFile, check_permission, read_json
 from gpt2_jax.interop.state_dict import Tensors, check_state
@@ -202,7 +202,7 @@ def write_huggingface(model: StoredModel, directory: Path, dtype: str) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # transformers requires the key
     keep_tokenizer(model, directory, make=True)
     table = _config_json(config, dtype) | special_ids(model.boundaries)
-    (directory / "config.json").write_text(json.dumps(table, indent=2) + "\n")
+    replace_text(directory / "config.json", json.dumps(table, indent=2) + "\n")
 
 
 def _config_json(config: GPT2Config, dtype: str) -> dict[str, Any]:

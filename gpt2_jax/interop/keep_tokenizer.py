@@ -17,6 +17,7 @@ import tiktoken
 
 from gpt2_jax.data.tokenizer import END_OF_TEXT, UNKNOWN, Boundaries, CharTokenizer, Tokenizer, end_of_text
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import replace_text
 from gpt2_jax.interop.model_files import permission
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.interop.tokenizer_files import BYTE_TO_CHARACTER, GENERATION, GPT2_VOCABS, SETTINGS, VOCABULARIES
@@ -62,7 +63,7 @@ def keep_tokenizer(model: StoredModel, directory: Path, make: bool) -> None:
     around = model.boundaries if make else model.named
     if make or around != UNKNOWN:
         table = {"_from_model_config": True} | special_ids(around)
-        (directory / GENERATION).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        replace_text(directory / GENERATION, json.dumps(table, indent=2) + "\n")
 
 
 def special_ids(around: Boundaries) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     settings: dict[str, Any] = {"model_max_length": block_size}
     if isinstance(tokenizer, tiktoken.Encoding):
         vocab, merges = _vocab_and_merges(tokenizer)
-        (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-        (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        replace_text(directory / "vocab.json", json.dumps(vocab))
+        replace_text(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     elif isinstance(tokenizer, CharTokenizer):
         vocab = {character: token for token, character in enumerate(tokenizer.characters)}
@@ -94,13 +95,13 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
             "decoder": {"type": "Fuse"},
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         }
-        (directory / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
+        replace_text(directory / "tokenizer.json", json.dumps(table))
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         raise TypeError(f"transformers has no files for a {type(tokenizer).__name__}")
     if end_of_text(tokenizer) is not None:
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    replace_text(directory / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _vocab_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:

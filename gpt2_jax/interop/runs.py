@@ -16,6 +16,7 @@ from gpt2_jax.config import DataConfig, ModelConfig
 from gpt2_jax.config.toml import read_model_config, to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, ExtendedTokenizer, get_tokenizer, tokenizer_name
 from gpt2_jax.errors import DamagedError, DeletedError, UserError
+from gpt2_jax.files import replace_text
 from gpt2_jax.interop.keep_tokenizer import keep_tokenizer
 from gpt2_jax.interop.model_files import check_permission, directory_files
 from gpt2_jax.interop.stored import StoredModel, check_sizes
@@ -102,7 +103,7 @@ def write_orbax(model: StoredModel, directory: Path) -> None:
     # A config cannot name other byte pairs than gpt2 and bytes. They are always in files, which come first.
     data = DataConfig(tokenizer=tokenizer_name(base) or "gpt2", characters=characters)
     config = model.config.unrolled("auto")
-    (directory / "config.toml").write_text(to_toml(ModelConfig(config, data)), encoding="utf-8")
+    replace_text(directory / "config.toml", to_toml(ModelConfig(config, data)))
     keep_tokenizer(model, directory, make=False)
     model = model if model.hashes is not None else model.with_fingerprint()
     params: Params = {}
