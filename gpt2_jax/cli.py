@@ -118,7 +118,7 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
     def retry(lost: sys.UnraisableHookArgs) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             hook(lost)
-        elif hasattr(signal, "setitimer"):
+        elif sys.platform != "win32":  # has no timer
             signal.signal(signal.SIGALRM, interrupt)
             signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
@@ -128,7 +128,7 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if hasattr(signal, "setitimer"):
+        if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
 

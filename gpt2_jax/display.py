@@ -1,4 +1,4 @@
-"""Progress display: a bar in a terminal; elsewhere plain lines, at most one every five seconds.
+"""Progress display: a bar in a terminal; elsewhere and in notebooks plain lines, at most one every five seconds.
 
 Work continues without a display when its output cannot be written: after `| head`, or on a full disk.
 """
@@ -42,7 +42,8 @@ class Display:
     def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
         self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         self._bar = None
-        if self.console.is_terminal and not os.environ.get("CI") and not quiet:
+        in_notebook = "JPY_PARENT_PID" in os.environ  # looks like a terminal, and keeps every state of a bar
+        if self.console.is_terminal and not os.environ.get("CI") and not in_notebook and not quiet:
             self._bar = Progress(
                 BarColumn(bar_width=None),
                 MofNCompleteColumn() if counts else TaskProgressColumn(),

@@ -23,6 +23,7 @@ def test_plain_lines(capsys):
 
 def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     for counts, shown in ((True, "20/100"), (False, "20%")):
         screen = io.StringIO()
         monkeypatch.setattr(
@@ -36,6 +37,17 @@ def test_a_bar_on_a_terminal(monkeypatch):
         assert shown in text
         assert "loss 2.3457 · 0:10 left" in text
         assert "validation [bold] stays as it is" in text
+
+
+def test_a_notebook_gets_plain_lines(monkeypatch, capsys):
+    """Its kernel says that commands write to a terminal, and stores every state of a bar."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for parent, bars in ((None, True), ("1", False)):
+        monkeypatch.setenv("JPY_PARENT_PID", parent) if parent else monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+        with Display(0, 100, "starting") as display:
+            display.show(100, "update 100/100", ["loss 2.0"])
+        assert ("\x1b" in capsys.readouterr().out) == bars
 
 
 def test_numbers():

@@ -88,7 +88,11 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "words"), commands())
 def test_commands_have_the_flags_that_are_shown(name, words):
-    args = shlex.split(words, comments=True)
+    check_flags(name, shlex.split(words, comments=True))
+
+
+def check_flags(name: str, args: list[str]) -> None:
+    """Parses a command line as the command does."""
     module = importlib.import_module("gpt2_jax.data.__main__" if name == "data" else f"gpt2_jax.{name}")
     if name not in WITH_CONFIG:
         parse_flags(module.Flags, args, prog=name, description="")

@@ -18,6 +18,7 @@ import abc
 import errno
 import os
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -309,10 +310,10 @@ def find_token_files(pattern: str, key: str) -> list[Path]:
 
 def allow_open_files(count: int) -> None:
     """Raises this process's limit of open files for `count` token files if necessary, as far as the system allows."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if sys.platform == "win32":  # has another limit, which is fixed
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512  # for everything else in the process
     if soft != resource.RLIM_INFINITY and soft < wanted:

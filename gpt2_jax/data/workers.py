@@ -189,7 +189,7 @@ def _without_interrupts() -> Iterator[None]:
 
     Windows blocks no signals: there a worker that still imports prints its interrupt too.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

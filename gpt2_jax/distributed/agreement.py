@@ -159,7 +159,10 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
 
     # With several processes, `jax.distributed.initialize` has installed JAX's own handler of SIGTERM.
     numbers = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
-    hangup = signal.SIGBREAK if sys.platform == "win32" else signal.SIGHUP
+    if sys.platform == "win32":
+        hangup = signal.SIGBREAK
+    else:
+        hangup = signal.SIGHUP
     if signal.getsignal(hangup) is signal.SIG_DFL:  # nohup ignores it
         numbers.append(hangup)
     previous = {number: signal.signal(number, handle) for number in numbers}

@@ -52,7 +52,7 @@ def simulate(system):
         modules["signal"] = Partial(signal, hidden, SIGBREAK=signal.SIGHUP)
         modules["msvcrt"] = fake_msvcrt()
         refuse_open_files()
-        sys.modules |= dict.fromkeys(("array_record", "uvloop"))  # not installed there, as the requirements say
+        sys.modules["uvloop"] = None  # not installed there, as the requirements of Orbax say
     real_import = builtins.__import__
 
     def import_here(name, globals=None, locals=None, fromlist=(), level=0):
