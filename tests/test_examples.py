@@ -47,11 +47,11 @@ def test_commands_have_the_flags_that_are_shown(name):
         check_flags(command, shlex.split(words.format(EXPORT="export", **settings)))
 
 
-def execute(name: str, directory: Path, monkeypatch, until: str = "", **settings) -> str:
+def execute(name: str, directory: Path, monkeypatch, only: str = "", **settings) -> str:
     """Runs all cells but the installation, with other settings, and returns what the commands printed.
 
     Args:
-        until: the command in the last cell to run; by default all run.
+        only: the one command to run; by default all run.
     """
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)  # one device
@@ -59,19 +59,19 @@ def execute(name: str, directory: Path, monkeypatch, until: str = "", **settings
     notebook = read(name)
     cells = []
     for index, cell in enumerate(notebook.cells):
-        if index != tagged(notebook, "install"):
-            cells.append(cell)
+        commands = COMMAND.findall(cell.source)
+        if index == tagged(notebook, "install") or (only and "!python" in cell.source and only not in dict(commands)):
+            continue
+        cells.append(cell)
         if index == tagged(notebook, "parameters"):
             cells.append(nbformat.v4.new_code_cell("\n".join(f"{key} = {value!r}" for key, value in settings.items())))
-        if commands := COMMAND.findall(cell.source):
+        if commands:
             cells.append(nbformat.v4.new_code_cell("assert not _exit_code, _exit_code"))
-        if until in dict(commands):
-            break
     notebook.cells = cells
     where = {"metadata": {"path": directory}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert until or any("image/png" in output.get("data", ()) for output in outputs)  # the plot
+    assert any("image/png" in output.get("data", ()) for output in outputs)  # the plot
     printed = "".join(output.text for output in outputs if output.output_type == "stream").replace("\r\n", "\n")
     assert "\x1b" not in printed  # a notebook would keep every state of a progress bar
     return printed
