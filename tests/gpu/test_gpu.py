@@ -25,15 +25,16 @@ from gpt2_jax.step import init_state, make_train_step
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 
-def test_attention_is_as_exact_as_plain_attention(gpu):
-    """In bfloat16, against float32, the chosen kernel may have twice the error of plain XLA: both round alike."""
-    problem = Problem(hardware_of(gpu), jnp.dtype(jnp.bfloat16), time=1024, head_dim=64, dropout=0.0)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_attention_is_as_exact_as_plain_attention(gpu, dtype):
+    """In 16 bits, against float32, the chosen kernel may have twice the error of plain XLA: both round alike."""
+    problem = Problem(hardware_of(gpu), jnp.dtype(dtype), time=1024, head_dim=64, dropout=0.0)
     backend = choose("auto", problem).backend
     if backend == "xla":
         pytest.skip("auto chooses plain XLA on this GPU, so there is no kernel to compare with it")
-    # Rounded to bfloat16 once, so that all start from the same numbers.
+    # Rounded to 16 bits once, so that all start from the same numbers.
     rng = np.random.default_rng(0)
-    inputs = [jnp.asarray(rng.standard_normal((4, 1024, 12, 64)), jnp.bfloat16) for _ in range(4)]
+    inputs = [jnp.asarray(rng.standard_normal((4, 1024, 12, 64)), dtype) for _ in range(4)]
 
     def run(backend, dtype):
         def attend(q, k, v):
@@ -47,7 +48,7 @@ def test_attention_is_as_exact_as_plain_attention(gpu):
         exact = run("xla", jnp.float32)
 
     def errors(backend):
-        values = run(backend, jnp.bfloat16)
+        values = run(backend, dtype)
         return [np.linalg.norm(value - x) / np.linalg.norm(x) for value, x in zip(values, exact, strict=True)]
 
     for name, kernel, plain in zip(("output", "dq", "dk", "dv"), errors(backend), errors("xla"), strict=True):
