@@ -70,13 +70,13 @@ def main(args: Sequence[str]) -> int:
     prompt = _prompt(flags).removeprefix("\ufeff")  # the byte order mark of a file
     runtime.enable_compilation_cache("auto")
     platform = current_hardware().platform
-    name = matmul_dtype(flags.dtype, platform)
-    if warning := slow_dtype(name, platform):
+    if warning := slow_dtype(matmul_dtype(flags.dtype, platform), platform):
         warn(warning)
+    dtype = jnp.dtype(matmul_dtype(flags.dtype, platform))
 
     def load(stored: StoredModel) -> LanguageModel:
         stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
-        return stored.load(None, jnp.dtype(name))
+        return stored.load(None, dtype)
 
     texts = [prompt] * flags.samples
     with runtime.advising_on_memory(_smaller(flags, dtype)):
