@@ -60,7 +60,7 @@ class Flags:
     dump: str = ""
     """File to write the log-probabilities of all tokens to, as lines of JSON."""
     dtype: Dtype = "float32"
-    """Dtype of activations and matmuls. Published figures are in float32; bfloat16 is faster on accelerators, slower on CPU."""
+    """Dtype of activations and matmuls. Published figures are in float32; bfloat16 is faster, except on CPU."""
     fsdp: int = 1
     """Devices that share one copy of the parameters, for a model that does not fit into one."""
 
