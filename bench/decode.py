@@ -68,7 +68,9 @@ def main() -> None:
     batches, lengths = args.batch or ([1] if args.peers else [1, 8]), args.prompt or ([64] if args.peers else [64, 100])
     cases: list[Figures] = []
     with tempfile.TemporaryDirectory() as scratch:
-        directory = str(convert(args.model or random_model(scratch), "huggingface", f"{scratch}/model"))
+        directory = args.model or random_model(scratch)
+        if args.peers:  # they need a directory with the tokenizer
+            directory = str(convert(directory, "huggingface", f"{scratch}/model"))
         with start_all(names, directory) as decoders:
             for batch, length in itertools.product(batches, lengths):
                 prompts = np.random.default_rng(length).integers(0, 50257, (batch, length)).tolist()

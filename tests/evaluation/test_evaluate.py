@@ -79,6 +79,7 @@ def test_a_table_a_json_and_every_log_probability(models, data, tmp_path, capsys
     assert perplexity == pytest.approx(math.exp(-np.mean(words)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_warns_on_a_cpu(models, data, tmp_path, capsys):
     values = {}
     for dtype in ("float32", "bfloat16"):
