@@ -54,6 +54,9 @@ def test_the_documents_are_those_of_the_files(bench):
     page, plans = scaling.DOCUMENT.read_text(encoding="utf-8"), json.loads(scaling.RECORD.read_text())["results"]
     assert page == scaling.document(page, plans)
     assert all(f"`{row.sharding}`" in page for row in scaling.ROWS if row.sharding)
+    cards = bench("cards")
+    page = cards.DOCUMENT.read_text(encoding="utf-8")
+    assert page == cards.document(page, json.loads(cards.RECORD.read_text()))
     page = report.DOCUMENT.read_text(encoding="utf-8")
     assert page == report.document(page, report.RESULTS)
     page = report.RELIABILITY.read_text(encoding="utf-8")
@@ -63,6 +66,28 @@ def test_the_documents_are_those_of_the_files(bench):
     assert len(linked) > 20
     for link, script in linked:
         assert (ROOT / script if script else ROOT / "docs" / link).exists()
+
+
+def test_the_largest_micro_batch_that_fits_a_card_with_the_least_rematerialization(bench):
+    cards = bench("cards")
+    results = json.loads(cards.RECORD.read_text())["programs"]
+    for card in cards.CARDS:
+        memory = cards.USABLE * cards.CHIPS[cards.GPUS[card.name].kind].memory
+        for size in cards.SIZES:
+            every = list(cards.settings(card, size, results))
+            chosen = cards.choose(card, size, results)
+            assert chosen is None or chosen.required <= memory
+            before = every if chosen is None else every[: every.index(chosen)]
+            assert all(cell.required > memory for cell in before)
+
+
+def test_the_lines_of_memory_and_traffic_hold_for_the_cards_themselves(bench):
+    """Against programs that were compiled for a card: the generation decides, with a few percent for the card."""
+    checks = json.loads(bench("cards").RECORD.read_text())["checks"]
+    assert checks
+    for check in checks.values():
+        assert check["required"] == pytest.approx(check["required_expected"], rel=0.1)
+        assert check["hbm_bytes"] == pytest.approx(check["hbm_bytes_expected"], rel=0.2)
 
 
 def test_the_report_says_whether_a_fault_was_recovered_from(bench, tmp_path):
