@@ -62,7 +62,7 @@ class Program(NamedTuple):
         return f"{COMPILED_FOR[self.generation]}:{self.devices} {self.size} {self.remat} {micro_batch}"
 
 
-# From little memory to much. Rematerialization that no card needs is left out.
+# From little memory to much. Rematerialization that helps no card is left out.
 CARDS = [
     Card("T4", "t4"), Card("V100 16 GB", "v100"), Card("V100 32 GB", "v100-32gb"),
     Card("L4", "l4"), Card("A10", "a10"), Card("A10G", "a10g"),
@@ -133,7 +133,7 @@ def line_through(x: tuple[float, float], y: tuple[float, float], at: float) -> f
 
 
 def settings(card: Card, size: str, results: Figures) -> Iterator[Cell]:
-    """All settings of the card's generation, in the order of preference: one card, then little rematerialization."""
+    """All settings of the card's generation."""
     chip = CHIPS[GPUS[card.name].kind]
     for program in PROGRAMS:
         if (program.generation, program.size) != (card.generation, size) or program.devices not in (1, card.count):
@@ -156,9 +156,10 @@ def settings(card: Card, size: str, results: Figures) -> Iterator[Cell]:
 
 
 def choose(card: Card, size: str, results: Figures) -> Cell | None:
-    """The largest micro-batch with the least rematerialization that fits: on one card, else on a host of them."""
+    """What fits and takes the least time if nothing overlaps: on one card, else on a host of them."""
     memory = USABLE * CHIPS[GPUS[card.name].kind].memory
-    return next((cell for cell in settings(card, size, results) if cell.required <= memory), None)
+    fitting = (cell for cell in settings(card, size, results) if cell.required <= memory)
+    return min(fitting, key=lambda cell: (cell.program.devices, cell.estimate.upper_bound), default=None)
 
 
 def duration(seconds: float) -> str:

@@ -68,17 +68,20 @@ def test_the_documents_are_those_of_the_files(bench):
         assert (ROOT / script if script else ROOT / "docs" / link).exists()
 
 
-def test_the_largest_micro_batch_that_fits_a_card_with_the_least_rematerialization(bench):
+def test_the_settings_that_fit_a_card_and_take_the_least_time(bench):
     cards = bench("cards")
     results = json.loads(cards.RECORD.read_text())["programs"]
     for card in cards.CARDS:
         memory = cards.USABLE * cards.CHIPS[cards.GPUS[card.name].kind].memory
         for size in cards.SIZES:
-            every = list(cards.settings(card, size, results))
             chosen = cards.choose(card, size, results)
-            assert chosen is None or chosen.required <= memory
-            before = every if chosen is None else every[: every.index(chosen)]
-            assert all(cell.required > memory for cell in before)
+            assert chosen.required <= memory
+            for other in cards.settings(card, size, results):
+                assert other.estimate.memory > 0
+                if other.required <= memory:
+                    assert other.program.devices >= chosen.program.devices
+                    one_slower = other.estimate.upper_bound >= chosen.estimate.upper_bound
+                    assert one_slower or other.program.devices > chosen.program.devices
 
 
 def test_the_lines_of_memory_and_traffic_hold_for_the_cards_themselves(bench):
