@@ -58,6 +58,9 @@ def test_the_documents_are_those_of_the_files(bench):
     page, plans = scaling.DOCUMENT.read_text(encoding="utf-8"), json.loads(scaling.RECORD.read_text())["results"]
     assert page == scaling.document(page, plans)
     assert all(f"`{row.sharding}`" in page for row in scaling.ROWS if row.sharding)
+    cards = bench("cards")
+    page = cards.DOCUMENT.read_text(encoding="utf-8")
+    assert page == cards.document(page, json.loads(cards.RECORD.read_text()))
     page = report.DOCUMENT.read_text(encoding="utf-8")
     assert page == report.document(page, report.RESULTS)
     page = report.RELIABILITY.read_text(encoding="utf-8")
@@ -67,6 +70,31 @@ def test_the_documents_are_those_of_the_files(bench):
     assert len(linked) > 20
     for link, script in linked:
         assert (ROOT / script if script else ROOT / "docs" / link).exists()
+
+
+def test_the_settings_that_fit_a_card_and_take_the_least_time(bench):
+    cards = bench("cards")
+    results = json.loads(cards.RECORD.read_text())["programs"]
+    for card in cards.CARDS:
+        memory = cards.USABLE * cards.CHIPS[cards.GPUS[card.name].kind].memory
+        for size in cards.SIZES:
+            chosen = cards.choose(card, size, results)
+            assert chosen.required <= memory
+            for other in cards.settings(card, size, results):
+                assert other.estimate.memory > 0
+                if other.required <= memory:
+                    assert other.program.devices >= chosen.program.devices
+                    one_slower = other.estimate.upper_bound >= chosen.estimate.upper_bound
+                    assert one_slower or other.program.devices > chosen.program.devices
+
+
+def test_the_lines_of_memory_and_traffic_hold_for_the_cards_themselves(bench):
+    """Against programs that were compiled for a card. XLA fuses more for Hopper, so a third of the traffic can go."""
+    checks = json.loads(bench("cards").RECORD.read_text())["checks"]
+    assert checks
+    for check in checks.values():
+        assert check["required"] == pytest.approx(check["required_expected"], rel=0.1)
+        assert 0.6 < check["hbm_bytes"] / check["hbm_bytes_expected"] < 1.1
 
 
 def test_the_report_says_whether_a_fault_was_recovered_from(bench, tmp_path):
