@@ -96,7 +96,10 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device], available: int | Non
     """
     automatic = config.micro_batch_size == "auto"
     sizes = _sizes(config, devices) if automatic else [config.micro_batch_limit]
-    remats = REMATS if config.model.remat == "auto" else (config.model.remat,)
+    remats = (config.model.remat,)
+    if config.model.remat == "auto":
+        # Scanned layers without rematerialization store and read so much that "dots" is estimated to be faster.
+        remats = REMATS[1:] if config.model.scan_layers else REMATS
     if not available:  # unknown
         return Fit(sizes[0], remats[0], Memory(0, None), 0)
     return largest_fit(config, devices, available, sizes, remats, note)

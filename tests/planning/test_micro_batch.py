@@ -84,6 +84,12 @@ def test_no_more_rematerialization_than_is_needed(compiler):
     assert find(19) == (4, "full")
 
 
+def test_scanned_layers_take_dots_at_least(compiler):
+    compiler(lambda micro, remat: 1 + micro)
+    scanned = dataclasses.replace(PRESET, model=dataclasses.replace(PRESET.model, scan_layers=True))
+    assert find(2000, scanned) == (32, "dots")
+
+
 def test_what_the_user_sets_is_obeyed(compiler):
     model = dataclasses.replace(PRESET.model, remat="full")
     tried = compiler(lambda micro, remat: 2 + micro)
