@@ -96,7 +96,7 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device], available: int | Non
     """
     automatic = config.micro_batch_size == "auto"
     sizes = _sizes(config, devices) if automatic else [config.micro_batch_limit]
-    remats = (config.model.remat,)
+    remats: tuple[Remat, ...] = (config.model.remat,)
     if config.model.remat == "auto":
         # Scanned layers without rematerialization store and read so much that "dots" is estimated to be faster.
         remats = REMATS[1:] if config.model.scan_layers else REMATS
