@@ -21,33 +21,14 @@ END
     ;;
 esac
 
-out=$(mkdir -p "$1/logs" && cd "$1" && pwd)
-shift
-(($#)) && pieces=("$@")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-python=${PYTHON:-python3} failed=0
-
-# run NAME ARGS...: runs Python unless NAME is done already.
-run() {
-  local log=$out/logs/$1.log
-  if [[ -e $log ]]; then
-    echo "== $1: done"
-  elif echo "== $1" && "$python" "${@:2}" 2>&1 | tee "$log.partial"; then
-    mv "$log.partial" "$log"
-  else
-    echo "== $1: FAILED; see $log.partial"
-    failed=1
-  fi
-}
-bench() { run "$1" "bench/$2.py" --results "$out" "${@:3}"; }
-step() { bench "$1" peers --name "$1" --repeat 3 --seconds 1 "${@:2}"; }
+# shellcheck source=bench/pieces.sh
+source "$(dirname "${BASH_SOURCE[0]}")/pieces.sh"
 
 small=(--config gpt2-124m --batch_size 64 --micro_batch_size 32)
 for piece in "${pieces[@]}"; do
   case $piece in
     right) # attention, the training step, learning, resuming and determinism
-      run right -m pytest -m gpu tests/gpu -rA
+      run right -m pytest -n 0 -m gpu tests/accelerators -rA
       ;;
     headline) # 124M: tokens/s, MFU and memory by micro-batch; then beside the compiled peers
       step peers-sweep-124m --config gpt2-124m --batch_size 128 --micro_batch_size 16 \

@@ -25,6 +25,7 @@ from record import Figures, Rows, arguments, duration, take_turns, timed, write
 
 from gpt2_jax.attention import BACKENDS, causal_attention
 from gpt2_jax.attention.backend import Problem
+from gpt2_jax.attention.splash import Tiles, splash_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss import cross_entropy
@@ -93,6 +94,11 @@ def attention(batch: int, length: int, dtype: jnp.dtype, repeat: int) -> Figures
         for name, backend in BACKENDS.items()
         if not backend.unsupported_reason(problem)
     }
+    if problem.hardware.platform == "tpu":  # in other tiles than those of `tiles_for`
+        for forward, backward, fused in ((512, 512, False), (512, 512, True), (512, 1024, True), (1024, 1024, True)):
+            name = f"splash, blocks of {forward} forward and {backward} backward, {'fused' if fused else 'two kernels'}"
+            tiles = Tiles(forward, backward, fused)
+            candidates[name] = functools.partial(splash_attention, scale=head_dim**-0.5, tiles=tiles)
     if tokamax:
         theirs = functools.partial(tokamax.dot_product_attention, is_causal=True)
         kernels = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}.get(problem.hardware.platform, ())

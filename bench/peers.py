@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=["both", "yes", "no"], default="both", help="whether torch compiles")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block of updates, at least")
     parser.add_argument("--updates", type=int, default=5, help="of a block, at least")
+    parser.add_argument("--devices", type=int, default=1, help="of ours (1); 0 for all; a peer has one")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=VALUE,VALUE")
     parser.add_argument("--grid", action="store_true", help="all combinations of the sweeps")
     parser.add_argument("--name", help="of the file: NAME-DEVICE; by default peers-CASE")

@@ -2,7 +2,7 @@
 
 So each has its own memory, threads and settings, is compiled and warmed up once, and works alone, in turns.
 
-    ours          `make_train_step` on one device, fed and read as train.py does: metrics are fetched one update late
+    ours          `make_train_step` on one device or several, fed and read as train.py does: metrics come an update late
     transformers  GPT2LMHeadModel with fused attention (SDPA) and fused AdamW
     nanogpt       model.py of a nanoGPT checkout, with the optimizer that it configures
     llmc          llm.c's train_gpt2 for CPUs, with an AdamW of its own, which neither clips nor decays
@@ -59,7 +59,8 @@ def measure(
     Args:
         names: "ours", "transformers", "nanogpt", "llmc", or with " compiled" the two of torch with torch.compile.
         flags: of a training config, with --config.
-        args: with the repetitions `repeat`, each of at least `seconds` and `updates`.
+        args: with the repetitions `repeat`, each of at least `seconds` and `updates`, and the number of `devices` that
+            ours takes, 0 for all.
         nanogpt: directory of the nanoGPT checkout.
         llmc: llm.c's program train_gpt2.
 
@@ -78,7 +79,7 @@ def measure(
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise TrainerError(f"{name}: {reason}") from error
 
-        about = {name: call(name, start, name, flags, nanogpt, llmc) for name in names}
+        about = {name: call(name, start, name, flags, nanogpt, llmc, args.devices) for name in names}
         if "llmc" in names and abs(about["llmc"]["first_loss"] - about["ours"]["first_loss"]) > 1e-3:  # 11 in float32
             raise TrainerError(f"llmc: first loss {about['llmc']['first_loss']}, ours {about['ours']['first_loss']}")
         seconds = {name: call(name, run, args.updates)["seconds"] for name in names}
@@ -124,12 +125,12 @@ def training_config(flags: Sequence[str]) -> TrainConfig:
 trainer: Ours | Torch | LlmC
 
 
-def start(name: str, flags: Sequence[str], nanogpt: str, llmc: str) -> Figures:
+def start(name: str, flags: Sequence[str], nanogpt: str, llmc: str, devices: int) -> Figures:
     """Builds a trainer and does its first update, which includes compilation."""
     global trainer
     begin = time.perf_counter()
     config = training_config(flags)
-    makers = {"ours": lambda: Ours(config), "llmc": lambda: LlmC(config, llmc)}
+    makers = {"ours": lambda: Ours(config, devices), "llmc": lambda: LlmC(config, llmc)}
     trainer = makers.get(name, lambda: Torch(config, name, nanogpt))()
     built = time.perf_counter()
     loss = trainer.updates(1)
@@ -148,9 +149,9 @@ def run(updates: int) -> Figures:
     return {"seconds": seconds, "loss": loss, "peak_bytes": trainer.device_peak() or resident}
 
 
-def random_batches(config: TrainConfig) -> Iterator[np.ndarray]:
+def random_batches(config: TrainConfig, micro_batches: int) -> Iterator[np.ndarray]:
     """The same batches for every trainer, eight over and over: int32 [micro_batches, sequences, block_size + 1]."""
-    shape = (config.batch_size // config.micro_batch_size, config.micro_batch_size, config.model.block_size + 1)
+    shape = (micro_batches, config.batch_size // micro_batches, config.model.block_size + 1)
     windows = np.lib.stride_tricks.sliding_window_view(random_tokens(config), shape[-1])[:: config.model.block_size]
     return itertools.cycle(np.ascontiguousarray(batch).reshape(shape) for batch in np.split(windows, 8))
 
@@ -162,39 +163,46 @@ def random_tokens(config: TrainConfig) -> np.ndarray:
 
 
 class Ours:
-    """Our training step on JAX's first device. Sets JAX's matmul precision for the whole process."""
+    """Our training step on JAX's first devices. Sets JAX's matmul precision for the whole process."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, devices: int) -> None:
         import jax
 
         from gpt2_jax import runtime
+        from gpt2_jax.compiler_options import compiler_options
         from gpt2_jax.hardware import chip_of, hardware_of
         from gpt2_jax.metrics import flops_per_token
         from gpt2_jax.model import n_params
         from gpt2_jax.resolve import build_model, matmul_precision, resolve
-        from gpt2_jax.sharding import batch_sharding, make_mesh
+        from gpt2_jax.sharding import batch_sharding, make_mesh, num_micro_batches
         from gpt2_jax.step import init_state, make_train_step
 
         runtime.use_single_malloc_arena()
-        self.device = jax.devices()[0]
+        self.devices = jax.devices()[: devices or None]
+        self.device = self.devices[0]
         runtime.enable_compilation_cache("")  # compile time is a figure
         self.config, attention = resolve(config, hardware_of(self.device))
         jax.config.update("jax_default_matmul_precision", matmul_precision(self.config.dtype))
         self.model = build_model(self.config, attention)
-        self.mesh = make_mesh(self.config.mesh, [self.device])
-        self.step = make_train_step(self.model, self.config.optimizer, self.mesh, self.config.seed)
+        self.mesh = make_mesh(self.config.mesh, self.devices)
+        options = compiler_options(self.config, hardware_of(self.device))
+        self.step = make_train_step(self.model, self.config.optimizer, self.mesh, self.config.seed, options)
         state = init_state(self.model, self.config.optimizer, self.mesh, self.config.seed)
         self.state = jax.block_until_ready(state)
-        self.batches, self.sharding = random_batches(config), batch_sharding(self.mesh, leading_axis=True)
+        micro_batches = num_micro_batches(config.batch_size, config.micro_batch_size, self.mesh)
+        self.batches = random_batches(config, micro_batches)
+        self.sharding = batch_sharding(self.mesh, leading_axis=True)
         size = n_params(self.state.params, self.model.config)
         chip = chip_of(self.device) if self.config.dtype == "bfloat16" else None
         self.about = {
             "device": self.device.device_kind,
+            "devices": self.mesh.size,
+            "compiler_options": options,
             "dtype": self.config.dtype,
             "attention": self.model.config.attention,
             "parameters": size,
             "flops_per_token": flops_per_token(self.model.config, size),
-            "peak_flops": chip.flops if chip else None,
+            "peak_flops": self.mesh.size * chip.flops if chip else None,
         }
 
     def updates(self, count: int) -> float:
@@ -239,7 +247,11 @@ class Torch:
         self.forward = torch.compile(self.module) if compile else self.module
         half = self.cuda and config.dtype != "float32"
         self.autocast = torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
-        batches = [torch.from_numpy(batch.astype(np.int64)) for batch in itertools.islice(random_batches(config), 8)]
+        micro_batches = config.batch_size // config.micro_batch_size
+        batches = [
+            torch.from_numpy(batch.astype(np.int64))
+            for batch in itertools.islice(random_batches(config, micro_batches), 8)
+        ]
         self.batches = itertools.cycle([batch.pin_memory() for batch in batches] if self.cuda else batches)
         self.about = {
             "device": torch.cuda.get_device_name() if self.cuda else "cpu",

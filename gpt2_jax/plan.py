@@ -134,7 +134,8 @@ def format_plan(plan: Plan) -> str:
     collectives = [
         f"{each.kind} over {' and '.join(each.axes)}: {si(each.n_bytes)}B per update in {count(each.times, 'call')} "
         f"among {each.devices} devices{f' of {each.slices} slices' * (each.slices > 1)}; "
-        f"each sends {si(int(each.sent()))}B"
+        f"each sends {si(int(each.sent()))}B, "
+        f"{each.overlapped_bytes / each.n_bytes:.0%} of it beside other work"
         for each in plan.collectives
     ]
     lines += _labeled("collectives", collectives or ["none"])

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from gpt2_jax.attention import Choice, choose
 from gpt2_jax.attention.backend import Problem
 from gpt2_jax.config import Dtype, TrainConfig
-from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import Hardware, Platform
 from gpt2_jax.model import GPT2
 
@@ -59,22 +58,6 @@ def matmul_precision(dtype: str | jnp.dtype) -> Literal["highest"] | None:
     float32 means float32: by default, GPUs round the operands to TF32 and TPUs to bfloat16.
     """
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
-
-
-def compiler_options(config: TrainConfig, platform: Platform) -> dict[str, bool]:
-    """Options of XLA for the training and the evaluation step.
-
-    Raises:
-        UserError: the platform does not have what the config asks for.
-    """
-    if config.sdc_checker and platform != "tpu":
-        raise UserError(f"sdc_checker = true needs tpu, found {platform}; type --sdc_checker false")
-    options = {}
-    if config.deterministic and platform == "cuda":  # implies deterministic gradients in cuDNN's attention
-        options["xla_gpu_deterministic_ops"] = True
-    if config.sdc_checker:
-        options["xla_tpu_enable_sdc_checker"] = True
-    return options
 
 
 def build_model(config: TrainConfig, attention: Choice) -> GPT2:

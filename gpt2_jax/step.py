@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import BACKENDS
+from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import IGNORE, OptimizerConfig
 from gpt2_jax.layers import STACKED
 from gpt2_jax.loss import cross_entropy
@@ -108,7 +109,7 @@ def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params |
 
 
 def make_train_step(
-    model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int, options: dict[str, bool] | None = None
+    model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int, options: Options | None = None
 ) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
@@ -229,7 +230,7 @@ def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.A
 # --- evaluation ----------------------------------------------------------------------------------------
 
 
-def make_eval_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> EvalStep:
+def make_eval_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> EvalStep:
     """The jitted evaluation: (params, tokens) -> (loss sum in nats, number of targets), float32 and int32 scalars.
 
     `tokens` is int32 [sequences, block_size + 1], sequences sharded over the mesh. `IGNORE` marks padding. `options`

@@ -20,6 +20,7 @@ import jax
 
 from gpt2_jax import runtime
 from gpt2_jax.cli import run_command
+from gpt2_jax.compiler_options import compiler_options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
 from gpt2_jax.config.toml import to_toml
@@ -34,7 +35,7 @@ from gpt2_jax.files import exclusive
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
-from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, resolve
+from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.run import summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
@@ -125,7 +126,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
     assert_equal("data", data.fingerprint)
 
     model = build_model(config, attention)
-    options = compiler_options(config, hardware.platform)
+    options = compiler_options(config, hardware)
     train_step = make_train_step(model, config.optimizer, mesh, config.seed, options)
     evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
     tasks = open_tasks(config, model, data.tokenizer, mesh, options)
@@ -152,7 +153,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 keep_initial_tokenizer(initial, config, out)
         print_line = run_checkpoints.print_line = reporter.display.print
         run_checkpoints.before_save = reporter.flush
-        for line in summary.banner(config, data, mesh, attention, fit, size, out, start) + run_checkpoints.room(start):
+        banner = summary.banner(config, data, mesh, attention, options, fit, size, out, start)
+        for line in banner + run_checkpoints.room(start):
             print_line(line)
         with (
             stop_signals() as stop_requested,

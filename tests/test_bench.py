@@ -58,6 +58,10 @@ def test_the_documents_are_those_of_the_files(bench):
     page, plans = scaling.DOCUMENT.read_text(encoding="utf-8"), json.loads(scaling.RECORD.read_text())["results"]
     assert page == scaling.document(page, plans)
     assert all(f"`{row.sharding}`" in page for row in scaling.ROWS if row.sharding)
+    options = bench("options")
+    known = json.loads(options.RECORD.read_text(encoding="utf-8"))["results"]
+    assert page == options.document(page, known)
+    assert known.keys() <= {case.key for case in options.CASES}
     cards = bench("cards")
     page = cards.DOCUMENT.read_text(encoding="utf-8")
     assert page == cards.document(page, json.loads(cards.RECORD.read_text()))
@@ -134,7 +138,7 @@ def test_the_report_says_whether_a_goal_is_reached(bench, tmp_path):
 @pytest.mark.slow
 def test_a_trainer_trains_or_says_why_not(bench):
     trainers = bench("trainers")
-    args = Namespace(seconds=0.0, updates=8, repeat=2)
+    args = Namespace(seconds=0.0, updates=8, repeat=2, devices=1)
     figures = trainers.measure(["ours"], TINY, args)["ours"]
     wide = 48
     block = 2 * 2 * wide + (wide + 1) * 3 * wide + (wide + 1) * wide + (wide + 1) * 4 * wide + (4 * wide + 1) * wide
@@ -206,11 +210,9 @@ def test_sweeps_change_one_key_or_all(bench):
     assert peers.variants(sweeps, True) == [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]
 
 
-def test_a_gpu_is_measured_piece_by_piece(tmp_path):
-    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    done = subprocess.run([command, BENCH / "gpu.sh"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    # A Python that writes down what it is to run, and fails where the file `fails` names it.
+@pytest.fixture
+def measure(tmp_path):
+    """Runs a script of bench/ with a Python that writes down what it is to run, and fails where `fails` names it."""
     python = tmp_path / "python"
     python.write_text("""#!/usr/bin/env bash
 name=$(basename "$([[ $1 = -m ]] && echo "$2" || echo "$1")" .py)
@@ -219,19 +221,36 @@ echo "$name" >> "$STAND_IN/called"
 """)
     python.chmod(0o755)
 
-    def run(*pieces):
+    def run(script, *pieces):
         (tmp_path / "called").write_text("")
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "STAND_IN": str(tmp_path)}
-        words = ["bash", BENCH / "gpu.sh", tmp_path / "out", *pieces]
+        words = ["bash", BENCH / script, tmp_path / "out", *pieces]
         code = subprocess.run(words, capture_output=True, text=True, env=environment).returncode
         return code, (tmp_path / "called").read_text().split()
 
-    assert run("headline") == (0, ["peers", "peers"])
+    return run
+
+
+def test_the_scripts_pass_shellcheck():
+    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    words = [command, "-x", *sorted(BENCH.glob("*.sh"))]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_gpu_is_measured_piece_by_piece(measure, tmp_path):
+    assert measure("gpu.sh", "headline") == (0, ["peers", "peers"])
     (tmp_path / "fails").write_text("kernels")
-    code, called = run()  # skips what is done, and the measurements after a failure run
+    code, called = measure("gpu.sh")  # skips what is done, and the measurements after a failure run
     assert code == 1
     assert called[:2] == ["pytest", "gpt2_jax.train"]
     assert called[2:] == [*["peers"] * 11, *["gpt2_jax.plan"] * 4, "kernels", "decode", "startup", "checkpoint"]
     (tmp_path / "fails").unlink()
-    assert run() == (0, ["kernels"])
-    assert run("headlines") == (2, [])
+    assert measure("gpu.sh") == (0, ["kernels"])
+    assert measure("gpu.sh", "headlines") == (2, [])
+
+
+def test_a_tpu_is_measured_piece_by_piece(measure):
+    assert measure("tpu.sh", "right") == (0, ["pytest"])
+    assert measure("tpu.sh") == (0, [*["peers"] * 3, "kernels"])
+    assert measure("tpu.sh", "headlines") == (2, [])

@@ -1,13 +1,9 @@
-"""What follows from a config and the hardware: the dtype, and what is left to XLA."""
+"""What follows from a config and the hardware: the dtype."""
 
 import pytest
 
-from gpt2_jax.config import TrainConfig
-from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import Hardware
-from gpt2_jax.resolve import compiler_options, matmul_dtype, slow_dtype
-
-BASE = {"out": "runs/x", "steps": 1, "batch_size": 1}
+from gpt2_jax.resolve import matmul_dtype, slow_dtype
 
 
 @pytest.mark.parametrize(
@@ -29,25 +25,6 @@ def test_auto_is_the_narrowest_dtype_with_matrix_units(hardware, dtype):
     assert matmul_dtype("auto", hardware) == dtype
     for named in ("float32", "bfloat16", "float16"):
         assert matmul_dtype(named, hardware) == named
-
-
-@pytest.mark.parametrize(
-    ("keys", "platform", "options"),
-    [
-        ({}, "cuda", {}),
-        ({"deterministic": True}, "cpu", {}),
-        ({"deterministic": True}, "tpu", {}),
-        ({"deterministic": True}, "cuda", {"xla_gpu_deterministic_ops": True}),
-        ({"sdc_checker": True}, "tpu", {"xla_tpu_enable_sdc_checker": True}),
-    ],
-)
-def test_options_of_xla_follow_from_config_and_platform(keys, platform, options):
-    assert compiler_options(TrainConfig(**BASE, **keys), platform) == options
-
-
-def test_the_checker_of_tpus_is_refused_elsewhere():
-    with pytest.raises(UserError, match="sdc_checker = true needs tpu, found cuda; type --sdc_checker false"):
-        compiler_options(TrainConfig(**BASE, sdc_checker=True), "cuda")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from xla_flags import FAST_COMPILE
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.compiler_options import TUNED
 from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import read_config, to_toml
@@ -216,19 +217,23 @@ def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path
     assert rows(tmp_path / "one", "tokens") == {1: 256, 2: 512, 3: 768}
 
 
-def test_a_run_continues_scanned_and_on_more_devices(tiny_run, tmp_path, capsys):
+def test_a_run_continues_scanned_with_other_options_and_on_more_devices(tiny_run, tmp_path, capsys, monkeypatch):
     args = [*tiny_run, "--out", tmp_path / "run", "--model.dropout", 0, "--batch_size", 8, "--model.n_layer", 2]
     assert run_here([*args, "--steps", 10]) == 0
     before = rows(tmp_path / "run", "loss")
     assert run_here([*args, "--steps", 12, "--model.scan_layers", "true", "--micro_batch_size", 1], devices=4) == 0
+    monkeypatch.setitem(TUNED, "cpu", {"xla_cpu_enable_fast_min_max": False})
     assert run_here([*args, "--steps", 14], devices=2) == 0
-    changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("compiler  xla_cpu_enable_fast_min_max=False") == 1
+    changed = [line for line in lines if line.startswith("changed")]
     meshes = ("mesh data 1 × fsdp 1 -> data 4 × fsdp 1", "mesh data 4 × fsdp 1 -> data 2 × fsdp 1")
     assert [line.split(";")[0].split(maxsplit=1)[1] for line in changed] == list(meshes)  # and nothing else changed
     after = rows(tmp_path / "run", "loss")
     assert list(after) == list(range(1, 15))
     assert {step: after[step] for step in before} == before
-    assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14]) == 0
+    assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14, "--compiler_options", "none"]) == 0
+    assert "compiler  " not in capsys.readouterr().out
     np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
 
 

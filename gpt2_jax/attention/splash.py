@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,37 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
+class Tiles(NamedTuple):
+    """How the kernels divide their work.
+
+    Attributes:
+        forward: queries, and keys, of a block in the forward pass.
+        backward: the same in the backward pass.
+        fused: one kernel for the backward pass, instead of one for dq and one for dk and dv, which both compute the
+            weights. It writes the part of dq from each block of keys in the dtype of the queries, and XLA adds these
+            up: exact, and without more memory, only for one block.
+    """
+
+    forward: int
+    backward: int
+    fused: bool
+
+
+def tiles_for(time: int, head_dim: int, dtype: jnp.dtype) -> Tiles:
+    """The tiles for sequences of `time` tokens, a multiple of `BLOCK`, on any TPU.
+
+    At 1,024 tokens, two kernels on blocks of 512 do 7 matmuls and 2 softmaxes on three quarters of q kᵀ, the fused one
+    5 and 1 on all of it: the same matmuls, and fewer exponentials. axlearn fuses by default (5% to 15% faster in large
+    models, its tpu_attention.py says), tokamax always. We have compiled it, for v5e, v5p and v6e, and not measured it.
+    The forward pass keeps its blocks of 512: a larger one would only add work.
+
+    A kernel has 16 MiB of VMEM. For float32 on v5p the fused one needs more, and other head dimensions were not tried.
+    """
+    block = next(size for size in (512, 256, BLOCK) if time % size == 0)
+    fused = time <= 1024 and head_dim == 64 and dtype.itemsize == 2
+    return Tiles(block, time if fused else block, fused)
+
+
 def splash_attention(
     q: jax.Array,
     k: jax.Array,
@@ -37,6 +69,7 @@ def splash_attention(
     *,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`causal_attention` by the Pallas kernel: [batch, time, heads, head_dim], without dropout.
@@ -44,25 +77,27 @@ def splash_attention(
     On several devices, call it inside a `shard_map` over all mesh axes: XLA cannot shard a Pallas kernel.
 
     Args:
+        tiles: those of `tiles_for` by default.
         interpret: runs the kernel on any platform, for tests.
     """
     # Imported late: the module is experimental, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-    _, time, n_head, _ = q.shape
-    block = next(size for size in (512, 256, BLOCK) if time % size == 0)
+    _, time, n_head, head_dim = q.shape
+    tiles = tiles or tiles_for(time, head_dim, q.dtype)
     # Time is along the lanes of a register: a head dimension of 64 would fill half of them. The projections write this.
     layout = splash_kernel.QKVLayout.SEQ_MINOR
     kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((time, time))] * n_head),
         block_sizes=splash_kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=tiles.forward,
+            block_kv=tiles.forward,
+            block_q_dkv=tiles.backward,
+            block_kv_dkv=tiles.backward,
+            block_q_dq=None if tiles.fused else tiles.backward,
+            block_kv_dq=None if tiles.fused else tiles.backward,
+            use_fused_bwd_kernel=tiles.fused,
             q_layout=layout,
             k_layout=layout,
             v_layout=layout,

@@ -232,6 +232,9 @@ class TrainConfig:
     sdc_checker: bool = False
     """Checks on TPU for silent data corruption: the compiler repeats a part of the computations and compares.
     Updates are slower."""
+    compiler_options: Literal["auto", "none"] = "auto"
+    """Options of XLA for the training and evaluation steps: auto sets those that help on the chip, none sets none.
+    An option that XLA_FLAGS or LIBTPU_INIT_ARGS names is left as it is there. The run prints the options."""
     compilation_cache: str = "auto"
     """Directory that caches compiled programs for the next start.
     auto is gpt2_jax/programs in the user's cache directory; empty turns the cache off.
@@ -274,7 +277,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 # Keys that change speed, memory or output, but not the mathematics. At most they change the order of float additions
 # and, with dropout, which of the equally likely masks is drawn. A resumed run checks `skip_updates` by itself.
 _NOT_MATHEMATICAL = re.compile(
-    r"out|steps|micro_batch_size|skip_updates|deterministic|sdc_checker|compilation_cache|(mesh|checkpoint|eval|log)\..*"
+    r"out|steps|micro_batch_size|skip_updates|deterministic|sdc_checker|compiler_options|compilation_cache"
+    r"|(mesh|checkpoint|eval|log)\..*"
     r"|model\.(attention|scan_layers|remat|loss_chunk)"
     r"|data\.(text|train|val|sources)"  # files may move: the fingerprint of the data tells whether they are the same
 )

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import GPT2Config, MeshConfig
 from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, tokenizer_name
 from gpt2_jax.distributed.agreement import assert_equal
@@ -120,7 +121,7 @@ class Evaluator:
         stride: int | None = None,
         named: Boundaries = UNKNOWN,
         flag: str = "--data",
-        options: dict[str, bool] | None = None,
+        options: Options | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"limit = {limit} leaves no examples; expected 1 or more")

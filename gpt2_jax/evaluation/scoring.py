@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.attention import choose
 from gpt2_jax.attention.backend import Problem
 from gpt2_jax.attention.packed import Packed
+from gpt2_jax.compiler_options import Options
 from gpt2_jax.evaluation.packing import Rows, Slot, Tree, layout, make_trees, pack
 from gpt2_jax.evaluation.requests import Request, Score
 from gpt2_jax.hardware import current_hardware
@@ -45,7 +46,7 @@ class Scorer:
         options: those of XLA.
     """
 
-    def __init__(self, model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> None:
+    def __init__(self, model: GPT2, mesh: Mesh, options: Options | None = None) -> None:
         self.model, self._mesh, self._step = model, mesh, make_score_step(model, mesh, options)
 
     def score(
@@ -117,7 +118,7 @@ def _results(outputs: Any, scored: list[list[tuple[Slot, int]]]) -> Iterator[tup
             start += n_tokens
 
 
-def make_score_step(model: GPT2, mesh: Mesh, options: dict[str, bool] | None = None) -> ScoreStep:
+def make_score_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> ScoreStep:
     """The jitted step: (params, rows, single) -> log-probabilities in nats and whether no token is more probable than
     the target, float32 and bool [rows, length], in the order of `Rows.targets`.
 

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax import attention
+from gpt2_jax.compiler_options import compiler_options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.tokenizer import vocab_size
 from gpt2_jax.hardware import GIB, Chip, chip_of, hardware_of, host_of, slice_of
@@ -22,7 +23,7 @@ from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import n_params
 from gpt2_jax.planning.flops import Part, flops
 from gpt2_jax.planning.hlo import Collective, HloModule
-from gpt2_jax.resolve import build_model, compiler_options, matmul_precision, resolve
+from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.sharding import abstract_batch, make_mesh
 from gpt2_jax.step import abstract_state, make_train_step
 
@@ -180,7 +181,7 @@ def compile_step(config: TrainConfig, devices: Sequence[jax.Device], available: 
     model = build_model(config, choice)
     state = abstract_state(model, config.optimizer, mesh)
     with jax.default_matmul_precision(matmul_precision(config.dtype)):
-        options = compiler_options(config, hardware_of(devices[0]).platform)
+        options = compiler_options(config, hardware_of(devices[0]))
         step = make_train_step(model, config.optimizer, mesh, config.seed, options)
         traced = step.trace(state, tokens)
         state_bytes = sum(

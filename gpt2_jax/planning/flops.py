@@ -9,8 +9,8 @@ from typing import Any, Literal
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 # Matmuls [time, head_dim] × [head_dim, time] in one call of each attention kernel, forward and backward. Splash has one
-# backward kernel for dq and one for dk and dv, and both recompute the attention weights.
-KERNEL_MATMULS = {"splash": {"fwd": 2, "dq": 3, "dkv": 4}, "cudnn": {"fwd": 2, "bwd": 5}}
+# backward kernel for all gradients, or one for dq and one for dk and dv, which both recompute the attention weights.
+KERNEL_MATMULS = {"splash": {"fwd": 2, "dq": 3, "dkv": 4, "dqkv": 5}, "cudnn": {"fwd": 2, "bwd": 5}}
 Part = Literal["matmuls", "attention"]
 
 
@@ -75,7 +75,10 @@ def _attention_kernel(eqn: Any) -> float:
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "pallas_call":
-        matmuls = next(count for part, count in KERNEL_MATMULS["splash"].items() if f"_{part}_" in params["name"])
+        part = next(part for part in ("fwd", "dq", "dkv") if f"_{part}_" in params["name"])
+        if part == "dkv" and any(var.aval.ndim == 5 for var in eqn.outvars):  # parts of dq from each block of keys
+            part = "dqkv"
+        matmuls = KERNEL_MATMULS["splash"][part]
         *lead, head_dim, time = next(var.aval.shape for var in eqn.invars if var.aval.ndim == 4)  # q
     elif name.startswith("dot_product_attention_"):
         matmuls = KERNEL_MATMULS["cudnn"][name.removeprefix("dot_product_attention_").removesuffix("_wrapper")]

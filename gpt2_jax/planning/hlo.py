@@ -38,6 +38,7 @@ FREE = {
     *("while", "conditional", "call", "after-all", "opt-barrier", "domain", "async-update", "async-done", "copy-done"),
     *("call-start", "call-done", "send", "send-done", "recv", "recv-done"),
 }
+WORK = {"fusion", "custom-call", "while", "call", "conditional", "dot", "convolution"}
 
 
 class Instruction(NamedTuple):
@@ -61,6 +62,7 @@ class Collective:
         times: calls in one run of the program.
         n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device sends.
         slices: number of slices that the devices of a group are on.
+        overlapped_bytes: those of the calls that other work runs beside.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Collective:
     times: int
     n_bytes: int
     slices: int = 1
+    overlapped_bytes: int = 0
 
     def sent(self) -> float:
         """Bytes that each device sends with ring algorithms (Patarasuk and Yuan 2009)."""
@@ -139,9 +142,9 @@ class HloModule:
             slices: the slice of each device, in the order of the mesh; by default there is one.
         """
         slice_of = np.array(slices or [0] * math.prod(mesh_shape.values())).reshape(list(mesh_shape.values()))
-        found: dict[tuple[str, tuple[str, ...], int, int], tuple[int, int]] = {}
+        found: dict[tuple[str, tuple[str, ...], int, int], np.ndarray] = {}
         for name, times in self._runs.items():
-            for computation, instruction in self._within(name):
+            for computation, instruction, overlapped in self._collective_calls(name):
                 if not (group := _group(instruction, mesh_shape, slice_of)):
                     continue
                 operands = self._computations[computation]
@@ -150,10 +153,41 @@ class HloModule:
                 kind, _, devices, _ = group
                 if kind == "all-gather":
                     n_bytes *= devices
-                before = found.get(group, (0, 0))
-                found[group] = before[0] + times, before[1] + times * n_bytes
-        collectives = [Collective(*key[:3], *counts, key[3]) for key, counts in found.items()]
+                before = found.get(group, np.zeros(3, np.int64))
+                found[group] = before + times * np.array([1, n_bytes, n_bytes * overlapped])
+        collectives = []
+        for (kind, axes, devices, on_slices), counts in found.items():
+            times, n_bytes, overlapped_bytes = counts.tolist()
+            collectives.append(Collective(kind, axes, devices, times, n_bytes, on_slices, overlapped_bytes))
         return sorted(collectives, key=lambda collective: -collective.n_bytes)
+
+    def _collective_calls(self, name: str) -> Iterator[tuple[str, Instruction, bool]]:
+        """The collectives in one run of a computation: where each is, its instruction, and whether it is overlapped.
+
+        Other work may run between `all-reduce-start` and `all-reduce-done`. The TPU compiler also spreads a collective
+        over a chain of fusions, each with the collective in it. The first starts it, the last waits for it, and those
+        between compute something else meanwhile.
+        """
+        calls: dict[str, tuple[str, Instruction]] = {}
+        running: set[str] = set()
+        overlapped: set[str] = set()
+        for outer in self._computations[name].values():
+            fused = [self._within(called) for called in _called(outer)] if outer.opcode == "fusion" else []
+            inside = [(name, outer), *itertools.chain.from_iterable(fused)]
+            collectives = [each for each in inside if each[1].opcode.removesuffix("-start") in (*COLLECTIVES, "send")]
+            for computation, instruction in collectives:
+                chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+                call = f"chain {chain[1]}" if chain else instruction.name
+                if call in calls and "estimated_cycles" in outer.attributes:
+                    overlapped.add(call)
+                calls.setdefault(call, (computation, instruction))
+                if instruction.opcode.endswith("-start") or instruction.opcode == "send":
+                    running.add(call)
+            if outer.opcode in WORK and not collectives:
+                overlapped |= running
+            running -= set(outer.operands) if outer.opcode.endswith("-done") else set()
+        for call, (computation, instruction) in calls.items():
+            yield computation, instruction, call in overlapped
 
     def hbm_bytes(self) -> int:
         """Bytes that one device reads from and writes to its main memory in one run.

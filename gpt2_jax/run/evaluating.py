@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.pipeline import TokenWindows, eval_batches
 from gpt2_jax.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ def validation_loss(
 
 
 def open_tasks(
-    config: TrainConfig, model: GPT2, tokenizer: Tokenizer | None, mesh: Mesh, options: dict[str, bool]
+    config: TrainConfig, model: GPT2, tokenizer: Tokenizer | None, mesh: Mesh, options: Options
 ) -> Evaluator | None:
     """The evaluation of the tasks in `config.eval`; None if there are none.
 

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_jax.attention import Choice
+from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
@@ -24,11 +25,20 @@ TRAIN = "python -m gpt2_jax.train"
 
 
 def banner(
-    config: TrainConfig, data: Data, mesh: Mesh, attention: Choice, fit: str, n_params: int, out: Path, start: int
+    config: TrainConfig,
+    data: Data,
+    mesh: Mesh,
+    attention: Choice,
+    options: Options,
+    fit: str,
+    n_params: int,
+    out: Path,
+    start: int,
 ) -> list[str]:
     """The lines that name the model, the data and the devices.
 
     Args:
+        options: those of XLA.
         fit: how the micro-batch size was found; "" if the config sets it.
         start: the update that the run resumes after.
     """
@@ -47,6 +57,7 @@ def banner(
         "model": f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"wide, {model.block_size} tokens, vocabulary {model.vocab_size:,}",
         "attention": str(attention),
+        **({"compiler": ", ".join(f"{name}={value}" for name, value in options.items())} if options else {}),
         "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens ({config.data.tokenizer})",
         "batch": ramp + batch,
         **({"memory": f"{fit}, with remat {model.remat}"} if fit else {}),

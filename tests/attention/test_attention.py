@@ -10,7 +10,7 @@ import pytest
 
 from gpt2_jax.attention import causal_attention, choose
 from gpt2_jax.attention.backend import Problem
-from gpt2_jax.attention.splash import splash_attention
+from gpt2_jax.attention.splash import Tiles, splash_attention, tiles_for
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import Hardware
 
@@ -75,9 +75,19 @@ def test_the_gradients_under_dropout_are_those_of_the_function(time):
     jax.test_util.check_grads(attention, qkv(time, head_dim=8), order=1, modes=["rev"])
 
 
-def test_splash_equals_xla_forward_and_backward():
+def test_splash_fuses_its_backward_pass_where_it_was_seen_to_compile():
+    def tiles(time, head_dim=64, dtype=jnp.bfloat16):
+        return tiles_for(time, head_dim, jnp.dtype(dtype))
+
+    assert [tiles(time) for time in (128, 640, 1024)] == [(128, 128, True), (128, 640, True), (512, 1024, True)]
+    assert [tiles(time) for time in (1152, 1280, 2048)] == [(size, size, False) for size in (128, 256, 512)]
+    assert tiles(1024, dtype=jnp.float32) == tiles(1024, head_dim=128) == (512, 512, False)
+
+
+@pytest.mark.parametrize("tiles", [Tiles(128, 256, True), Tiles(128, 128, False)], ids=str)
+def test_splash_equals_xla_forward_and_backward(tiles):
     def splash(q, k, v):
-        return splash_attention(q, k, v, 64**-0.5, interpret=True)
+        return splash_attention(q, k, v, 64**-0.5, tiles=tiles, interpret=True)
 
     for ours, theirs in zip(
         value_and_grads(splash, *qkv(256)), value_and_grads(causal_attention, *qkv(256)), strict=True

@@ -47,10 +47,13 @@ def test_flops_of_all_devices_are_counted():
     assert flops(jax.make_jaxpr(sharded)(jnp.ones((80, 8)), jnp.ones((8, 5))))["matmuls"] == 2 * 80 * 8 * 5
 
 
-@pytest.mark.parametrize(("backend", "matmuls"), [("splash", 9), ("cudnn", 7)])
-def test_flops_of_attention_kernels(backend, matmuls, cudnn_without_gpu):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "matmuls"),
+    [("splash", "bfloat16", 7), ("splash", "float32", 9), ("cudnn", "bfloat16", 7)],  # float32 has two kernels backward
+)
+def test_flops_of_attention_kernels(backend, dtype, matmuls, cudnn_without_gpu):
     attend = functools.partial(attention.causal_attention, backend=backend)
-    q = jnp.ones((2, 256, 4, 64), jnp.bfloat16)
+    q = jnp.ones((2, 256, 4, 64), dtype)
     jaxpr = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attend(q, q, q).astype(jnp.float32))))(q)
     sums = 2 * q.size if backend == "splash" else 0  # outputs times their gradients, outside the kernel
     assert flops(jaxpr) == {"matmuls": sums, "attention": matmuls * 2 * 4 * 256 * 256 * 64}

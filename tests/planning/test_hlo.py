@@ -95,6 +95,39 @@ def test_bytes_of_shapes():
     assert n_bytes_of(f"({on_chip}, u8[5])", on_chip=False) == 5
 
 
+def test_a_collective_counts_once_and_says_whether_work_runs_beside_it():
+    """The forms that the compilers for TPU and GPU print: alone, from start to done, and as a chain of fusions."""
+    body = "  %p{0} = f32[{1}] parameter(0)\n  %a{0} = f32[{1}] all-reduce(%p{0}), replica_groups={{}}"
+    cycles = 'backend_config={"estimated_cycles":"7"}'
+    fusions = "".join(
+        f"%f{name} (p: f32[{size}]) -> f32[{size}] {{\n{body.format(name, size)}, "
+        f'frontend_attributes={{chain_id="{chain}"}}\n}}\n'
+        for name, size, chain in ((1, 100, 0), (2, 100, 0), (3, 100, 0), (4, 1000, 1), (5, 1000, 1))
+    )
+    text = f"""{fusions}
+ENTRY %main (x: f32[1]) -> f32[1] {{
+  %x = f32[1] parameter(0)
+  %alone = f32[1] all-reduce(%x), replica_groups={{}}
+  %start = f32[1] all-reduce-start(%alone), replica_groups={{}}
+  %done = f32[1] all-reduce-done(%start)
+  %busy = f32[10] all-reduce-start(%ten), replica_groups={{}}
+  %ten = f32[10] parameter(1)
+  %work = f32[10] fusion(%ten), calls=%f0
+  %end = f32[10] all-reduce-done(%busy)
+  %c1 = f32[100] fusion(%x), calls=%f1, {cycles}
+  %c2 = f32[100] fusion(%c1), calls=%f2, {cycles}
+  %c3 = f32[100] fusion(%c2), calls=%f3
+  %d1 = f32[1000] fusion(%x), calls=%f4, {cycles}
+  %d2 = f32[1000] fusion(%d1), calls=%f5
+}}
+%f0 (y: f32[10]) -> f32[10] {{
+  ROOT %y = f32[10] parameter(0)
+}}"""
+    (found,) = HloModule(text).collectives({"data": 8})
+    sizes = (1, 1, 10, 100, 1000)
+    assert (found.times, found.n_bytes, found.overlapped_bytes) == (5, F32 * sum(sizes), F32 * (10 + 100))
+
+
 def test_only_a_copy_that_changes_the_order_of_axes_is_a_relayout():
     text = """
 ENTRY %main (a: bf16[4,8,1]) -> bf16[8,4,1] {
