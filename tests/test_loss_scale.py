@@ -166,6 +166,7 @@ tokenizer = "bytes"
 learning_rate = 1e-2
 warmup_steps = 2
 decay_steps = 12
+on_outlier = "stop"  # an overflow is no outlier
 
 [checkpoint]
 every = 4
