@@ -15,7 +15,7 @@ import tyro
 from jax.sharding import Mesh
 
 from gpt2_jax import runtime
-from gpt2_jax.cli import run_command, warn
+from gpt2_jax.cli import run_command
 from gpt2_jax.config import Dtype, MeshConfig
 from gpt2_jax.config.flags import parse_flags, take_flags
 from gpt2_jax.display import Display, count, duration
@@ -32,7 +32,7 @@ from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.resolve import matmul_dtype, slow_dtype
+from gpt2_jax.resolve import matmul_dtype
 from gpt2_jax.sharding import make_mesh
 
 PROG = "python -m gpt2_jax.evaluate"
@@ -98,10 +98,7 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
     tasks = _split_tasks(flags.tasks)
     for name in names if flags.compare else ():
         use_model(name, lambda stored: None)
-    hardware = current_hardware()
-    dtype = matmul_dtype(flags.dtype, hardware)
-    if is_primary() and (warning := slow_dtype(dtype, hardware.platform)):
-        warn(warning)
+    dtype = matmul_dtype(flags.dtype, current_hardware())
     with runtime.advising_on_memory(_smaller(flags, dtype, mesh)):
         models = {name: _evaluate_model(name, flags, tasks, mesh, jnp.dtype(dtype)) for name in names}
     if is_primary():

@@ -20,7 +20,7 @@ from gpt2_jax.generation import LanguageModel, Sampling
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.resolve import matmul_dtype, slow_dtype
+from gpt2_jax.resolve import matmul_dtype, slow_generation
 
 PROG = "python -m gpt2_jax.generate"
 
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> int:
     runtime.enable_compilation_cache("auto")
     hardware = current_hardware()
     dtype = matmul_dtype(flags.dtype, hardware)
-    if warning := slow_dtype(dtype, hardware.platform):
+    if warning := slow_generation(dtype, hardware.platform):
         warn(warning)
 
     def load(stored: StoredModel) -> LanguageModel:

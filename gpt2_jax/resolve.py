@@ -42,14 +42,15 @@ def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
     return "float16" if platform == "cuda" and capability < 8.0 else "bfloat16"
 
 
-def slow_dtype(dtype: Dtype, platform: Platform) -> str | None:
-    """A warning if the platform computes in a dtype much slower than in float32; None otherwise.
+def slow_generation(dtype: Dtype, platform: Platform) -> str | None:
+    """A warning if the platform writes text in a dtype much slower than in float32; None otherwise.
 
-    XLA's CPU backend has no fast matmul for bfloat16, so that smaller weights cost time instead of saving it.
+    Each token multiplies a vector with every matrix, which XLA's CPU backend does fast in float32 only. The products of
+    many rows in evaluation and training are another case: there bfloat16 can be faster, on CPUs with units for it.
     """
     if platform != "cpu" or dtype == "float32":
         return None
-    return f"warning: {dtype} is slow on a CPU, where XLA has no fast matmul for it; for speed, type --dtype float32"
+    return f"warning: writing text in {dtype} is slow on a CPU; for speed, type --dtype float32"
 
 
 def matmul_precision(dtype: str | jnp.dtype) -> Literal["highest"] | None:

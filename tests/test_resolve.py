@@ -3,7 +3,7 @@
 import pytest
 
 from gpt2_jax.hardware import Hardware
-from gpt2_jax.resolve import matmul_dtype, slow_dtype
+from gpt2_jax.resolve import matmul_dtype, slow_generation
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_auto_is_the_narrowest_dtype_with_matrix_units(hardware, dtype):
     ("dtype", "platform", "slow"),
     [("float32", "cpu", False), ("bfloat16", "cpu", True), ("bfloat16", "cuda", False), ("bfloat16", "tpu", False)],
 )
-def test_a_warning_names_the_dtype_that_is_slow_on_a_cpu(dtype, platform, slow):
-    warning = slow_dtype(dtype, platform)
+def test_a_warning_names_the_dtype_that_writes_text_slowly_on_a_cpu(dtype, platform, slow):
+    warning = slow_generation(dtype, platform)
     assert bool(warning) == slow
-    assert not slow or warning.startswith(f"warning: {dtype} is slow on a CPU")
+    assert not slow or warning.startswith(f"warning: writing text in {dtype} is slow on a CPU")

@@ -58,7 +58,7 @@ def test_bfloat16_computes_in_bfloat16_and_warns_on_a_cpu(run, capsys):
     rounded = expected(model.clone(dtype=jax.numpy.bfloat16), params, "é is", 40)[0]
     assert printed.out == rounded + "\n"
     assert rounded != expected(model, params, "é is", 40)[0]
-    assert printed.err.startswith("warning: bfloat16 is slow on a CPU")
+    assert printed.err.startswith("warning: writing text in bfloat16 is slow on a CPU")
     assert printed.err.endswith("type --dtype float32\n")
     assert printed.err.count("\n") == 1
     command.main(args)
