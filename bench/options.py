@@ -51,20 +51,20 @@ class Case(NamedTuple):
     """A program.
 
     Attributes:
-        options: those of XLA, besides the defaults; None takes `compiler_options = "auto"`.
+        options: those of XLA, besides the defaults.
         tiles: of the attention kernels; None takes those of the package.
     """
 
     name: str
     topology: str
     flags: str
-    options: Options | None
+    options: Options
     tiles: splash.Tiles | None = None
 
     @property
     def key(self) -> str:
         """The key in the results file."""
-        words = ["as is"] if self.options is None else [f"{name}={value}" for name, value in self.options.items()]
+        words = [f"{name}={value}" for name, value in self.options.items()]
         return f"{self.name} {self.topology}: {', '.join(words) or 'none'}{', two kernels' if self.tiles else ''}"
 
 
@@ -74,6 +74,10 @@ FOUR = ("124M, 4 layers", "v5e:16x16", "--config gpt2-124m --model.n_layer 4")
 BYTES = (
     "3 layers on bytes", "v5e:2x4", "--config quickstart --model.n_embd 768 --model.n_head 12 --model.n_layer 3 "
     "--model.block_size 1024 --batch_size 16 --micro_batch_size 2",
+)  # fmt: skip
+SMALL = (
+    "1 layer on bytes", "v5e:2x2", "--config quickstart --model.n_embd 768 --model.n_head 12 --model.n_layer 1 "
+    "--model.block_size 256 --batch_size 128 --micro_batch_size 32",
 )  # fmt: skip
 WHOLE = ("124M", "--config gpt2-124m")
 XL = ("1558M", "v5e:4x4", "--config gpt2-1558m --mesh.fsdp 8 --micro_batch_size 4")
@@ -86,8 +90,9 @@ CASES = [
     ),
     *(Case(*FOUR, options, TWO_KERNELS) for options in ({}, {FUSE: True}, {COMBINE: 32 << 20, FUSE: True})),
     *(Case(*BYTES, options, TWO_KERNELS) for options in ({}, OVERLAP, DATA_PARALLEL)),
-    *(Case(WHOLE[0], topology, WHOLE[1], options) for topology in ("v5e:2x4", "v5e:16x16") for options in ({}, None)),
-    *(Case(*XL, options) for options in ({}, None)),
+    *(Case(*SMALL, options) for options in ({}, vmem(65536))),
+    *(Case(WHOLE[0], topology, WHOLE[1], options) for topology in LIMITS for options in ({}, vmem(LIMITS[topology]))),
+    *(Case(*XL, options) for options in ({}, vmem(65536))),
 ]
 
 
@@ -95,13 +100,14 @@ def compile_case(case: Case) -> Figures:
     """What a program takes. Runs in a process of its own: it changes the package."""
     start = time.process_time()
     devices = devices_of(case.topology)
-    if case.options is not None:
-        compiler_options.TUNED[devices[0].device_kind] = case.options
+    compiler_options.EXPERIMENTAL[devices[0].device_kind] = case.options
     if case.tiles is not None:
         tiles = case.tiles
         splash.tiles_for = lambda *_: tiles
     try:
-        plan = make_plan(parse_args("options", "", case.flags.split()), devices, case.topology)
+        plan = make_plan(
+            parse_args("options", "", f"{case.flags} --compiler_options experimental".split()), devices, case.topology
+        )
     except TooLargeError as error:
         return {"too_large": str(error.memory)}
     return {
@@ -118,7 +124,7 @@ def compile_case(case: Case) -> Figures:
 def line(case: Case, known: Figures) -> str:
     """A line of the table."""
     figures = known[case.key]
-    options = "as `auto`" if case.options is None else "<br>".join(f"`{n}={v}`" for n, v in case.options.items())
+    options = "<br>".join(f"`{name}={value}`" for name, value in case.options.items())
     tiles = "two kernels" if case.tiles else "fused"
     cells = [case.name, case.topology, options or "none", tiles]
     if "too_large" in figures:

@@ -89,7 +89,7 @@ ROWS = [
 def plan(row: Row) -> Figures:
     """Runs `gpt2_jax.plan` for a row and returns the part of its JSON that the table and the tests use."""
     command = [sys.executable, "-m", "gpt2_jax.plan", "--config", row.size, "--topology", row.topology, "--json"]
-    command += [*row.flags, "--compiler_options", "none"]  # with them, compiling takes two to three times as long
+    command += row.flags
     table = json.loads(subprocess.check_output(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}))
     keep = ("devices", "hosts", "mesh", "n_params", "attention_kernels", "attention_copies", "micro_batches", "memory",
             "model_flops", "hardware_flops", "traffic", "collectives", "estimate", "tokens")  # fmt: skip

@@ -27,14 +27,14 @@ all=(--config gpt2-124m --micro_batch_size "$micro" --devices 0)
 
 for piece in "${pieces[@]}"; do
   case $piece in
-    right) # learning, resuming, attention and updates beside the CPU's, the options of the compiler beside none
+    right) # learning, resuming, attention and updates beside the CPU's, experimental options beside none
       run right -m pytest -n 0 -m tpu tests/accelerators -rA
       ;;
     headline) # 124M on one chip, by micro-batch: tokens/s, MFU and memory
       step peers-sweep-124m --config gpt2-124m --batch_size 64 --micro_batch_size 16 --sweep micro_batch_size=8,32
       ;;
-    options) # of the compiler, on all chips: ours, none, and half as much memory on the chip as ours take on v5e
-      step peers-options "${all[@]}" --sweep compiler_options=none
+    options) # of the compiler, on all chips: none, the experimental ones, and half as much memory on the chip
+      step peers-options "${all[@]}" --sweep compiler_options=experimental
       LIBTPU_INIT_ARGS="${LIBTPU_INIT_ARGS:-} --xla_tpu_scoped_vmem_limit_kib=32768" step peers-options-32768 "${all[@]}"
       ;;
     kernels) # attention by the tiles of its kernel, the loss, and the fastest matmul

@@ -1,4 +1,4 @@
-"""Options of XLA for the training and the evaluation step: those that the config asks for, and those that help a chip.
+"""Options of XLA for the training and the evaluation step: those that the config asks for.
 
 They are passed to `jax.jit`, not through the environment: so they hold for these programs only, whenever JAX started,
 and a cached program is never run under other options.
@@ -17,8 +17,8 @@ from gpt2_jax.hardware import Hardware
 Options = dict[str, bool | int]
 
 # KiB of the memory on the chip that one operation may take, instead of 16,384: larger tiles, fewer trips to HBM. Others
-# train with these: marin (50,000 on v5e, 98,304 on v6e), MaxText and axlearn (98,304 on v6e). bench/options.py shows
-# what they change in the compiled program. Compiling takes two to three times as long.
+# train with these: marin (50,000 on v5e, 98,304 on v6e), MaxText and axlearn (98,304 on v6e). In compiled programs they
+# save bytes, but not always estimated cycles (docs/scaling.md), and compiling takes two to three times as long.
 _V5E: Options = {"xla_tpu_scoped_vmem_limit_kib": 65536}
 _V6E: Options = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 
@@ -31,7 +31,7 @@ _V6E: Options = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 # - xla_tpu_spmd_rng_bit_generator_unsafe: random bits depend on the mesh
 # - xla_tpu_enable_data_parallel_all_reduce_opt: for networks between slices, which have their own rule
 # - combining less (xla_jf_crs_combiner_threshold_in_bytes): all-reduces start earlier, and still block
-TUNED: dict[str, Options] = {
+EXPERIMENTAL: dict[str, Options] = {
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
     "TPU v6 lite": _V6E,
@@ -45,7 +45,7 @@ def compiler_options(config: TrainConfig, hardware: Hardware, environment: Mappi
     """The options for a config on some hardware, by name.
 
     Args:
-        environment: an option of `TUNED` that `VARIABLES` name in it is left out.
+        environment: an option of `EXPERIMENTAL` that `VARIABLES` name in it is left out.
 
     Raises:
         UserError: the hardware does not have what the config asks for.
@@ -53,9 +53,9 @@ def compiler_options(config: TrainConfig, hardware: Hardware, environment: Mappi
     if config.sdc_checker and hardware.platform != "tpu":
         raise UserError(f"sdc_checker = true needs tpu, found {hardware.platform}; type --sdc_checker false")
     options: Options = {}
-    if config.compiler_options == "auto":
+    if config.compiler_options == "experimental":
         named = named_options(environment)
-        options |= {name: value for name, value in TUNED.get(hardware.kind, {}).items() if name not in named}
+        options |= {name: value for name, value in EXPERIMENTAL.get(hardware.kind, {}).items() if name not in named}
     if config.deterministic and hardware.platform == "cuda":  # implies deterministic gradients in cuDNN's attention
         options["xla_gpu_deterministic_ops"] = True
     if config.sdc_checker:

@@ -27,7 +27,7 @@ def options_of(platform, kind="", environment=None, **keys):
 )
 def test_options_that_the_config_asks_for(keys, platform, options):
     assert options_of(platform, **keys) == options
-    assert options_of(platform, compiler_options="none", **keys) == options
+    assert options_of(platform, compiler_options="experimental", **keys) == options
 
 
 def test_the_checker_of_tpus_is_refused_elsewhere():
@@ -35,17 +35,19 @@ def test_the_checker_of_tpus_is_refused_elsewhere():
         options_of("cuda", sdc_checker=True)
 
 
-def test_every_tuned_chip_is_in_the_table_of_chips():
-    assert module.TUNED.keys() <= CHIPS.keys()
+def test_every_chip_with_options_is_in_the_table_of_chips():
+    assert module.EXPERIMENTAL.keys() <= CHIPS.keys()
 
 
 @pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 @pytest.mark.parametrize("form", ["--{}=false", "--{}", "--no{}", "-{}=0", "--xla_dump_to=/x --{}=1"])
 def test_an_option_of_the_user_is_left_alone(monkeypatch, variable, form):
-    monkeypatch.setitem(module.TUNED, "TPU v0", {"xla_tpu_a": True, "xla_tpu_ab": 7})
-    assert options_of("tpu", "TPU v0") == {"xla_tpu_a": True, "xla_tpu_ab": 7}
-    assert options_of("tpu", "TPU v0", {variable: form.format("xla_tpu_a")}) == {"xla_tpu_ab": 7}
-    assert options_of("tpu", "TPU v0", compiler_options="none") == {}
+    monkeypatch.setitem(module.EXPERIMENTAL, "TPU v0", {"xla_tpu_a": True, "xla_tpu_ab": 7})
+    environment = {variable: form.format("xla_tpu_a")}
+    assert options_of("tpu", "TPU v0", environment) == {}
+    on = {"compiler_options": "experimental"}
+    assert options_of("tpu", "TPU v0", **on) == {"xla_tpu_a": True, "xla_tpu_ab": 7}
+    assert options_of("tpu", "TPU v0", environment, **on) == {"xla_tpu_ab": 7}
 
 
 def test_the_options_of_the_user_may_be_in_a_file(tmp_path):

@@ -24,7 +24,7 @@ from xla_flags import FAST_COMPILE
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.compiler_options import TUNED
+from gpt2_jax.compiler_options import EXPERIMENTAL
 from gpt2_jax.config import IGNORE, DataConfig, GPT2Config, ModelConfig
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import read_config, to_toml
@@ -222,8 +222,8 @@ def test_a_run_continues_scanned_with_other_options_and_on_more_devices(tiny_run
     assert run_here([*args, "--steps", 10]) == 0
     before = rows(tmp_path / "run", "loss")
     assert run_here([*args, "--steps", 12, "--model.scan_layers", "true", "--micro_batch_size", 1], devices=4) == 0
-    monkeypatch.setitem(TUNED, "cpu", {"xla_cpu_enable_fast_min_max": False})
-    assert run_here([*args, "--steps", 14], devices=2) == 0
+    monkeypatch.setitem(EXPERIMENTAL, "cpu", {"xla_cpu_enable_fast_min_max": False})
+    assert run_here([*args, "--steps", 14, "--compiler_options", "experimental"], devices=2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("compiler  xla_cpu_enable_fast_min_max=False") == 1
     changed = [line for line in lines if line.startswith("changed")]
@@ -232,7 +232,7 @@ def test_a_run_continues_scanned_with_other_options_and_on_more_devices(tiny_run
     after = rows(tmp_path / "run", "loss")
     assert list(after) == list(range(1, 15))
     assert {step: after[step] for step in before} == before
-    assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14, "--compiler_options", "none"]) == 0
+    assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14]) == 0
     assert "compiler  " not in capsys.readouterr().out
     np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
 

@@ -232,8 +232,9 @@ class TrainConfig:
     sdc_checker: bool = False
     """Checks on TPU for silent data corruption: the compiler repeats a part of the computations and compares.
     Updates are slower."""
-    compiler_options: Literal["auto", "none"] = "auto"
-    """Options of XLA for the training and evaluation steps: auto sets those that help on the chip, none sets none.
+    compiler_options: Literal["none", "experimental"] = "none"
+    """Options of XLA for the training and evaluation steps: none, or those that others use on the chip.
+    The latter were compiled here, and not measured.
     An option that XLA_FLAGS or LIBTPU_INIT_ARGS names is left as it is there. The run prints the options."""
     compilation_cache: str = "auto"
     """Directory that caches compiled programs for the next start.
