@@ -69,7 +69,7 @@ def named_options(environment: Mapping[str, str]) -> set[str]:
     XLA_FLAGS may also be the name of a file with them.
     """
     texts = [environment.get(variable, "") for variable in VARIABLES]
-    texts = [Path(text).read_text() if os.path.isfile(text) else text for text in texts]
+    texts = [Path(text).read_text("utf-8") if os.path.isfile(text) else text for text in texts]
     words = [word for text in texts for word in text.split() if word.startswith("-")]
     names = {word.lstrip("-").partition("=")[0] for word in words}
     return names | {name.removeprefix("no") for name in names}
