@@ -140,19 +140,17 @@ def settings(card: Card, size: str, results: Figures) -> Iterator[Cell]:
             continue
         few, many = (results[program.key(micro_batch)] for micro_batch in program.micro_batches)
         share = read_config(size).batch_size // program.devices
+        both = {figure: (few[figure], many[figure]) for figure in ("micro_batches", "required", "hbm_bytes", "sent")}
+        counts = both["micro_batches"]
         for micro_batch in (2**power for power in reversed(range(LARGEST.bit_length()))):
-
-            def at(figure: str, x: tuple[float, float], value: float) -> float:
-                return line_through(x, (few[figure], many[figure]), value)  # noqa: B023 (called in this turn)
-
-            counts = (few["micro_batches"], many["micro_batches"])
             estimate = Estimate(
                 compute=few["hardware_flops"] / program.devices / chip.flops,
-                memory=at("hbm_bytes", counts, share / micro_batch) / chip.bandwidth,
-                communication=at("sent", counts, share / micro_batch) / chip.link,
+                memory=line_through(counts, both["hbm_bytes"], share / micro_batch) / chip.bandwidth,
+                communication=line_through(counts, both["sent"], share / micro_batch) / chip.link,
                 compiler_estimate=None,
             )
-            yield Cell(program, micro_batch, at("required", program.micro_batches, micro_batch), estimate)
+            required = line_through(program.micro_batches, both["required"], micro_batch)
+            yield Cell(program, micro_batch, required, estimate)
 
 
 def choose(card: Card, size: str, results: Figures) -> Cell | None:

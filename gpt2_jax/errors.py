@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*(memory|HBM)", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -75,8 +76,7 @@ def storage_problem(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if a device or the host has no memory left."""
-    exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]
-    return exhausted and not storage_problem(error)
+    return isinstance(error, MemoryError) or (bool(_NO_MEMORY.search(str(error))) and not storage_problem(error))
 
 
 def fixable(error: BaseException) -> str:

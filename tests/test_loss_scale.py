@@ -144,47 +144,19 @@ def test_an_overflow_in_one_sequence_is_passed_over_on_all_devices(
 
 # --- runs ----------------------------------------------------------------------------------------------
 
-TINY = """
-out = "unset"
-steps = 12
-batch_size = 8
-micro_batch_size = 4
-dtype = "float16"
-
-[model]
-vocab_size = 0
-block_size = 16
-n_layer = 1
-n_head = 2
-n_embd = 16
-
-[data]
-text = "unset"
-tokenizer = "bytes"
-
-[optimizer]
-learning_rate = 1e-2
-warmup_steps = 2
-decay_steps = 12
-on_outlier = "stop"  # an overflow is no outlier
-
-[checkpoint]
-every = 4
-keep = 9
-
-[eval]
-every = 0
-
-[log]
-every = 1
-"""
+TINY = ["--config", "quickstart", "--dtype", "float16", "--steps", "12", "--batch_size", "8",
+        "--micro_batch_size", "4", "--model.block_size", "16", "--model.n_layer", "1", "--model.n_head", "2",
+        "--model.n_embd", "16", "--optimizer.learning_rate", "1e-2", "--optimizer.warmup_steps", "2",
+        "--optimizer.decay_steps", "12",
+        "--optimizer.on_outlier", "stop",  # an overflow is no outlier
+        "--checkpoint.every", "4", "--checkpoint.keep", "9", "--eval.every", "0", "--eval.sample_tokens", "0",
+        "--log.every", "1"]  # fmt: skip
 
 
 @pytest.fixture
 def flags(tmp_path):
-    (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "text.txt").write_text("".join(f"{number} squared is {number * number}\n" for number in range(100)))
-    return ["--config", str(tmp_path / "tiny.toml"), "--data.text", str(tmp_path / "text.txt")]
+    return [*TINY, "--data.text", str(tmp_path / "text.txt")]
 
 
 def train(flags, out, *more):

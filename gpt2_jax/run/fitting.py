@@ -22,7 +22,7 @@ from gpt2_jax.files import user_path
 from gpt2_jax.hardware import available_memory
 from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
 from gpt2_jax.planning.fit import smallest_change
-from gpt2_jax.planning.micro_batch import Change, Fit, fit, is_open
+from gpt2_jax.planning.micro_batch import USABLE, Change, Fit, fit, is_open
 from gpt2_jax.run.provenance import made_by
 
 GROWTH = 1.05  # a larger part of memory that is free is worth a new search
@@ -64,7 +64,7 @@ def fitted(
         found = fit(config, devices, memory, lambda line: None)
     except TooLargeError as error:
         raise UserError(_too_large(config, devices, error.memory)) from error
-    if cache:
+    if cache and found.compilations:
         cache.put(key, json.dumps([*found[:2], *found.memory]).encode())
     if not found.compilations:
         return found.apply(config), ""
@@ -97,7 +97,8 @@ def _remembered(entry: str, available: int | None) -> Fit | None:
     if not entry or not available:
         return None
     size, remat, required, before = json.loads(entry)
-    return Fit(size, remat, Memory(required, available), 0) if required <= available <= GROWTH * before else None
+    fits = required <= USABLE * available
+    return Fit(size, remat, Memory(required, available), 0) if fits and available <= GROWTH * before else None
 
 
 def _ran_here(config: TrainConfig, mesh: Mesh) -> bool:
@@ -145,7 +146,5 @@ def explaining_memory(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
 def _too_large(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> str:
     """The line about a config that requires more memory than a device has."""
     change = smallest_change(config, devices, memory)
-    return (
-        f"the training step needs {memory} on {devices[0].device_kind}; "
-        + (f"type {change}" if change else "no smaller setting fits; take a smaller model, or more devices")
-    )  # fmt: skip
+    advice = f"type {change}" if change else "no smaller setting fits; take a smaller model, or more devices"
+    return f"the training step needs {memory} on {devices[0].device_kind}; {advice}"

@@ -191,15 +191,16 @@ def test_groups_span_the_slices_of_their_devices(mesh):
 def test_what_the_runtime_sends_between_tpu_slices():
     """As libtpu writes it for two slices of four: sums within each, then of a quarter between them by the hosts."""
     handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
+    between = f"is_host_transfer=true, frontend_attributes={{{handler}}}"
     text = f"""
 ENTRY %main (x: f32[100]) -> f32[100] {{
   %x = f32[100]{{0}} parameter(0)
   %after-all = token[] after-all()
-  %send = (f32[100]{{0}}, u32[], token[]) send(%x, %after-all), channel_id=6, is_host_transfer=true, frontend_attributes={{{handler}}}
+  %send = (f32[100]{{0}}, u32[], token[]) send(%x, %after-all), channel_id=6, {between}
   %other = (f32[100]{{0}}, u32[], token[]) send(%x, %after-all), channel_id=7, is_host_transfer=true
   ROOT %sum = f32[100]{{0}} all-reduce(%x), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
 }}
-"""  # noqa: E501
+"""
     program = HloModule(text)
     assert program.collectives({"data": 4, "fsdp": 2}, [0] * 4 + [1] * 4) == [
         Collective("all-reduce", ("data",), 2, 1, 100 * F32, slices=2),

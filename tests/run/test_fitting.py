@@ -74,7 +74,7 @@ def test_a_small_device_gets_a_run_that_fits_and_the_search_is_remembered(run):
     ("entry", "available", "is_used"),
     [
         ([4, "none", 900, 1000], 1000, True),
-        ([4, "none", 900, 1000], 899, False),  # somebody else uses the device
+        ([4, "none", 900, 1000], 940, False),  # somebody else uses the device
         ([4, "none", 900, 1000], 1100, False),  # or no longer does
         ([4, "none", 900, 1000], None, False),
     ],
