@@ -73,9 +73,9 @@ def whole_batch(tiny_config, batches):
 @pytest.mark.parametrize(
     ("data", "fsdp", "accumulation", "change"),
     [
-        (1, 1, 16, {}),
         (2, 4, 2, {}),
         (1, 1, 1, {"loss_chunk": 24}),
+        pytest.param(1, 1, 16, {}, marks=pytest.mark.slow),
         pytest.param(1, 4, 4, {"scan_layers": True, "remat": "dots"}, marks=pytest.mark.slow),
         pytest.param(8, 1, 2, {}, marks=pytest.mark.slow),
         pytest.param(1, 1, 2, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),

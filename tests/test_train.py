@@ -135,11 +135,10 @@ def wait_for_update(out, step):
 def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(tiny_run, tmp_path, capsys):
     assert run_here([*tiny_run, *FULL, "--out", tmp_path / "whole"]) == 0
 
-    # Half of the updates by a run that ends, then one that is asked to stop, one that is killed, one to the end.
+    # One that is asked to stop, one that is killed, one to the end.
     args = [*tiny_run, *FULL, "--out", tmp_path / "parts"]
-    assert run_here([*args, "--steps", "20"]) == 0
     asked = command(args)
-    wait_for_update(tmp_path / "parts", 23)
+    wait_for_update(tmp_path / "parts", 13)
     asked.send_signal(signal.SIGTERM)
     code, output = finish(asked)
     assert code == 128 + signal.SIGTERM
@@ -183,13 +182,13 @@ def test_killed_at_ten_random_moments(tiny_run, tmp_path):
 
 def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     out = tmp_path / "run"
-    args = ["--config", "quickstart", "--out", out, "--steps", "40", "--optimizer.warmup_steps", "5"]
-    args += ["--log.every", "1", "--eval.every", "20", "--data.val_fraction", "0.01"]
+    args = ["--config", "quickstart", "--out", out, "--steps", "24", "--optimizer.warmup_steps", "5"]
+    args += ["--log.every", "1", "--eval.sample_tokens", "60", "--data.val_fraction", "0.01"]
     code, output = finish(command(args, cwd=tmp_path))
     assert code == 0, output
     losses = list(rows(out, "loss").values())
     assert losses[0] == pytest.approx(np.log(257), abs=0.3)  # a uniform guess
-    assert np.mean(losses[-10:]) < 3.2  # the order of bytes by frequency alone gives 3.3
+    assert np.mean(losses[-5:]) < 3.2  # the order of bytes by frequency alone gives 3.3
     nats, targets = re.search(r"loss      (\d\.\d+) nats per token over ([\d,]+) held-out tokens", output).groups()
     bits, zipped, n_bytes = re.search(
         r"([\d.]+) bits per byte; gzip -9 needs ([\d.]+) for the same ([\d,]+) bytes", output
@@ -197,12 +196,13 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     total = float(nats) / np.log(2) * int(targets.replace(",", ""))
     assert float(bits) == pytest.approx(total / int(n_bytes.replace(",", "")), abs=1e-3)
     assert 1.5 < float(zipped) < 3
-    for expected in ("not cudnn: needs cuda, found cpu", "300 tokens written by the model", str(out), "--data.text"):
+    for expected in ("not cudnn: needs cuda, found cpu", "60 tokens written by the model", str(out), "--data.text"):
         assert expected in output
     assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path):
     args = [*tiny_run, "--steps", 3, "--model.dropout", 0, "--batch_size", 16]
     assert run_here([*args, "--out", tmp_path / "one", "--micro_batch_size", 0]) == 0
@@ -220,20 +220,19 @@ def test_rows_are_means_over_the_whole_update_and_all_devices(tiny_run, tmp_path
 def test_a_run_continues_scanned_with_other_options_and_on_more_devices(tiny_run, tmp_path, capsys, monkeypatch):
     args = [*tiny_run, "--out", tmp_path / "run", "--model.dropout", 0, "--batch_size", 8, "--model.n_layer", 2]
     assert run_here([*args, "--steps", 10]) == 0
+    assert "compiler  " not in capsys.readouterr().out
     before = rows(tmp_path / "run", "loss")
-    assert run_here([*args, "--steps", 12, "--model.scan_layers", "true", "--micro_batch_size", 1], devices=4) == 0
     monkeypatch.setitem(EXPERIMENTAL, "cpu", {"xla_cpu_enable_fast_min_max": False})
-    assert run_here([*args, "--steps", 14, "--compiler_options", "experimental"], devices=2) == 0
+    changed = ["--model.scan_layers", "true", "--micro_batch_size", 1, "--compiler_options", "experimental"]
+    assert run_here([*args, "--steps", 14, *changed], devices=4) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("compiler  xla_cpu_enable_fast_min_max=False") == 1
-    changed = [line for line in lines if line.startswith("changed")]
-    meshes = ("mesh data 1 × fsdp 1 -> data 4 × fsdp 1", "mesh data 4 × fsdp 1 -> data 2 × fsdp 1")
-    assert [line.split(";")[0].split(maxsplit=1)[1] for line in changed] == list(meshes)  # and nothing else changed
+    (changed,) = [line for line in lines if line.startswith("changed")]
+    assert changed.split(";")[0].split(maxsplit=1)[1] == "mesh data 1 × fsdp 1 -> data 4 × fsdp 1"  # and nothing else
     after = rows(tmp_path / "run", "loss")
     assert list(after) == list(range(1, 15))
     assert {step: after[step] for step in before} == before
     assert run_here([*args, "--out", tmp_path / "whole", "--steps", 14]) == 0
-    assert "compiler  " not in capsys.readouterr().out
     np.testing.assert_allclose(list(rows(tmp_path / "whole", "loss").values()), list(after.values()), rtol=1e-5)
 
 
@@ -446,9 +445,9 @@ def test_data_found_damaged_on_the_way_loses_nothing(tiny_run, tmp_path):
         "--data.text",
         "",
     ]
-    config = parse_args("train", "", list(map(str, [*args, "--out", tmp_path / "run", "--steps", 2000])))
+    args += ["--out", tmp_path / "run", "--steps", 2000, "--eval.every", 0, "--checkpoint.every", 0]
     with pytest.raises(UserError, match=r"train.bin has the token 999, beyond model.vocab_size = 257"):
-        training.train(config, jax.devices()[:1])
+        run_here(args)
     done = list(rows(tmp_path / "run", "loss"))
     assert done == list(range(1, len(done) + 1))
     with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
@@ -506,9 +505,9 @@ def test_the_command_ends_with_one_line_and_code_2(args, line, tmp_path):
 
 
 def test_a_directory_without_checkpoints_takes_another_config(tiny_run, tmp_path):
-    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 2]
-    assert run_here(args) == 0
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    args = [*map(str, tiny_run), "--out", str(tmp_path / "run"), "--steps", "2", "--eval.every", "0"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(parse_args("train", "", args)))
     assert run_here([*args, "--seed", 7]) == 0
     assert read_config(str(tmp_path / "run" / "config.toml")).seed == 7
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
 # What LLVM gets from the older emitters compiles 2.5 times as fast. Later versions of JAX do not have them.
 if importlib.metadata.version("jax").startswith("0.10."):
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"

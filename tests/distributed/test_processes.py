@@ -310,20 +310,16 @@ def failed(start, make_directory):
 
     All pairs start at the same time, because they mostly wait.
     """
-    held, here, elsewhere = (make_directory() for _ in range(3))
+    held, here = (make_directory() for _ in range(2))
     (held / "run").mkdir()
-    crash = PLACING.replace('UserError("found late")', "ZeroDivisionError")
     with exclusive(held / "run", "training"):
         running = {
-            "another directory": start(here, directories=(here, elsewhere)),
             "held directory": start(held),
             "another seed": start(here, process_args=((), ("--seed", 7))),
-            "crash": start(here, command=("-c", crash)),
-            "unknown flag": start(here, "--stepz", 3),
             "found late": start(here, command=("-c", PLACING)),
         }
         results = {name: finish(processes) for name, processes in running.items()}
-    left = [path for place in (here, elsewhere, held) for path in place.rglob("*")]
+    left = [path for place in (here, held) for path in place.rglob("*")]
     return results | {"left behind": sorted(path.name for path in left if path.name not in ("tiny.toml", "text.txt"))}
 
 
@@ -348,7 +344,11 @@ def test_an_error_of_process_1_ends_both(failed):
     line = error_line(*failed["another seed"])
     assert line.startswith("error: process 1 on")
     assert "the config differs from process 0: seed = 7 here, seed = 1337 on process 0;" in line
-    line = error_line(*failed["another directory"])
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_a_directory_do_not_train(start, directory, make_directory):
+    line = error_line(*finish(start(directory, directories=(directory, make_directory()))))
     assert "is not the directory that process 0 writes; give an --out on a file system that all hosts share" in line
 
 
@@ -360,12 +360,16 @@ def test_an_error_ends_a_process_that_waits_in_a_collective(failed):
     assert re.fullmatch("error: process 1 on .*: found late", error_line(*failed["found late"]))
 
 
-def test_an_error_of_both_is_printed_once(failed):
-    assert error_line(*failed["unknown flag"]) == "error: unknown flag --stepz; did you mean --steps?"
+@pytest.mark.slow
+def test_an_error_of_both_is_printed_once(start, directory):
+    line = error_line(*finish(start(directory, "--stepz", 3)))
+    assert line == "error: unknown flag --stepz; did you mean --steps?"
 
 
-def test_an_unforeseen_error_ends_both_with_code_1(failed):
-    codes, _, errors = failed["crash"]
+@pytest.mark.slow
+def test_an_unforeseen_error_ends_both_with_code_1(start, directory):
+    crash = PLACING.replace('UserError("found late")', "ZeroDivisionError")
+    codes, _, errors = finish(start(directory, command=("-c", crash)))
     assert (codes, errors) == ([1, 1], [[], []])
 
 

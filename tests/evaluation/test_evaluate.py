@@ -185,17 +185,17 @@ def train(tmp_path):
 
 def test_tasks_do_not_disturb_the_run_and_rank_its_checkpoints(train, data, tmp_path, capsys):
     tasks = ["--eval.tasks", "hellaswag", "lambada", "--eval.tasks_data", data, "--eval.tasks_every", 4]
-    rows = train(tmp_path / "a", *tasks, "--checkpoint.best", "lambada/perplexity")
+    rows = train(tmp_path / "a", *tasks, "--steps", 8, "--checkpoint.best", "lambada/perplexity")
     evaluated = {row["step"]: row for row in rows if "lambada/perplexity" in row}
-    assert list(evaluated) == [4, 8, 12]
+    assert list(evaluated) == [4, 8]
     assert "update 4: hellaswag acc " in capsys.readouterr().out
-    assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
+    assert [row["step"] for row in rows if "val_loss" in row] == [6, 8]
     ranked = {step: row["lambada/perplexity"] for step, row in evaluated.items()}
     with Checkpoints(tmp_path / "a" / "checkpoints", 1, "lambada/perplexity") as checkpoints:
         assert checkpoints.best() == min(ranked, key=ranked.__getitem__)
-        metrics = {name: value for name, value in evaluated[12].items() if "/" in name or name == "val_loss"}
-        assert checkpoints.info(12)["metrics"] == metrics
-    without = train(tmp_path / "b")
+        metrics = {name: value for name, value in evaluated[8].items() if "/" in name or name == "val_loss"}
+        assert checkpoints.info(8)["metrics"] == metrics
+    without = train(tmp_path / "b", "--steps", 8)
     assert without == [{key: value for key, value in row.items() if "/" not in key} for row in rows]
 
 

@@ -162,9 +162,9 @@ def check_sliding(pair, pages, tmp_path, limit):
 
 
 def test_a_few_real_examples(pair, shared_data, tmp_path):
-    check_hellaswag(pair, shared_data, tmp_path, 10)
+    check_hellaswag(pair, shared_data, tmp_path, 5)
     check_lambada(pair, shared_data, tmp_path, 10)
-    check_sliding(pair, check_wikitext(pair, shared_data, tmp_path, 2), tmp_path, 4)
+    check_sliding(pair, check_wikitext(pair, shared_data, tmp_path, 1), tmp_path, 2)
 
 
 @pytest.mark.slow

@@ -97,9 +97,9 @@ def test_several_tokens_at_a_time_and_padding_change_nothing(pair):
 )
 def test_a_batch_gives_the_tokens_of_each_prompt_alone(pair, sampling):
     _, model, params = pair
-    prompts = [prompt(length, seed=length) for length in (3, 60, 17, 16)]
+    prompts = [prompt(length, seed=length) for length in (3, 60, 16)]
     together = generate(model, params, prompts, 40, dataclasses.replace(sampling, samples=2, seed=5))
-    assert len(together) == 8
+    assert len(together) == 6
     for index, one in enumerate(prompts):
         alone = generate(model, params, [one], 40, dataclasses.replace(sampling, samples=2, seed=5))
         for ours, theirs in zip(together[2 * index : 2 * index + 2], alone, strict=True):
@@ -151,7 +151,7 @@ def test_sliding_equals_a_plain_loop_over_the_last_tokens(tiny_config, block_siz
     # Larger than initial ones, or the tied head would repeat each token for ever.
     params = jax.tree.map(lambda leaf: 5 * leaf, init_params(model, jax.random.key(0)))
     apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
-    for length in (1, 20, block_size, 40):
+    for length in (1, block_size, 40):
         sequence = prompt(length, vocab_size=65)
         for _ in range(50):
             window = sequence[-block_size:]
@@ -269,7 +269,7 @@ def test_prompts_of_a_bucket_share_the_compiled_programs(pair):
         generate(model, params, [prompt(33)], 30, Sampling(0.9, top_p=0.8))
         assert compiled  # the listener hears them
         compiled.clear()
-        for length in (34, 40, 48):
+        for length in (34, 48):
             for temperature in (0.5, 1.0):
                 sampling = Sampling(temperature, top_p=0.7)
                 generate(model, params, [prompt(length)], 30, dataclasses.replace(sampling, seed=length))
@@ -362,11 +362,11 @@ def test_sliding_compiles_by_buckets_too(tiny):
 def test_a_rounding_does_not_change_what_is_drawn():
     """At GPT-2's vocabulary, where sums over all tokens have the most roundings."""
     rng = np.random.default_rng(0)
-    logits = -1.5 * np.log(np.arange(1, 50258)) + rng.standard_normal((500, 50257))
+    logits = -1.5 * np.log(np.arange(1, 50258)) + rng.standard_normal((200, 50257))
     logits = rng.permuted(logits, axis=1).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), 500)
+    keys = jax.random.split(jax.random.key(0), 200)
     tokens = sample_categorical(keys, jnp.asarray(logits))
-    assert len(np.unique(tokens)) > 300
+    assert len(np.unique(tokens)) > 120
     rounded = logits + 1e-5 * rng.standard_normal(logits.shape).astype(np.float32)
     # Two Gumbel maxima lie closer than 1e-5 in about one of 1e5 draws.
     np.testing.assert_array_equal(sample_categorical(keys, jnp.asarray(rounded)), tokens)

@@ -70,6 +70,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_loading_takes_memory_for_the_model_and_one_tensor(tmp_path):
     # Like GPT-2, with token embeddings that are the largest tensor by far.
