@@ -75,7 +75,7 @@ every = 1
 """
 
 
-FULL = ["--model.n_layer", "2", "--batch_ramp", "320", "2"]  # layers to stack, and a batch that grows
+FULL = ["--model.n_layer", "2", "--batch_ramp", "320", "2", "--eval.every", "20"]  # a batch that grows, two layers
 
 
 @pytest.fixture
