@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,23 @@ import pytest
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax import cli
+from gpt2_jax.__main__ import main
 from gpt2_jax.errors import UserError
 
 ROOM = "No space left on device; make room, or write elsewhere"
 MEMORY = "RESOURCE_EXHAUSTED: Out of memory); take a smaller model, or devices with more memory"
+
+
+def test_the_commands_are_listed(capsys):
+    assert main([]) == 0
+    listed = re.findall(r"^  python -m gpt2_jax\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
+    package = Path(cli.__file__).parent
+    have_command = {path.stem for path in package.glob("*.py") if "\ndef command()" in path.read_text()}
+    assert have_command | {"data"} == set(listed)
+    with pytest.raises(UserError, match=r"a command follows a dot; type python -m gpt2_jax.train --config quickstart$"):
+        main(["train", "--config", "quickstart"])
+    with pytest.raises(UserError, match="'tain' is not a command; they are train, generate, "):
+        main(["tain"])
 
 
 @pytest.mark.parametrize(

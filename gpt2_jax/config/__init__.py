@@ -1,7 +1,7 @@
 """Every setting of a training run: frozen dataclasses.
 
-A field's docstring is its entry in the `--help` of `gpt2_jax.train`. tyro keeps the line breaks in it, so lines break
-between sentences only.
+A field's docstring is its entry in the `--help` of `gpt2_jax.train`. Lists of keys show its first line only, so lines
+break between sentences only.
 """
 
 from __future__ import annotations

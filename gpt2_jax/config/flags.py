@@ -6,6 +6,8 @@ import dataclasses
 import io
 import itertools
 import re
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from gpt2_jax.config import TrainConfig, flatten
+from gpt2_jax.config.help import help_lines
 from gpt2_jax.config.toml import nearest_key, preset_names, read_config
 from gpt2_jax.config.validation import fit_warmup, validate
 from gpt2_jax.errors import UserError
@@ -32,7 +35,7 @@ def parse_args(
 
     Raises:
         UserError: something is wrong that can be found without data and devices.
-        SystemExit: after `--help`, with code 0; without `--config`, after a list of the presets.
+        SystemExit: after `--help` or `--help TOPIC`, with code 0; without `--config`, after a list of the presets.
     """
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     name, rest = "", []
@@ -42,14 +45,22 @@ def parse_args(
             name = next(remaining, "")
         else:
             rest.append(arg)
-    if not name:
-        help_requested = "--help" in rest or "-h" in rest
-        print(f"{description}\n\nusage: {prog} --config NAME|FILE.toml [--section.key value ...]\n\npresets:")
+    topic = _help_topic(rest)
+    usage = f"usage: {prog} --config {name or 'NAME|FILE.toml'} [--section.key value ...]"
+    if not name and not topic:
+        print(f"{description}\n\n{usage}\n\npresets:")
         print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
-        print(f"\nTo list every key with its meaning, type {prog} --config NAME --help")
-        raise SystemExit(0 if help_requested else 2)
+        print(f"\nfor the keys, type {prog} --config NAME --help")
+        raise SystemExit(2 if topic is None else 0)
     ignored: list[str] = []
-    written = _read_config(name, ignored.append)
+    written = _read_config(name, ignored.append) if name else None
+    if topic is not None:
+        width = max(60, shutil.get_terminal_size().columns)
+        if not topic:
+            print(textwrap.fill(description, width, break_on_hyphens=False), "", usage, "", sep="\n")
+        print("\n".join(help_lines(written, topic, width)))
+        raise SystemExit(0)
+    assert written is not None
     config = apply_flags(written, rest, prog=f"{prog} --config {name}", description=description)
     given = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     if "compilation_cache" not in given:
@@ -61,6 +72,14 @@ def parse_args(
             note(line)
     validate(config)
     return config
+
+
+def _help_topic(args: Sequence[str]) -> str | None:
+    """The word after `--help` or `-h`, which may be missing; None without the flag."""
+    for flag, word in itertools.pairwise([*args, ""]):
+        if flag in ("--help", "-h"):
+            return "" if word.startswith("-") else word
+    return None
 
 
 def _read_config(name: str, note: Callable[[str], object]) -> TrainConfig:
@@ -96,7 +115,7 @@ def take_flags(kind: type[Any], args: Sequence[str]) -> tuple[list[str], list[st
 
 
 def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, description: str) -> TrainConfig:
-    """`config` with `--section.key value` flags applied. `--help` prints every key and exits with code 0.
+    """`config` with `--section.key value` flags applied.
 
     Raises:
         UserError: an unknown flag, or a bad value.
@@ -120,8 +139,6 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
     words: list[str] = []
     key = ""
     for arg in args:
-        if arg in ("--help", "-h"):
-            parse(["--help"])
         if arg.startswith("--"):
             key = arg[2:].replace("-", "_")
             if key == "data.sources":

@@ -168,15 +168,16 @@ def to_toml(config: TrainConfig | ModelConfig) -> str:
         if "".join(path) != section:
             section = "".join(path)
             lines.append(f"\n[{section}]")
-        lines.append(f"{name} = {_toml_value(value)}")
+        lines.append(f"{name} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of a config as TOML."""
     if dataclasses.is_dataclass(value):
-        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in flatten(value).items()) + " }"
+        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in flatten(value).items()) + " }"
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):  # A JSON string is a TOML basic string, except for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

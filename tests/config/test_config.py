@@ -75,17 +75,40 @@ def test_flags_override_the_preset():
     )
 
 
-def test_help_names_every_key(capsys):
+def help_of(capsys, *args):
     with pytest.raises(SystemExit) as exit_:
-        parse("--config", "quickstart", "--help")
+        parse(*args)
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for key in flatten(read_config("quickstart")).keys() - {"data.sources"}:
-        assert f"--{key}" in text
+    return capsys.readouterr().out
+
+
+def test_every_key_is_in_the_help_of_its_section_in_less_than_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    config = read_config("gpt2-124m")
+    for section in ("", *(field.name for field in dataclasses.fields(config) if "Config" in field.type)):
+        text = help_of(capsys, "--config", "gpt2-124m", "--help", *[section] * bool(section))
+        assert max(map(len, text.splitlines())) <= 80
+        assert text.count("\n") <= 36
+        keys = flatten(getattr(config, section), f"{section}.") if section else flatten(config)
+        for key in keys.keys() - {"data.sources"}:
+            assert f"--{key} " in text or (not section and f"  {key.split('.')[0]} " in text)
+    assert "--optimizer.clip_norm 1.0 " in help_of(capsys, "--help", "optimizer")  # by default
+    assert "--optimizer.learning_rate 0.002 " in help_of(capsys, "-h", "optimizer", "--config", "quickstart")
+
+
+def test_the_help_of_a_key_says_all_about_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = help_of(capsys, "--config", "shakespeare-char", "--help", "model.dropout")
+    assert text.startswith("--model.dropout 0.2\na number; by default 0.0\n\nDropout rate of the embeddings")
+    assert "\nauto or none or dots or full; by default none\n" in help_of(capsys, "--help", "model.remat")
+    text = help_of(capsys, "--help", "model.vocab_size")
+    assert "0 takes it from the tokenizer.\nThe model pads it to a multiple of 128 internally.\n" in text
+    with pytest.raises(UserError, match=r"--help model.layers: no key and no section; did you mean model.n_layer\?"):
+        parse("--help", "model.layers")
 
 
 def test_help_breaks_lines_between_sentences_only():
-    """tyro keeps the line breaks of a field's docstring."""
+    """The help shows the first line of a field's docstring where there is room for one."""
     for node in ast.walk(ast.parse(inspect.getsource(config_module))):
         if isinstance(node, ast.ClassDef):
             for field, docstring in itertools.pairwise(node.body):
