@@ -49,7 +49,7 @@ def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     plan_args, config_args = take_flags(PlanFlags, args)
     flags = parse_flags(PlanFlags, plan_args, prog=PROG, description=DESCRIPTION)
-    config = parse_args(PROG, DESCRIPTION, config_args, lambda line: print(line, file=sys.stderr))
+    config = parse_args(PROG, DESCRIPTION, config_args, lambda line: print(line, file=sys.stderr), PlanFlags)
     devices = devices_of(flags.topology) if flags.topology else jax.devices()
     where = flags.topology or f"this machine's {len(devices)} × {devices[0].device_kind}"
     best: Change | None = None

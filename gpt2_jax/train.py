@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     cluster_args, args = take_flags(ClusterFlags, args)
     if {"--help", "-h"} & set(args) or not any(arg.split("=")[0] == "--config" for arg in args):
-        parse_args(summary.TRAIN, DESCRIPTION, args)  # prints the help or the presets, and exits
+        parse_args(summary.TRAIN, DESCRIPTION, args, own=ClusterFlags)  # prints the help or the presets, and exits
     flags = parse_flags(ClusterFlags, cluster_args, prog=summary.TRAIN, description=DESCRIPTION)
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from xla_flags import FAST_COMPILE
 
-from gpt2_jax import cli
+from gpt2_jax import cli, train
 from gpt2_jax.__main__ import main
 from gpt2_jax.errors import UserError
 
@@ -30,6 +31,31 @@ def test_the_commands_are_listed(capsys):
         main(["train", "--config", "quickstart"])
     with pytest.raises(UserError, match="'tain' is not a command; they are train, generate, "):
         main(["tain"])
+
+
+COMPLETE = """
+source /dev/stdin
+complete -p gpt2-train > /dev/null || exit 1
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+$(complete -p "$1" | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+def test_a_shell_completes_flags_and_presets(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--tyro-print-completion", "bash"])
+    assert not exit_.value.code
+    script = capsys.readouterr().out
+
+    def complete(*words):
+        command = ["bash", "-c", COMPLETE, "bash", "gpt2-train", *words]
+        return subprocess.run(command, input=script, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("--model.n_") == ["--model.n_layer", "--model.n_head", "--model.n_embd"]
+    assert complete("--config", "quick") == ["quickstart"]
+    assert complete("--coordi") == ["--coordinator", "--coordinator_timeout"]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import itertools
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -21,23 +21,38 @@ from gpt2_jax.config.validation import fit_warmup, validate
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_regular, is_open_pipe, user_path
 
+COMPLETION = "--tyro-print-completion"
+CONFIG_STYLE: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+FLAGS_STYLE: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
+
 Flags = TypeVar("Flags")
 Parsed = TypeVar("Parsed")
 
 
 def parse_args(
-    prog: str, description: str, args: Sequence[str], note: Callable[[str], object] = lambda line: None
+    prog: str,
+    description: str,
+    args: Sequence[str],
+    note: Callable[[str], object] = lambda line: None,
+    own: type[Any] | None = None,
 ) -> TrainConfig:
     """The validated config of a command line `--config NAME|FILE.toml [--section.key value ...]`.
 
     Args:
         note: called with a line for the user about each value that was changed.
+        own: the command's flags besides those of the config, for completion in a shell.
 
     Raises:
         UserError: something is wrong that can be found without data and devices.
-        SystemExit: after `--help` or `--help TOPIC`, with code 0; without `--config`, after a list of the presets.
+        SystemExit: after `--help` or the script for completion, with code 0; without `--config`, after a list of the
+            presets.
     """
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if args[:1] == [COMPLETION]:
+        presets: Any = Literal[tuple(preset_names())]
+        bases = (own, TrainConfig) if own else (TrainConfig,)
+        kind = dataclasses.make_dataclass("_", [("config", presets)], bases=bases, frozen=True, kw_only=True)
+        _print_completion(kind, args, prog, CONFIG_STYLE)
     name, rest = "", []
     remaining = iter(args)
     for arg in remaining:
@@ -132,8 +147,7 @@ def apply_flags(config: TrainConfig, args: Sequence[str], *, prog: str, descript
             args=args,
             prog=prog,
             description=description,
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
+            **CONFIG_STYLE,
         )
 
     words: list[str] = []
@@ -162,12 +176,18 @@ def parse_flags(kind: type[Flags], args: Sequence[str], *, prog: str, descriptio
     """
 
     def parse(args: Sequence[str]) -> Flags:
-        config = (tyro.conf.FlagCreatePairsOff,)
-        return tyro.cli(kind, args=args, prog=prog, description=description, config=config)
+        return tyro.cli(kind, args=args, prog=prog, description=description, **FLAGS_STYLE)
 
+    if args[:1] == [COMPLETION]:
+        _print_completion(kind, args, prog, FLAGS_STYLE)
     if {"--help", "-h"} & set(args):
         parse(["--help"])
     return _raise_user_errors(lambda: parse(args), prog)
+
+
+def _print_completion(kind: type[Any], args: Sequence[str], prog: str, style: Mapping[str, Any]) -> None:
+    """Prints the script with which a shell completes the flags of the command's short name, and exits with code 0."""
+    tyro.cli(kind, args=args, prog=prog.replace("python -m gpt2_jax.", "gpt2-"), **style)
 
 
 # --- tyro's errors -------------------------------------------------------------------------------------
