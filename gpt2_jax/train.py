@@ -46,6 +46,7 @@ from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
 from gpt2_jax.run.rewinding import check_skipped_updates, rewound, with_skipped_updates
+from gpt2_jax.run.samples import Samples, sample_text
 from gpt2_jax.run.stalls import watched
 from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
 from gpt2_jax.step import Metrics, make_eval_step, make_train_step, skip_update
@@ -130,6 +131,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
     train_step = make_train_step(model, config.optimizer, mesh, config.seed, options)
     evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
     tasks = open_tasks(config, model, data.tokenizer, mesh, options)
+    continue_prompts = Samples(config, model, data.tokenizer) if config.eval.prompts else None
     source = BatchSource(data.train, schedule, accumulation, functools.partial(local_rows, mesh))
     sharding = batch_sharding(mesh, leading_axis=True)
 
@@ -193,6 +195,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                     fingerprint = run_checkpoints.fingerprint(state)
                     if evaluates:
                         evaluations |= reporter.validation(step, *evaluate(state.params, config.eval.tokens))
+                        reporter.samples(step, continue_prompts(state.params) if continue_prompts else [])
                     if tasks is not None and runs_tasks:
                         evaluations |= reporter.tasks(step, tasks(state.params, reporter.progress))
                     if evaluations or saves:
@@ -206,7 +209,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
         loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
-        sample = summary.sample_text(model, state.params, data, config)
+        sample = sample_text(model, state.params, data, config)
         if is_primary():
             best = checkpoints.best()
             final = fingerprint.state, count_overflows(state.opt_state)

@@ -166,6 +166,10 @@ class EvalConfig:
     The report at the end of a run on text always takes all."""
     sample_tokens: int = 0
     """Tokens of sample text to print at the end of the run."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the model continues at each evaluation, into OUT/samples.jsonl; @FILE for the lines of a file."""
+    prompt_tokens: int = 100
+    """Tokens of each continuation."""
     tasks: tuple[str, ...] = ()
     """Tasks of gpt2_jax.evaluate to run too, such as hellaswag and lambada."""
     tasks_every: int = 0

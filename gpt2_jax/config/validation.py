@@ -76,6 +76,7 @@ _RANGES: dict[str, _Range] = {
     "eval.every": _COUNT_OR_0,
     "eval.tokens": _between(0, MAX_TOKENS),
     "eval.sample_tokens": _between(0, MAX_SEQUENCES),
+    "eval.prompt_tokens": _between(1, MAX_SEQUENCES),
     "eval.tasks_every": _COUNT_OR_0,
     "eval.tasks_limit": _COUNT_OR_0,
     "log.every": _COUNT,
@@ -138,6 +139,8 @@ def _check_paths(config: TrainConfig) -> None:
         user_path(path, "eval.tasks_data")
     for text in (*config.eval.tasks, config.checkpoint.best):
         check_utf8(text, "eval.tasks")
+    for text in config.eval.prompts:
+        check_utf8(text, "eval.prompts")
     check_utf8(config.data.characters, "data.characters")
 
 

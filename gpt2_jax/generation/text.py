@@ -109,16 +109,25 @@ class LanguageModel:
         Yields:
             One string per sequence, without the prompts. Concatenated, the strings of a sequence are its continuation.
         """
-        tokenizer, around = self.tokenizer, self.boundaries
+        tokenizer, around, tokens = self.tokenizer, self.boundaries, self.encode(prompts)
         stop = around.ends[0] if around.ends else None
-        start = stop if around.start is None else around.start
-        tokens = [self._encode(prompt, around.prefix, start) for prompt in prompts]
         if max_new_tokens is None:
             room = self.model.config.block_size - max(map(len, tokens), default=0)
             max_new_tokens = DEFAULT_TOKENS if sampling.slide or room < 1 else min(DEFAULT_TOKENS, room)
         sampling = dataclasses.replace(sampling, stop=stop, vocab_size=tokenizer.n_vocab)
         chunks = stream(self.model, self.params, tokens, max_new_tokens, sampling)
         return self._decode(chunks, [TextStream(tokenizer, around.ends) for _ in range(len(tokens) * sampling.samples)])
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of prompts, with those that the model wants before a text.
+
+        Raises:
+            UserError: no tokenizer, or a character that the model does not have.
+        """
+        around = self.boundaries
+        stop = around.ends[0] if around.ends else None
+        start = stop if around.start is None else around.start
+        return [self._encode(prompt, around.prefix, start) for prompt in prompts]
 
     def _encode(self, prompt: str, prefix: tuple[int, ...], start: int | None) -> list[int]:
         tokens = [*prefix, *encode_prompt(self.tokenizer, prompt)]

@@ -60,7 +60,8 @@ def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Iterator[P
             advice = f"type {flags} to keep its schedule"
         raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        for path in (out, *(out / name for name in ("config.toml", "checkpoints", "metrics.jsonl", "loss.png"))):
+        names = ("config.toml", "checkpoints", "metrics.jsonl", "samples.jsonl", "loss.png")
+        for path in (out, *(out / name for name in names)):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
     except OSError as error:

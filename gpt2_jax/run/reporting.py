@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +21,8 @@ from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
+
+SAMPLE_WIDTH = 100  # characters of a continuation on the terminal
 
 
 class Reporter:
@@ -50,6 +53,7 @@ class Reporter:
     ) -> None:
         self._out, self._config, self._checkpoints, self._tokens_after = out, config, checkpoints, tokens_after
         self._file = MetricsFile(out / "metrics.jsonl", start) if is_primary() else None
+        self._samples = MetricsFile(out / "samples.jsonl", start) if is_primary() and config.eval.prompts else None
         self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
         self._reported = start
         self._outliers = 0  # in a row
@@ -177,6 +181,14 @@ class Reporter:
             if math.isfinite(metric.value)
         }
 
+    def samples(self, step: int, continued: Sequence[tuple[str, str]]) -> None:
+        """Logs continuations of prompts, and prints the start of the first one."""
+        tokens = self._tokens_after(step)
+        for prompt, text in continued:
+            self._append(self._samples, {"step": step, "tokens": tokens, "prompt": prompt, "text": text})
+        for prompt, text in continued[:1]:
+            self.display.print(f"update {step}: {textwrap.shorten(prompt + text, SAMPLE_WIDTH, placeholder=' …')}")
+
     def progress(self, task: str, done: int) -> None:
         """Shows the progress of a task."""
         step = self._reported
@@ -194,16 +206,17 @@ class Reporter:
                 self.display.print(f"{self._out / 'loss.png'} cannot be written ({error.strerror}); continuing")
 
     def _write(self, row: Row) -> None:
+        self._append(self._file, row)
+
+    def _append(self, file: MetricsFile | None, row: Row) -> None:
         """Writes a row. One that cannot be written waits: a checkpoint is saved only with all rows before it."""
-        if self._file:
+        if file:
             try:
-                self._file.write(row)
+                file.write(row)
                 self._rows_wait = False
             except OSError as error:
                 if not self._rows_wait:
-                    self.display.print(
-                        f"{self._file.path} cannot be written ({error.strerror}); its rows wait in memory"
-                    )
+                    self.display.print(f"{file.path} cannot be written ({error.strerror}); its rows wait in memory")
                 self._rows_wait = True
 
     def flush(self) -> None:
@@ -212,8 +225,9 @@ class Reporter:
         Raises:
             OSError: they cannot be written.
         """
-        if self._file:
-            self._file.flush()
+        for file in (self._file, self._samples):
+            if file:
+                file.flush()
 
     def catch_up(self, pending: tuple[int, Metrics | None] | None) -> None:
         """`update`, then stops the throughput clock: what follows is not training."""

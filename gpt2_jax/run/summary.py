@@ -8,8 +8,6 @@ import math
 import shlex
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_jax.attention import Choice
@@ -17,8 +15,6 @@ from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
-from gpt2_jax.generation import Sampling, generate
-from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sharding import num_micro_batches
 
 TRAIN = "python -m gpt2_jax.train"
@@ -68,24 +64,6 @@ def banner(
     return [f"{name:10}{text}" for name, text in texts.items()]
 
 
-def sample_text(model: GPT2, params: Params, data: Data, config: TrainConfig) -> str | None:
-    """Text of `config.eval.sample_tokens` tokens; None if that is 0, and in all processes except process 0.
-
-    All processes call it together. Characters that cannot be printed become replacement characters.
-    """
-    if not config.eval.sample_tokens or data.tokenizer is None:
-        return None
-    if jax.process_count() > 1:
-        params = jax.device_put(multihost_utils.process_allgather(params, tiled=True), jax.local_devices()[0])
-    if jax.process_index():
-        return None
-    prompt = [int(data.val.streams[0][:1][0])]  # end-of-text, or the first token of a text without one
-    sampling = Sampling(seed=config.seed, vocab_size=data.tokenizer.n_vocab, slide=True)
-    (tokens,) = generate(model, params, [prompt], config.eval.sample_tokens, sampling)
-    text = data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def closing(
     config: TrainConfig,
     data: Data,
@@ -101,7 +79,7 @@ def closing(
 
     Args:
         loss_sum: nats over `n_targets` held-out tokens.
-        sample: the text from `sample_text`.
+        sample: the text from `samples.sample_text`.
         best: the step of the best checkpoint.
         fingerprint: that of the final state.
         overflows: updates skipped because a gradient overflowed; None if the loss was not scaled.

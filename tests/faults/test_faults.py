@@ -210,8 +210,8 @@ def test_a_device_that_always_computes_wrongly_ends_the_run_after_one_return(fla
 
 TERMINATED = """
 import os, signal
-from gpt2_jax.run import summary
-summary.sample_text = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+from gpt2_jax import train
+train.sample_text = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 from gpt2_jax.train import command
 command()
 """

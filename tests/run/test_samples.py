@@ -1,0 +1,127 @@
+"""Texts that the model continues at evaluations: rows of samples.jsonl, which leave the run as it is."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from gpt2_jax import load
+from gpt2_jax import train as training
+from gpt2_jax.checkpoint_info import read_info
+from gpt2_jax.config.flags import parse_args
+from gpt2_jax.errors import UserError
+
+TINY = """
+out = "unset"
+steps = 6
+batch_size = 4
+
+[model]
+vocab_size = 0
+block_size = 16
+n_layer = 1
+n_head = 2
+n_embd = 16
+dropout = 0.1
+
+[data]
+text = "unset"
+tokenizer = "chars"
+
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+decay_steps = 6
+
+[checkpoint]
+every = 2
+
+[eval]
+every = 2
+prompt_tokens = 20
+
+[log]
+every = 1
+"""
+PROMPTS = ["--eval.prompts", "12 squared", "is 9, longer than the model's context"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Trains a tiny model on two devices, and returns its rows without speeds and the last fingerprint."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    text = "".join(f"{number} squared is {number * number}, longer than the model's context\n" for number in range(99))
+    (tmp_path / "text.txt").write_text(text)
+
+    def run(out, *flags):
+        args = [
+            "--config",
+            tmp_path / "tiny.toml",
+            "--data.text",
+            tmp_path / "text.txt",
+            "--out",
+            tmp_path / out,
+            *flags,
+        ]
+        assert training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:2]) == 0
+        newest = max((tmp_path / out / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        rows = [{**row, "tokens_per_second": None} for row in rows_of(tmp_path / out / "metrics.jsonl")]
+        return rows, read_info(newest)["fingerprint"]["state"]
+
+    return run
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_is_the_same_with_prompts_and_resumes_with_the_same_samples(run, tmp_path, capsys):
+    whole = run("a", *PROMPTS)
+    printed = capsys.readouterr().out
+    assert whole == run("b")
+    assert not (tmp_path / "b" / "samples.jsonl").exists()
+    samples = rows_of(tmp_path / "a" / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in samples] == [(k, text) for k in (2, 4, 6) for text in PROMPTS[1:]]
+    assert all(row["tokens"] == row["step"] * 4 * 16 for row in samples)
+    assert all(len(row["text"]) == 20 for row in samples)
+    assert len({row["text"] for row in samples}) >= 3  # the model changes
+    assert re.findall("^update ([246]): 12 squared", printed, re.MULTILINE) == ["2", "4", "6"]
+
+    # What the API writes with the last checkpoint.
+    expected = load(str(tmp_path / "a")).generate_batch(PROMPTS[1:], 20, seed=1337, slide=True)
+    assert [row["prompt"] + row["text"] for row in samples[-2:]] == expected
+
+    resumed = run("c", *PROMPTS, "--steps", "4", "--optimizer.decay_steps", "6")
+    assert resumed != whole
+    with (tmp_path / "c" / "samples.jsonl").open("a") as file:  # of updates that were lost
+        file.write(json.dumps({"step": 5, "tokens": 1, "prompt": "", "text": ""}) + "\n")
+    assert run("c", *PROMPTS) == whole
+    assert rows_of(tmp_path / "c" / "samples.jsonl") == samples
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["ü"], "'ü'"),
+        ([""], "the prompt is empty, and this model has no end-of-text token"),
+        (["@none.txt"], "--eval.prompts @none.txt: No such file or directory; expected a text file with a prompt in"),
+        (["@empty.txt"], "--eval.prompts @empty.txt: the file is empty; write a prompt in each line"),
+        (["@binary.txt"], "--eval.prompts @binary.txt: not UTF-8 text"),
+        (["1" * 70_000], "eval.prompts has more than 65,536 bytes"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_start_no_run(run, tmp_path, monkeypatch, prompts, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("a", "--eval.prompts", *prompts)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_has_a_prompt_in_each_line(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("1 squared\n\n2 squared\n")
+    run("a", "--eval.prompts", "3 squared", f"@{tmp_path}/prompts.txt", "--steps", "2", "--eval.prompt_tokens", "3")
+    prompts = [row["prompt"] for row in rows_of(tmp_path / "a" / "samples.jsonl")]
+    assert prompts == ["3 squared", "1 squared", "2 squared"]
