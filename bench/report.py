@@ -49,6 +49,8 @@ GOALS = (
          "peers-sweep-1558m-nvidia-h200", "best MFU", "%", at_least=0.55),
     Goal("generation, 124M, 1 and 8 prompts, CPU: tokens/s", "transformers' generate",
          "decode-cpu", "tokens/s over transformers", "×", at_least=2.0),
+    Goal(ONE_PROMPT, "transformers' generate in float32",
+         "decode-peers-cpu", "tokens/s over transformers float32", "×"),
     Goal(ONE_PROMPT, "CTranslate2 in float32",
          "decode-peers-cpu", "tokens/s over ctranslate2 float32", "×"),
     Goal(ONE_PROMPT, "CTranslate2 in int8",

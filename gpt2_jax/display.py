@@ -37,10 +37,13 @@ class Display:
         text: shown beside the bar until the first `show`.
         counts: the bar shows "done/total"; otherwise a percentage.
         quiet: shows nothing, for all processes except process 0.
+        stderr: shows it on standard error.
     """
 
-    def __init__(self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False) -> None:
-        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+    def __init__(
+        self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False, stderr: bool = False
+    ) -> None:
+        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet, stderr=stderr)
         self._bar = None
         in_notebook = "JPY_PARENT_PID" in os.environ  # looks like a terminal, and keeps every state of a bar
         if self.console.is_terminal and not os.environ.get("CI") and not in_notebook and not quiet:
@@ -86,11 +89,19 @@ class Display:
             with suppress(OSError):  # it may be the same disk, or a terminal that was closed
                 print(f"standard output cannot be written ({error.strerror}); continuing without it", file=sys.stderr)
 
-    def show(self, done: float, line: str, parts: Sequence[str]) -> None:
-        """Shows progress: `parts` beside the bar, or a line that starts with `line`. The end is always shown."""
+    def show(self, done: float, line: str, parts: Sequence[str], beside: Sequence[str] | None = None) -> None:
+        """Shows progress. The end is always shown.
+
+        Args:
+            done: work done.
+            line: the start of a line, without a bar.
+            parts: the rest of the line.
+            beside: the text beside a bar, which has less room; by default `parts`.
+        """
         now = time.perf_counter()
         if self._bar:
-            self._bar.update(self._task, completed=done, text=" · ".join(parts))  # written by a thread of rich's
+            text = " · ".join(parts if beside is None else beside)
+            self._bar.update(self._task, completed=done, text=text)  # written by a thread of rich's
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or (self._total and done >= self._total and not self._done):
             self._last_line, self._done = now, bool(self._total) and done >= self._total
             self.print(f"{line}: " + " · ".join(parts))

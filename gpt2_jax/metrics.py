@@ -180,10 +180,11 @@ def _row(line: bytes) -> Row:
     return row
 
 
-def format_row(row: Row, seconds_left: float | None) -> list[str]:
-    """The parts of a training row to show on the terminal."""
+def format_row(row: Row, seconds_left: float | None, brief: bool = False) -> list[str]:
+    """The parts of a training row to show on the terminal, `brief` beside a bar."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
     parts = [f"loss {row['loss']:.4f}"]
+    parts += [] if brief else [f"gradient norm {row['grad_norm']:.3g}", f"learning rate {row['learning_rate']:.3g}"]
     parts += [] if speed is None else [f"{si(speed)} tok/s"]
     parts += [] if mfu is None else [f"MFU {mfu:.1%}"]
     return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])

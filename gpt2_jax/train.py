@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> int:
             notes: list[str] = []
             config = parse_args(summary.TRAIN, DESCRIPTION, args, notes.append)
             for line in notes if is_primary() else []:
-                print(line)
+                print(line, file=sys.stderr if config.log.format == "json" else sys.stdout)
             return train(config)
     except (DivergedError, SaveError, ReplicaError) as error:
         print(f"error: {error}", file=sys.stderr)

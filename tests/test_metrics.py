@@ -107,12 +107,15 @@ def test_no_mfu_where_the_peak_is_unknown(devices, dtype, monkeypatch):
     assert meter.read(10) == Throughput(10.0, None)
 
 
-ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "tokens_per_second": 12345.6, "mfu": 0.512}
+ROW = {"step": 20, "tokens": 4000, "loss": 2.34567, "grad_norm": 0.51234, "learning_rate": 6e-4}
+ROW |= {"tokens_per_second": 12345.6, "mfu": 0.512}
 
 
 def test_what_a_person_sees_of_a_row():
-    assert format_row(ROW, 3725) == ["loss 2.3457", "12.3k tok/s", "MFU 51.2%", "1:02:05 left"]
-    assert format_row(ROW | {"tokens_per_second": None, "mfu": None}, None) == ["loss 2.3457"]
+    parts = ["loss 2.3457", "12.3k tok/s", "MFU 51.2%", "1:02:05 left"]
+    assert format_row(ROW, 3725, brief=True) == parts
+    assert format_row(ROW, 3725) == [parts[0], "gradient norm 0.512", "learning rate 0.0006", *parts[1:]]
+    assert format_row(ROW | {"tokens_per_second": None, "mfu": None}, None, brief=True) == ["loss 2.3457"]
 
 
 def test_the_plot_shows_means_of_training_rows_and_every_evaluation(tmp_path):

@@ -296,6 +296,15 @@ def test_a_reader_that_leaves_loses_no_update(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "12").exists()
 
 
+def test_rows_on_standard_output_for_programs(tiny_run, tmp_path, capsys):
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 3, "--optimizer.warmup_steps", 1, "--log.format", "json"]
+    assert run_here(args) == 0
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "model     " in printed.err
+    assert "update 3: validation loss " in printed.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["| head -n 8", "2>&1 | head -n 1", "> /dev/full"])
 def test_the_command_with_a_reader_that_leaves(tiny_run, tmp_path, redirection):

@@ -186,6 +186,8 @@ class LogConfig:
 
     every: int = 10
     """Updates between training rows."""
+    format: Literal["text", "json"] = "text"
+    """What a run prints: lines or a bar; or each row of metrics.jsonl on stdout, and everything else on stderr."""
     profile_steps: int = 0
     """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
     check_replicas: int = 0

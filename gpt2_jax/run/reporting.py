@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import textwrap
@@ -59,7 +60,9 @@ class Reporter:
         self._outliers = 0  # in a row
         self._rows_wait = False
         self.references: Mapping[str, float] = {}
-        self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
+        prints_rows = config.log.format == "json"
+        self.display = Display(start, config.steps, "compiling", quiet=self._file is None, stderr=prints_rows)
+        self._printed_rows = Display(0, 0, "") if prints_rows and self._file else None
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
         """Waits for the metrics of an update and logs a row if one is due.
@@ -114,8 +117,9 @@ class Reporter:
         }
         self._write(row)
         left = self._tokens_after(self._config.steps) - tokens
-        parts = format_row(row, left / speed.tokens_per_second if speed else None)
-        self.display.show(step, f"update {step}/{self._config.steps}", parts)
+        seconds = left / speed.tokens_per_second if speed else None
+        line, brief = format_row(row, seconds), format_row(row, seconds, brief=True)
+        self.display.show(step, f"update {step}/{self._config.steps}", line, brief)
 
     def _handle_outlier(self, step: int, found: str) -> None:
         optimizer = self._config.optimizer
@@ -207,6 +211,8 @@ class Reporter:
 
     def _write(self, row: Row) -> None:
         self._append(self._file, row)
+        if self._printed_rows:
+            self._printed_rows.print(json.dumps(row))
 
     def _append(self, file: MetricsFile | None, row: Row) -> None:
         """Writes a row. One that cannot be written waits: a checkpoint is saved only with all rows before it."""
