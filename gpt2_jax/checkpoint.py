@@ -50,12 +50,13 @@ class SavedState:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path.absolute() / "state"
+        self._checkpoint = path.absolute()
+        self._state = self._checkpoint / "state"
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        with _reading(self._path.parent):
-            metadata = self._reader.metadata(self._path).item_metadata
+        with _reading(self._checkpoint):
+            metadata = self._reader.metadata(self._state).item_metadata
             if metadata is None:
-                raise ValueError(f"no tree of arrays in {self._path}")
+                raise ValueError(f"no tree of arrays in {self._state}")
             self._tree = metadata.tree
 
     def read(self, *path: str) -> Any:
@@ -73,8 +74,8 @@ class SavedState:
             return functools.reduce(lambda inner, key: {key: inner}, reversed(path), tree)
 
         args = ocp.args.PyTreeRestore(nested(shapes), restore_args=nested(as_numpy), partial_restore=True)
-        with _reading(self._path.parent):
-            state = self._reader.restore(self._path, args=args)
+        with _reading(self._checkpoint):
+            state = self._reader.restore(self._state, args=args)
         return functools.reduce(lambda tree, key: tree[key], path, state)
 
 

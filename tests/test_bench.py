@@ -37,6 +37,7 @@ def test_every_benchmark_can_be_imported(bench, name):
     assert bench(name).__doc__
 
 
+@pytest.mark.slow
 def test_the_process_whose_start_is_timed(tmp_path):
     write_llmc(tmp_path / "tokens.bin", np.arange(5000, dtype=np.uint16))
     command = [sys.executable, BENCH / "first_batch.py", tmp_path]

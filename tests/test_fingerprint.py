@@ -56,7 +56,10 @@ def place(state, config, data, fsdp):
     return placed, make_state_fingerprint(mesh, abstract)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "scan"), [(8, 1, False), (2, 4, True), (1, 8, False), (1, 1, True)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "scan"),
+    [(8, 1, False), (2, 4, True), (1, 1, True), pytest.param(1, 8, False, marks=pytest.mark.slow)],
+)
 def test_it_is_equal_on_any_mesh_and_in_any_layout(state, tiny_config, data, fsdp, scan):
     placed, fingerprint = place(state, tiny_config, 1, 1)
     expected = fingerprint(placed)

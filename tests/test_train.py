@@ -427,6 +427,7 @@ def test_a_checkpoint_of_another_state_layout_is_refused_but_is_still_a_model(ti
     assert run_here([*args, "--init_from", checkpoint, "--out", tmp_path / "next", "--steps", 1]) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_directory(tiny_run, tmp_path):
     args = [*tiny_run, "--out", tmp_path / "run"]
     first = command([*args, "--steps", "100000", "--optimizer.decay_steps", "40"])

@@ -107,7 +107,7 @@ def test_every_document_is_written_once_after_an_end_of_text(lines, tmp_path):
     assert all(len(read_llmc(path)) == 5000 for path in shards if path.name not in last)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_damaged_line_in_the_middle_loses_nothing_else(tmp_path, workers, monkeypatch):
     monkeypatch.setattr("gpt2_jax.data.sources.BLOCK_BYTES", 2000)
     rows = [json.dumps({"text": f"document {number} " * 10}) for number in range(1000)]

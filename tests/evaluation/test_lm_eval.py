@@ -204,6 +204,7 @@ def test_our_tasks_are_those_of_the_harness(pair, mesh, task_manager, monkeypatc
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness_beside_ours(pair, mesh, task_manager, monkeypatch):
     manager, directory = task_manager
     monkeypatch.setenv("HF_DATASETS_CACHE", str(directory / "cache"))

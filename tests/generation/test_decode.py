@@ -344,6 +344,7 @@ def test_no_prompts_give_nothing(pair):
     assert generate(model, params, [], 5) == []
 
 
+@pytest.mark.slow
 def test_sliding_compiles_by_buckets_too(tiny):
     model, params = tiny
     generate(model, params, [prompt(3, vocab_size=65)], 2, Sampling(0.5, slide=True))  # JAX's programs around ours

@@ -121,6 +121,7 @@ for args in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path):
     runs = {gelu: tmp_path / gelu for gelu in GELUS}
