@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,10 +71,21 @@ class Display:
             with self._survive_closed_output():
                 self._bar.stop()
 
-    def print(self, text: str) -> None:
-        """Prints a line that stays on the screen."""
+    def print(self, text: str, indent: int | None = None) -> None:
+        """Prints a line that stays on the screen.
+
+        Args:
+            text: the line.
+            indent: breaks it between words where it is wider than the terminal, and indents what follows by as much.
+                Without it, the terminal breaks it anywhere, and a copy of it is one line.
+        """
+        text = strip_controls(text)
+        if indent is not None and self.console.is_terminal:
+            wrapper = textwrap.TextWrapper(self.console.width, subsequent_indent=" " * indent, break_on_hyphens=False)
+            wrapper.break_long_words = False
+            text = wrapper.fill(text)
         with self._survive_closed_output():
-            self.console.print(strip_controls(text), markup=False)
+            self.console.print(text, markup=False)
             self.console.file.flush()
 
     @contextmanager

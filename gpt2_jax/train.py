@@ -157,7 +157,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         run_checkpoints.before_save = reporter.flush
         banner = summary.banner(config, data, mesh, attention, options, fit, size, out, start)
         for line in banner + run_checkpoints.room(start):
-            print_line(line)
+            reporter.display.print(line, summary.INDENT)
         with (
             stop_signals() as stop_requested,
             reporter.display,

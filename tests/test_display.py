@@ -39,6 +39,17 @@ def test_a_bar_on_a_terminal(monkeypatch):
         assert "validation [bold] stays as it is" in text
 
 
+def test_a_terminal_breaks_indented_lines_between_words(monkeypatch, capsys):
+    facts = "model     964,032 parameters: 2 layers, 6 heads"
+    Display(0, 1, "", quiet=False).print(facts, 10)
+    assert capsys.readouterr().out == facts + "\n"  # not a terminal
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=30, highlight=False, soft_wrap=True, color_system=None)
+    monkeypatch.setattr("gpt2_jax.display._Console", lambda **_: console)
+    Display(0, 1, "").print(facts, 10)
+    assert screen.getvalue() == "model     964,032 parameters:\n          2 layers, 6 heads\n"
+
+
 def test_a_notebook_gets_plain_lines(monkeypatch, capsys):
     """Its kernel says that commands write to a terminal, and stores every state of a bar."""
     monkeypatch.delenv("CI", raising=False)

@@ -23,8 +23,6 @@ from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token,
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.step import Metrics
 
-SAMPLE_WIDTH = 100  # characters of a continuation on the terminal
-
 
 class Reporter:
     """Logs updates and evaluations. All processes call it; only process 0 writes, plots and prints.
@@ -191,7 +189,9 @@ class Reporter:
         for prompt, text in continued:
             self._append(self._samples, {"step": step, "tokens": tokens, "prompt": prompt, "text": text})
         for prompt, text in continued[:1]:
-            self.display.print(f"update {step}: {textwrap.shorten(prompt + text, SAMPLE_WIDTH, placeholder=' …')}")
+            start = f"update {step}: "
+            room = self.display.console.width - len(start)
+            self.display.print(start + textwrap.shorten(prompt + text, room, placeholder=" …"))
 
     def progress(self, task: str, done: int) -> None:
         """Shows the progress of a task."""

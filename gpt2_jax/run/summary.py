@@ -18,6 +18,7 @@ from gpt2_jax.data.corpus import STDLIB
 from gpt2_jax.sharding import num_micro_batches
 
 TRAIN = "python -m gpt2_jax.train"
+INDENT = 10  # characters before the text of a line
 
 
 def banner(
