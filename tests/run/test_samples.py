@@ -44,12 +44,12 @@ prompt_tokens = 20
 [log]
 every = 1
 """
-PROMPTS = ["--eval.prompts", "12 squared", "is 9, longer than the model's context"]
+PROMPTS = ["12 squared", "is 9, longer than the model's context", "1"]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Trains a tiny model on two devices, and returns its rows without speeds and the last fingerprint."""
+    """Trains a tiny model and returns its rows without speeds and the last fingerprint."""
     (tmp_path / "tiny.toml").write_text(TINY)
     text = "".join(f"{number} squared is {number * number}, longer than the model's context\n" for number in range(99))
     (tmp_path / "text.txt").write_text(text)
@@ -64,7 +64,7 @@ def run(tmp_path):
             tmp_path / out,
             *flags,
         ]
-        assert training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:2]) == 0
+        assert training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:1]) == 0
         newest = max((tmp_path / out / "checkpoints").iterdir(), key=lambda path: int(path.name))
         rows = [{**row, "tokens_per_second": None} for row in rows_of(tmp_path / out / "metrics.jsonl")]
         return rows, read_info(newest)["fingerprint"]["state"]
@@ -77,26 +77,28 @@ def rows_of(path):
 
 
 def test_the_run_is_the_same_with_prompts_and_resumes_with_the_same_samples(run, tmp_path, capsys):
-    whole = run("a", *PROMPTS)
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n")
+    flags = ["--eval.prompts", PROMPTS[0], f"@{tmp_path}/prompts.txt"]
+    whole = run("a", *flags)
     printed = capsys.readouterr().out
     assert whole == run("b")
     assert not (tmp_path / "b" / "samples.jsonl").exists()
     samples = rows_of(tmp_path / "a" / "samples.jsonl")
-    assert [(row["step"], row["prompt"]) for row in samples] == [(k, text) for k in (2, 4, 6) for text in PROMPTS[1:]]
+    assert [(row["step"], row["prompt"]) for row in samples] == [(k, text) for k in (2, 4, 6) for text in PROMPTS]
     assert all(row["tokens"] == row["step"] * 4 * 16 for row in samples)
     assert all(len(row["text"]) == 20 for row in samples)
     assert len({row["text"] for row in samples}) >= 3  # the model changes
     assert re.findall("^update ([246]): 12 squared", printed, re.MULTILINE) == ["2", "4", "6"]
 
     # What the API writes with the last checkpoint.
-    expected = load(str(tmp_path / "a")).generate_batch(PROMPTS[1:], 20, seed=1337, slide=True)
-    assert [row["prompt"] + row["text"] for row in samples[-2:]] == expected
+    expected = load(str(tmp_path / "a")).generate_batch(PROMPTS, 20, seed=1337, slide=True)
+    assert [row["prompt"] + row["text"] for row in samples[-3:]] == expected
 
-    resumed = run("c", *PROMPTS, "--steps", "4", "--optimizer.decay_steps", "6")
+    resumed = run("c", *flags, "--steps", "4", "--optimizer.decay_steps", "6")
     assert resumed != whole
     with (tmp_path / "c" / "samples.jsonl").open("a") as file:  # of updates that were lost
         file.write(json.dumps({"step": 5, "tokens": 1, "prompt": "", "text": ""}) + "\n")
-    assert run("c", *PROMPTS) == whole
+    assert run("c", *flags) == whole
     assert rows_of(tmp_path / "c" / "samples.jsonl") == samples
 
 
@@ -118,10 +120,3 @@ def test_prompts_that_cannot_be_continued_start_no_run(run, tmp_path, monkeypatc
     with pytest.raises(UserError, match=re.escape(message)):
         run("a", "--eval.prompts", *prompts)
     assert not (tmp_path / "a").exists()
-
-
-def test_a_file_has_a_prompt_in_each_line(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("1 squared\n\n2 squared\n")
-    run("a", "--eval.prompts", "3 squared", f"@{tmp_path}/prompts.txt", "--steps", "2", "--eval.prompt_tokens", "3")
-    prompts = [row["prompt"] for row in rows_of(tmp_path / "a" / "samples.jsonl")]
-    assert prompts == ["3 squared", "1 squared", "2 squared"]
