@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -38,13 +39,19 @@ class Display:
         text: shown beside the bar until the first `show`.
         counts: the bar shows "done/total"; otherwise a percentage.
         quiet: shows nothing, for all processes except process 0.
-        stderr: shows it on standard error.
+        file: where it is shown; by default what is standard output at that time.
     """
 
     def __init__(
-        self, done: float, total: float, text: str, counts: bool = True, quiet: bool = False, stderr: bool = False
+        self,
+        done: float,
+        total: float,
+        text: str,
+        counts: bool = True,
+        quiet: bool = False,
+        file: TextIO | None = None,
     ) -> None:
-        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet, stderr=stderr)
+        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet, file=file)
         self._bar = None
         in_notebook = "JPY_PARENT_PID" in os.environ  # looks like a terminal, and keeps every state of a bar
         if self.console.is_terminal and not os.environ.get("CI") and not in_notebook and not quiet:

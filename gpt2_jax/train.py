@@ -14,7 +14,8 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, redirect_stdout
+from typing import TextIO
 
 import jax
 
@@ -100,15 +101,17 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
         SaveError: checkpoints could not be saved.
         ReplicaError: copies of the training state differ between devices.
     """
+    rows_to = sys.stdout if config.log.format == "json" else None
     restored: int | None = None
-    while True:
-        try:
-            return _train(config, devices)
-        except RewindError as error:  # resumes in this process, as the same command would
-            config, restored = rewound(config, error, restored)
+    with redirect_stdout(sys.stderr) if rows_to else nullcontext():
+        while True:
+            try:
+                return _train(config, devices, rows_to)
+            except RewindError as error:  # resumes in this process, as the same command would
+                config, restored = rewound(config, error, restored)
 
 
-def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: TextIO | None) -> int:
     check_same_software()
     hardware = current_hardware()
     cache = runtime.enable_compilation_cache(config.compilation_cache)
@@ -147,7 +150,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> int:
         state, start = run_checkpoints.restore_or_init(initial)
         check_skipped_updates(config, saved, start)
         size = n_params(state.params, model.config)
-        reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start)
+        reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start, rows_to)
         reporter.references = tasks.references() if tasks else {}
         if is_primary():
             write_config(out, config)

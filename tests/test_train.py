@@ -297,12 +297,17 @@ def test_a_reader_that_leaves_loses_no_update(tiny_run, tmp_path, monkeypatch):
 
 
 def test_rows_on_standard_output_for_programs(tiny_run, tmp_path, capsys):
-    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 3, "--optimizer.warmup_steps", 1, "--log.format", "json"]
+    args = [*tiny_run, "--out", tmp_path / "run", "--steps", 3, "--log.format", "json"]
     assert run_here(args) == 0
     printed = capsys.readouterr()
-    assert printed.out == (tmp_path / "run" / "metrics.jsonl").read_text()
+    content = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert printed.out == content
     assert "model     " in printed.err
     assert "update 3: validation loss " in printed.err
+    assert run_here([*args, "--steps", 4], devices=2) == 0
+    printed = capsys.readouterr()
+    assert content + printed.out == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "changed   mesh" in printed.err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`--help` of the commands that take a config: an overview, the keys of one section, or all about one key."""
+"""`--help` of the commands that take a config: an overview, the keys of one section, or one key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import textwrap
 from collections.abc import Iterator, Mapping
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -15,9 +15,9 @@ from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import nearest_key, toml_value
 from gpt2_jax.errors import UserError
 
-MORE = "For the keys of a section, or all about one key, type --help model, or --help model.n_layer."
+MORE = "For the keys of a section, type --help model; for one key, --help model.n_layer."
 LEFT = 36  # characters for a key and its value
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "nothing"}
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 class _Key(NamedTuple):

@@ -8,6 +8,7 @@ import shlex
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -38,6 +39,7 @@ class Reporter:
         checkpoints: has the step that a diverged run names as the last good checkpoint.
         tokens_after: tokens consumed by the first k updates.
         start: the step that the run resumes after, 0 for a new run.
+        rows_to: where rows are printed too, as they are in metrics.jsonl; None for nowhere.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Reporter:
         checkpoints: RunCheckpoints,
         tokens_after: Callable[[int], int],
         start: int,
+        rows_to: TextIO | None = None,
     ) -> None:
         self._out, self._config, self._checkpoints, self._tokens_after = out, config, checkpoints, tokens_after
         self._file = MetricsFile(out / "metrics.jsonl", start) if is_primary() else None
@@ -58,9 +61,8 @@ class Reporter:
         self._outliers = 0  # in a row
         self._rows_wait = False
         self.references: Mapping[str, float] = {}
-        prints_rows = config.log.format == "json"
-        self.display = Display(start, config.steps, "compiling", quiet=self._file is None, stderr=prints_rows)
-        self._printed_rows = Display(0, 0, "") if prints_rows and self._file else None
+        self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
+        self._printed_rows = Display(0, 0, "", file=rows_to) if rows_to and self._file else None
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
         """Waits for the metrics of an update and logs a row if one is due.

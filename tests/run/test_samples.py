@@ -12,58 +12,20 @@ from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.errors import UserError
 
-TINY = """
-out = "unset"
-steps = 6
-batch_size = 4
-
-[model]
-vocab_size = 0
-block_size = 16
-n_layer = 1
-n_head = 2
-n_embd = 16
-dropout = 0.1
-
-[data]
-text = "unset"
-tokenizer = "chars"
-
-[optimizer]
-learning_rate = 1e-2
-warmup_steps = 2
-decay_steps = 6
-
-[checkpoint]
-every = 2
-
-[eval]
-every = 2
-prompt_tokens = 20
-
-[log]
-every = 1
-"""
+TINY = """--config quickstart --steps 6 --batch_size 4 --optimizer.warmup_steps 2 --optimizer.decay_steps 6
+--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.dropout 0.1 --data.tokenizer chars
+--checkpoint.every 2 --eval.every 2 --eval.prompt_tokens 20 --eval.sample_tokens 0 --log.every 1"""
 PROMPTS = ["12 squared", "is 9, longer than the model's context", "1"]
 
 
 @pytest.fixture
 def run(tmp_path):
     """Trains a tiny model and returns its rows without speeds and the last fingerprint."""
-    (tmp_path / "tiny.toml").write_text(TINY)
     text = "".join(f"{number} squared is {number * number}, longer than the model's context\n" for number in range(99))
     (tmp_path / "text.txt").write_text(text)
 
     def run(out, *flags):
-        args = [
-            "--config",
-            tmp_path / "tiny.toml",
-            "--data.text",
-            tmp_path / "text.txt",
-            "--out",
-            tmp_path / out,
-            *flags,
-        ]
+        args = [*TINY.split(), "--data.text", tmp_path / "text.txt", "--out", tmp_path / out, *flags]
         assert training.train(parse_args("train", "", list(map(str, args))), jax.devices()[:1]) == 0
         newest = max((tmp_path / out / "checkpoints").iterdir(), key=lambda path: int(path.name))
         rows = [{**row, "tokens_per_second": None} for row in rows_of(tmp_path / out / "metrics.jsonl")]
