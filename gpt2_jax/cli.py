@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from gpt2_jax.errors import UserError, fixable, strip_controls
 
-RETRY_SECONDS = 0.05  # until a lost Ctrl-C is raised again
+RETRY_SECONDS = 0.5  # until a lost Ctrl-C is raised again
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
@@ -102,10 +102,10 @@ def _exit_at_once(number: int, frame: Any) -> None:
 
 @contextmanager
 def _interruptible(interrupts: list[int]) -> Iterator[None]:
-    """Raises KeyboardInterrupt at Ctrl-C, and again if it is lost.
+    """Raises KeyboardInterrupt at Ctrl-C, and again while it is lost.
 
     Python prints an exception in a callback of the garbage collector or in `__del__`, and continues. JAX has such a
-    callback, which ran in much of the start: 2 of 16 interrupts were lost.
+    callback, which ran in much of the start: 2 of 16 interrupts were lost. JAX also traces within bare `except:`.
 
     Args:
         interrupts: receives the number of each signal.
@@ -117,17 +117,25 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
 
     def interrupt(number: int, frame: Any) -> None:
         interrupts.append(number)
+        if sys.platform != "win32":  # has no timer
+            signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS, RETRY_SECONDS)
         raise KeyboardInterrupt
 
-    def retry(lost: sys.UnraisableHookArgs) -> None:
+    def retry(number: int, frame: Any) -> None:
+        error = sys.exc_info()[1]  # of the code that the signal interrupts: set while it cleans up
+        while error is not None and not isinstance(error, KeyboardInterrupt):
+            error = error.__context__
+        if error is None:
+            raise KeyboardInterrupt
+
+    def hide(lost: sys.UnraisableHookArgs) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             hook(lost)
-        elif sys.platform != "win32":  # has no timer
-            signal.signal(signal.SIGALRM, interrupt)
-            signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
     signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = retry
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, retry)
+    sys.unraisablehook = hide
     try:
         yield
     finally:

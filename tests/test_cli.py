@@ -148,6 +148,13 @@ class Finalized:
     def __del__(self):
         ctrl_c()
 
+class Attribute:
+    def __getattr__(self, name):
+        try:
+            ctrl_c()
+        except BaseException:
+            raise AttributeError from None
+
 def main(args):
     WAYS
     time.sleep(20)
@@ -164,9 +171,11 @@ run_command(main)
         "gc.callbacks.append(lambda *_: (gc.callbacks.clear(), ctrl_c())); gc.collect()",
         "[Finalized() for _ in range(3)]",
         "ctrl_c()",
+        "try: ctrl_c()\n    except: pass",
+        "hasattr(Attribute(), 'any')",
     ],
 )
-def test_an_interrupt_that_python_swallows_comes_again(way):
+def test_an_interrupt_that_is_swallowed_comes_again(way):
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWS.replace("WAYS", way)], capture_output=True, text=True, timeout=60
@@ -181,9 +190,15 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error():
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_a_cleanup_is_not_interrupted_by_the_retry():
+    way = "try: ctrl_c()\n    finally: time.sleep(2); print('cleaned up')"
+    done = subprocess.run([sys.executable, "-c", SWALLOWS.replace("WAYS", way)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
 def interrupted(seconds, args, cwd):
     """The exit code and the output of a command that gets Ctrl-C some seconds after it has begun its imports."""
-    command = [sys.executable, "-m", *map(str, args)]
+    command = [sys.executable, "-X", "faulthandler", "-m", *map(str, args)]
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -197,7 +212,12 @@ def interrupted(seconds, args, cwd):
         time.sleep(0.002)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # prints where it is
+        output, _ = process.communicate()
+        pytest.fail(f"still runs 120 seconds after Ctrl-C: {output}")
     return process.returncode, output
 
 
