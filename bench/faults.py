@@ -14,7 +14,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -22,7 +21,6 @@ import random
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,9 +32,11 @@ from pathlib import Path
 
 from fault_disks import commands, storage
 from fault_runs import ROOT, TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
-from record import Figures, Rows, arguments, take_turns, write
+from record import Figures, Rows, arguments, write
 
 from gpt2_jax.checkpoint_info import complete_checkpoints
+
+SLICE_SECONDS, SLICES_PER_BLOCK = 0.5, 20  # of `overhead`
 
 
 def kills(runs: Runs, repeat: int) -> Figures:
@@ -299,32 +299,63 @@ def soak(runs: Runs, repeat: int) -> Figures:
 
 
 def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
-    """Tokens per second of an older checkout and of this one, in turns: medians over the rows of each run."""
-    text = ["--data.text", str(runs.directory / "text.txt"), "--compilation_cache", ""]
+    """Updates of an older checkout and of this one in the same number of seconds.
+
+    Both have started, and SIGSTOP and SIGCONT let each run for half a second in turn. So both see the same machine, and
+    what a stopped update has done is not lost. `repeat` is the number of minutes for each case.
+    """
+    text = ["--data.text", str(runs.directory / "text.txt")]
+    endless = ["--steps", "1000000", "--log.every", "1", "--eval.sample_tokens", "0"]
     cases = {
-        "quickstart": ["--config", "quickstart", "--steps", "1500", "--eval.every", "500", "--eval.tokens", "4096",
-                       "--eval.sample_tokens", "0", "--checkpoint.every", "500", "--compilation_cache", ""],
-        "124M": ["--config", "gpt2-124m", "--steps", "12", "--batch_size", "2", "--micro_batch_size", "2",
+        "quickstart": ["--config", "quickstart", *endless, "--eval.every", "500", "--eval.tokens", "4096",
+                       "--checkpoint.every", "500"],
+        "124M": ["--config", "gpt2-124m", *endless, "--batch_size", "2", "--micro_batch_size", "2",
                  "--model.block_size", "128", "--data.train", "", "--data.val", "", *text, "--data.tokenizer", "bytes",
-                 "--log.every", "1", "--eval.tokens", "256", "--eval.sample_tokens", "0"],
+                 "--eval.every", "0", "--checkpoint.every", "0"],
     }  # fmt: skip
+    return {name: _updates_in_turns(runs, flags, before, round(60 * repeat)) for name, flags in cases.items()}
 
-    def speed(flags: list[str], checkout: Path) -> float:
-        out = Path(tempfile.mkdtemp(dir=runs.directory))
-        code, output = runs.finish(out, *flags, checkout=checkout)
-        if code:
-            raise SystemExit(f"{checkout} failed:\n{output[-2000:]}")
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        shutil.rmtree(out)
-        return statistics.median(row["tokens_per_second"] for row in rows if row.get("tokens_per_second"))
 
-    figures: Figures = {}
-    for name, flags in cases.items():
-        actions = {"before": functools.partial(speed, flags, before), "now": functools.partial(speed, flags, ROOT)}
-        speeds = take_turns(actions, repeat)
-        ratio = statistics.median(speeds["now"]) / statistics.median(speeds["before"])
-        figures[name] = {"tokens_per_second": speeds, "now_over_before": ratio}
-    return figures
+def _updates_in_turns(runs: Runs, flags: list[str], before: Path, pairs: int) -> Figures:
+    names = ("before", "now")
+    outs = {name: Path(tempfile.mkdtemp(dir=runs.directory)) for name in names}
+    processes = {}
+    for name, checkout in zip(names, (before, ROOT), strict=True):
+        process = runs.start(outs[name], *flags, "--compilation_cache", "", checkout=checkout)
+        threading.Thread(target=process.communicate, daemon=True).start()  # reads what it prints
+        wait_for(process, outs[name], 5, 0.0)
+        process.send_signal(signal.SIGSTOP)
+        processes[name] = process
+
+    def updates(name: str) -> int:
+        return (outs[name] / "metrics.jsonl").read_bytes().count(b'"tokens_per_second"')
+
+    counts: dict[str, list[int]] = {name: [updates(name)] for name in names}
+    for pair in range(pairs):
+        for name in names if pair % 2 else names[::-1]:
+            processes[name].send_signal(signal.SIGCONT)
+            time.sleep(SLICE_SECONDS)
+            processes[name].send_signal(signal.SIGSTOP)
+        if (pair + 1) % SLICES_PER_BLOCK == 0:
+            for name in names:
+                counts[name].append(updates(name))
+    for process in processes.values():
+        process.kill()
+    blocks = {name: [after - earlier for earlier, after in itertools.pairwise(counts[name])] for name in names}
+    if not all(map(all, blocks.values())):
+        raise SystemExit(f"a training made no update in {SLICES_PER_BLOCK * SLICE_SECONDS} s: {blocks}")
+    rng = random.Random(0)
+    resampled = []
+    for _ in range(10_000):
+        chosen = rng.choices(range(len(blocks["now"])), k=len(blocks["now"]))
+        resampled.append(sum(blocks["now"][i] for i in chosen) / sum(blocks["before"][i] for i in chosen))
+    resampled.sort()
+    return {
+        "seconds_each": pairs * SLICE_SECONDS,
+        "updates": blocks,
+        "now_over_before": sum(blocks["now"]) / sum(blocks["before"]),
+        "interval_95": [resampled[250], resampled[-250]],
+    }
 
 
 def rows(figures: Figures) -> Rows:
@@ -372,10 +403,10 @@ def rows(figures: Figures) -> Rows:
             f"{columns['open_files']}, threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
-        raw = "; ".join(
-            f"{key} {', '.join(f'{one:,.0f}' for one in values)}" for key, values in case["tokens_per_second"].items()
-        )
-        results[f"tokens/s over those without the protection, {name}"] = case["now_over_before"], raw
+        low, high = case["interval_95"]
+        done = ", ".join(f"{key} {sum(blocks):,}" for key, blocks in case["updates"].items())
+        details = f"95% interval {low:.4f} to {high:.4f}; updates in {case['seconds_each']:,.0f} s each: {done}"
+        results[f"updates over those without the protection, {name}"] = case["now_over_before"], details
     return results
 
 
@@ -383,7 +414,7 @@ def main() -> None:
     """Runs the pieces that are not done yet, and writes the file after each."""
     pieces: dict[str, tuple[Callable[..., Figures], int]] = {
         "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
-        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 5),
+        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 20),
     }  # fmt: skip
     parser = arguments(__doc__, repeat=0)
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
