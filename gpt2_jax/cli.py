@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 from gpt2_jax.errors import UserError, fixable, strip_controls
 
+STARTED = time.time()  # of a command: the package imports this module first
 RETRY_SECONDS = 0.5  # until a lost Ctrl-C is raised again
 
 

@@ -19,7 +19,7 @@ from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.tokenizer import tokenizer_name
 from gpt2_jax.errors import UserError, one_line, strip_controls
-from gpt2_jax.files import user_path
+from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.interop import MODEL_KINDS, use_model
 from gpt2_jax.interop.gguf import write_gguf
 from gpt2_jax.interop.huggingface import write_huggingface
@@ -29,6 +29,7 @@ from gpt2_jax.interop.nanogpt import DATASET, write_nanogpt
 from gpt2_jax.interop.runs import write_orbax
 from gpt2_jax.interop.stored import StoredModel, architecture_summary
 from gpt2_jax.interop.tokenizer_files import VOCABULARIES, read_tokenizer
+from gpt2_jax.reports.card import CARD, model_card, run_of
 
 PROG = "python -m gpt2_jax.convert"
 
@@ -113,10 +114,10 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         raise UserError(f"--dtype {dtype} is for huggingface, llmc and gguf; {to} is always float32: leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
-    return use_model(source, lambda model: _convert(model.with_fingerprint(), to, out, dtype))
+    return use_model(source, lambda model: _convert(model.with_fingerprint(), source, to, out, dtype))
 
 
-def _convert(model: StoredModel, to: Format, out: Path, dtype: ExportDtype) -> Path:
+def _convert(model: StoredModel, source: str, to: Format, out: Path, dtype: ExportDtype) -> Path:
     print(strip_controls(f"from      {model.where}: {architecture_summary(model.config)}"))
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = None
@@ -125,6 +126,7 @@ def _convert(model: StoredModel, to: Format, out: Path, dtype: ExportDtype) -> P
         partial = Path(tempfile.mkdtemp(prefix=".convert.", dir=out.parent))
         if to == "huggingface":
             write_huggingface(model, partial, dtype)
+            replace_text(partial / CARD, model_card(model, out.name, run_of(source)))
         elif to == "llmc":
             write_llmc(model, partial, dtype)
         elif to == "gguf":

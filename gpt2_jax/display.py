@@ -10,17 +10,19 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 from gpt2_jax.errors import strip_controls
 
 SECONDS_BETWEEN_LINES = 5.0
+REFRESHES = 4  # of a bar, per second
 
 
 class _Console(Console):
@@ -28,6 +30,18 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+class _Progress(Progress):
+    """A bar with lines below it."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, below: Callable[[int], Iterable[Text]]) -> None:
+        self._lines = lambda: below(console.width)
+        super().__init__(*columns, console=console, refresh_per_second=REFRESHES)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from self._lines()
 
 
 class Display:
@@ -40,6 +54,7 @@ class Display:
         counts: the bar shows "done/total"; otherwise a percentage.
         quiet: shows nothing, for all processes except process 0.
         file: where it is shown; by default what is standard output at that time.
+        below: lines to show below a bar, for a terminal of some width. It is called from another thread.
     """
 
     def __init__(
@@ -50,16 +65,19 @@ class Display:
         counts: bool = True,
         quiet: bool = False,
         file: TextIO | None = None,
+        below: Callable[[int], Iterable[Text]] = lambda width: (),
     ) -> None:
         self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet, file=file)
         self._bar = None
         in_notebook = "JPY_PARENT_PID" in os.environ  # looks like a terminal, and keeps every state of a bar
-        if self.console.is_terminal and not os.environ.get("CI") and not in_notebook and not quiet:
-            self._bar = Progress(
+        moves = self.console.is_terminal and not self.console.is_dumb_terminal  # the cursor
+        if moves and not os.environ.get("CI") and not in_notebook and not quiet:
+            self._bar = _Progress(
                 BarColumn(bar_width=None),
                 MofNCompleteColumn() if counts else TaskProgressColumn(),
                 TextColumn("{task.fields[text]}"),
                 console=self.console,
+                below=below,
             )
             self._task = self._bar.add_task("", total=total or None, text=text)
             self._bar.update(self._task, completed=done)
@@ -94,6 +112,17 @@ class Display:
         with self._survive_closed_output():
             self.console.print(text, markup=False)
             self.console.file.flush()
+
+    def draw(self, drawing: Callable[[int, bool], str]) -> None:
+        """Prints a drawing where there is a bar; elsewhere nothing.
+
+        Args:
+            drawing: makes it, with ANSI colors, for a width in columns and with or without colors.
+        """
+        if self._bar:
+            with self._survive_closed_output():
+                color = self.console.color_system is not None and not self.console.no_color
+                self.console.print(Text.from_ansi(drawing(self.console.width, color)))
 
     @contextmanager
     def _survive_closed_output(self) -> Iterator[None]:

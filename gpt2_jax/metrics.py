@@ -158,13 +158,13 @@ def read_rows(path: Path) -> Iterator[Row]:
             number = 0
             while (line := file.readline(MAX_ROW_BYTES)).endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                 number += 1
-                yield _row(line)
+                yield parse_row(line)
     except (OSError, ValueError) as error:
         where = f"{path}, line {number}" if isinstance(error, ValueError) else str(path)
         raise UserError(f"{where} does not hold the row of a run ({one_line(error)}); move the file away") from error
 
 
-def _row(line: bytes) -> Row:
+def parse_row(line: bytes) -> Row:
     """Parses a row, and checks the types of what is compared and plotted.
 
     Raises:
@@ -180,11 +180,11 @@ def _row(line: bytes) -> Row:
     return row
 
 
-def format_row(row: Row, seconds_left: float | None, brief: bool = False) -> list[str]:
-    """The parts of a training row to show on the terminal, `brief` beside a bar."""
+def format_row(row: Row, seconds_left: float | None) -> list[str]:
+    """The parts of a line about a training row."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
-    parts = [f"loss {row['loss']:.4f}"]
-    parts += [] if brief else [f"gradient norm {row['grad_norm']:.3g}", f"learning rate {row['learning_rate']:.3g}"]
+    parts = [f"loss {row['loss']:.4f}", f"gradient norm {row['grad_norm']:.3g}"]
+    parts += [f"learning rate {row['learning_rate']:.3g}"]
     parts += [] if speed is None else [f"{si(speed)} tok/s"]
     parts += [] if mfu is None else [f"MFU {mfu:.1%}"]
     return parts + ([] if seconds_left is None else [f"{duration(seconds_left)} left"])

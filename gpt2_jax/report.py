@@ -1,94 +1,90 @@
-"""Compares two runs: `python -m gpt2_jax.report --compare A B`."""
+"""Shows runs in one file, or says where two part: `python -m gpt2_jax.report RUN [RUN ...] --out report.html`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from gpt2_jax.cli import run_command
-from gpt2_jax.config import flatten
+import tyro
+
+from gpt2_jax.cli import run_command, warn
+from gpt2_jax.config import TrackerName
 from gpt2_jax.config.flags import parse_flags
-from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError, strip_controls
-from gpt2_jax.files import user_path
-from gpt2_jax.metrics import Row, read_rows
+from gpt2_jax.files import replace_text, user_path
+from gpt2_jax.reports.compare import compare
+from gpt2_jax.reports.following import replay
+from gpt2_jax.reports.markdown import write_markdown
+from gpt2_jax.reports.page import write_page
+from gpt2_jax.reports.picture import write_picture
+from gpt2_jax.reports.records import read_runs
+from gpt2_jax.reports.trackers import check_installed
 
 PROG = "python -m gpt2_jax.report"
-
-# What the update decides, and nothing else does: not the speed, and not the files that a run writes.
-COMPARED = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped", "val_loss", "fingerprint")
+DESCRIPTION = """Show runs in one file that needs no network: losses, evaluations, samples, where the time went,
+configs and their differences. It reads run directories, also of runs that still train."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Flags of the command."""
 
-    compare: tuple[str, str]
-    """Two run directories. The command says from which update on they differ."""
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
+    """Run directories."""
+    out: str = ""
+    """HTML file to write. Default: report.html, if no other file is asked for."""
+    md: str = ""
+    """Markdown file to write."""
+    png: str = ""
+    """Picture of the losses to write."""
+    to: tuple[TrackerName, ...] = ()
+    """Trackers that get all rows of the runs: tensorboard, wandb, trackio."""
+    compare: tuple[str, str] | None = None
+    """Two run directories. The command says from which update on they differ, and writes nothing."""
 
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    flags = parse_flags(Flags, args, prog=PROG, description="Compare two runs by their rows and fingerprints.")
-    for line in compare(*(user_path(name, "--compare") for name in flags.compare)):
-        print(strip_controls(line))
-    return 0
+    flags = parse_flags(Flags, args, prog=PROG, description=DESCRIPTION)
+    if flags.compare:
+        if flags.runs or flags.out or flags.md or flags.png or flags.to:
+            raise UserError("--compare takes two runs, and writes no file; leave out what else was given")
+        for line in compare(*(user_path(name, "--compare") for name in flags.compare)):
+            print(strip_controls(line))
+        return 0
+    if not flags.runs:
+        raise UserError(f"no run was given; type {PROG} RUN [RUN ...] --out report.html, or --compare A B")
+    runs = read_runs([user_path(name, "RUN") for name in flags.runs])
+    check_installed(flags.to)
+    default = "" if flags.md or flags.png or flags.to else "report.html"
+    for name, flag, write in (
+        (flags.out or default, "--out", lambda path: replace_text(path, write_page(runs))),
+        (flags.md, "--md", lambda path: replace_text(path, write_markdown(runs))),
+        (flags.png, "--png", lambda path: write_picture(runs, path)),
+    ):
+        if name:
+            _write(user_path(name, flag), flag, write)
+    failures: list[str] = []
+    for run in runs if flags.to else ():
+        replay(run.path, flags.to, run.config, failures.append)
+    for line in failures:
+        warn(f"error: {line}")
+    return 1 if failures else 0
 
 
-def compare(first: Path, second: Path) -> list[str]:
-    """Lines about the configs and the rows of two run directories.
-
-    Raises:
-        UserError: one is not a run directory.
-    """
-    a, b = _rows(first), _rows(second)
-    lines = [f"{name:10}{path}, to update {max(rows)}" for name, path, rows in (("A", first, a), ("B", second, b))]
-    configs = [flatten(read_config(str(path / "config.toml"))) for path in (first, second)]
-    changed = [key for key in configs[0] if key != "out" and configs[0][key] != configs[1][key]]
-    if changed:
-        listed = "; ".join(f"{key}: {configs[0][key]!r} in A, {configs[1][key]!r} in B" for key in changed)
-        lines.append(f"{'config':10}{listed}")
-    same = 0  # the last update after which the fingerprints agree
-    for step in sorted(a.keys() & b.keys()):
-        keys = [key for key in a[step] if key in b[step] and _is_compared(key)]
-        different = [key for key in keys if a[step][key] != b[step][key]]
-        if "skipped" in a[step].keys() ^ b[step].keys():
-            only = "A" if "skipped" in a[step] else "B"
-            return [*lines, f"{'differ':10}at update {step}: skipped in {only} only; {_until(same)}"]
-        if different:
-            found = ", ".join(f"{key} {a[step][key]} in A, {b[step][key]} in B" for key in different)
-            return [*lines, f"{'differ':10}at update {step}: {found}; {_until(same)}"]
-        if "fingerprint" in keys:
-            same = step
-    common = sum(key in b[step] for step in a.keys() & b.keys() for key in a[step] if _is_compared(key))
-    if not common:
-        return [*lines, f"{'unknown':10}no update has a row in both"]
-    return [*lines, f"{'equal':10}all {common:,} values of the rows that both have; {_until(same)}"]
-
-
-def _is_compared(key: str) -> bool:
-    return key in COMPARED or "/" in key  # TASK/METRIC
-
-
-def _until(same: int) -> str:
-    if not same:
-        return "no fingerprint is in both before"
-    return f"the whole state is equal, bit for bit, up to update {same}"
-
-
-def _rows(run: Path) -> dict[int, Row]:
-    """The rows of each update together.
+def _write(path: Path, flag: str, write: Callable[[Path], None]) -> None:
+    """Writes a file, and says so.
 
     Raises:
-        UserError: the directory has no rows.
+        UserError: it cannot be written.
     """
-    rows: dict[int, Row] = {}
-    for row in read_rows(run / "metrics.jsonl"):
-        rows.setdefault(row["step"], {}).update(row)
-    if not rows:
-        raise UserError(f"{run} has no metrics.jsonl with rows; give the directory of a run")
-    return rows
+    try:
+        write(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give another {flag}") from error
+    print(strip_controls(f"wrote     {path}"))
 
 
 def command() -> None:

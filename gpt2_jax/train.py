@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
 from typing import TextIO
@@ -20,7 +21,7 @@ from typing import TextIO
 import jax
 
 from gpt2_jax import runtime
-from gpt2_jax.cli import run_command
+from gpt2_jax.cli import STARTED, run_command
 from gpt2_jax.compiler_options import compiler_options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
@@ -32,16 +33,20 @@ from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signal
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import DivergedError, ReplicaError, RewindError, SaveError, UserError
-from gpt2_jax.files import exclusive
+from gpt2_jax.files import exclusive, user_path
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
+from gpt2_jax.reports.following import following
+from gpt2_jax.reports.trackers import check_installed
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
-from gpt2_jax.run import summary
+from gpt2_jax.run import goodput, summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
+from gpt2_jax.run.curve import draw_losses
 from gpt2_jax.run.directory import open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.fitting import explaining_memory, fitted
+from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
@@ -76,13 +81,13 @@ def main(args: Sequence[str]) -> int:
             config = parse_args(summary.TRAIN, DESCRIPTION, args, notes.append)
             for line in notes if is_primary() else []:
                 print(line, file=sys.stderr if config.log.format == "json" else sys.stdout)
-            return train(config)
+            return train(config, started=STARTED)
     except (DivergedError, SaveError, ReplicaError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES[type(error)]
 
 
-def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, started: float | None = None) -> int:
     """Trains, or resumes training, until `config.steps` updates are done, and reports.
 
     With several processes, call it within `distributed_session`: otherwise an error in one process leaves the others
@@ -91,6 +96,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     Args:
         config: validated.
         devices: the devices to train on; all by default.
+        started: when the command began, a `time.time()`; by default now.
 
     Returns:
         0, or 128 + the number of the signal that stopped the run; then the same call resumes it.
@@ -105,14 +111,18 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> i
     restored: int | None = None
     with redirect_stdout(sys.stderr) if rows_to else nullcontext():
         while True:
+            path = user_path(config.out, "out") / goodput.FILE
             try:
-                return _train(config, devices, rows_to)
+                with Clock(started or time.time(), path if is_primary() else None) as clock:
+                    return _train(config, devices, rows_to, clock)
             except RewindError as error:  # resumes in this process, as the same command would
                 config, restored = rewound(config, error, restored)
+                started = time.time()
 
 
-def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: TextIO | None) -> int:
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: TextIO | None, clock: Clock) -> int:
     check_same_software()
+    check_installed(config.log.to)
     hardware = current_hardware()
     cache = runtime.enable_compilation_cache(config.compilation_cache)
     config, attention = resolve(config, hardware)
@@ -147,7 +157,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: T
         open_checkpoints(out / "checkpoints", config.checkpoint) as checkpoints,
     ):
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
-        state, start = run_checkpoints.restore_or_init(initial)
+        with clock.phase(goodput.RESTORING if saved else goodput.STARTING):
+            state, start = run_checkpoints.restore_or_init(initial)
         check_skipped_updates(config, saved, start)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start, rows_to)
@@ -166,12 +177,17 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: T
             reporter.display,
             closing(read_ahead(source, start, config.steps)) as batches,
             traced(train_step, out / "profile", start, config.log.profile_steps) as update,
+            following(out, config.log.to if is_primary() else (), config, print_line),
         ):
             if hardware.platform == "cpu" and start < config.steps:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
+            clock.enter(goodput.TRAINING)
+            clock.resumed_after = start
+            clock.record(start)
             step, evaluations = start, dict[str, float]()
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device
             while step < config.steps and not (signal_number := stop_requested(step)):
+                since = time.perf_counter()
                 try:
                     batch = next(batches)
                 except UserError:  # damaged data, found late: keep what was trained
@@ -179,11 +195,13 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: T
                         reporter.catch_up(pending)
                         run_checkpoints.save(step, state, run_checkpoints.fingerprint(state), evaluations)
                     raise
+                clock.waited_for_data(since)
                 with jax.transfer_guard("disallow"):  # only the batch goes to the device, and explicitly
                     if step + 1 in config.skip_updates:
                         state, metrics = skip_update(state), None
                     else:
                         state, metrics = update(state, put_batch(batch, sharding))
+                        clock.dispatched(metrics.loss)
                 reporter.update(pending)  # fetched only now, when the device already has its next work
                 watch.step = step
                 step, evaluations = step + 1, {}
@@ -195,27 +213,36 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: T
                 if evaluates or runs_tasks or saves or is_due(step, config.log.check_replicas):
                     reporter.catch_up(pending)
                     watch.step = step
-                    fingerprint = run_checkpoints.fingerprint(state)
-                    if evaluates:
-                        evaluations |= reporter.validation(step, *evaluate(state.params, config.eval.tokens))
-                        reporter.samples(step, continue_prompts(state.params) if continue_prompts else [])
-                    if tasks is not None and runs_tasks:
-                        evaluations |= reporter.tasks(step, tasks(state.params, reporter.progress))
-                    if evaluations or saves:
-                        reporter.evaluated(step, evaluations, fingerprint.state)
+                    with clock.phase(goodput.EVALUATING):
+                        fingerprint = run_checkpoints.fingerprint(state)
+                        if evaluates:
+                            evaluations |= reporter.validation(step, *evaluate(state.params, config.eval.tokens))
+                            reporter.samples(step, continue_prompts(state.params) if continue_prompts else [])
+                        if tasks is not None and runs_tasks:
+                            evaluations |= reporter.tasks(step, tasks(state.params, reporter.progress))
+                        if evaluations or saves:
+                            reporter.evaluated(step, evaluations, fingerprint.state)
                     if saves:
-                        run_checkpoints.save(step, state, fingerprint, evaluations)
+                        with clock.phase(goodput.SAVING):
+                            run_checkpoints.save(step, state, fingerprint, evaluations)
+                    clock.record(step)
+                clock.record(step, now=False)
             reporter.catch_up(pending)
             fingerprint = run_checkpoints.fingerprint(state)
+            clock.enter(goodput.SAVING)
             run_checkpoints.save_and_wait(step, state, fingerprint, evaluations)
+            clock.enter(goodput.EVALUATING)
+            clock.record(step)
             if step < config.steps:
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
         loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
         sample = sample_text(model, state.params, data, config)
+        clock.record(step)
         if is_primary():
             best = checkpoints.best()
             final = fingerprint.state, count_overflows(state.opt_state)
+            reporter.display.draw(functools.partial(draw_losses, out / "metrics.jsonl"))
             for line in summary.closing(config, data, out, loss_sum, n_targets, sample, best, *final):
                 print_line(line)
     return 0

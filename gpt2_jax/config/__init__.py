@@ -13,6 +13,7 @@ from typing import Any, Literal
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Remat = Literal["auto", "none", "dots", "full"]
 
 IGNORE = -1  # a target that does not count in the loss
@@ -188,6 +189,8 @@ class LogConfig:
     """Updates between training rows."""
     format: Literal["text", "json"] = "text"
     """What a run prints: lines or a bar; or each row of metrics.jsonl on stdout, and everything else on stderr."""
+    to: tuple[TrackerName, ...] = ()
+    """Trackers that get the rows too: tensorboard, wandb, trackio. Each is an extra to install."""
     profile_steps: int = 0
     """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
     check_replicas: int = 0

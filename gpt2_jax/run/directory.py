@@ -17,6 +17,7 @@ from gpt2_jax.distributed.agreement import barrier, check_shared, is_primary
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import make_directory, remove_empty, replace_text, user_path
 from gpt2_jax.interop.keep_tokenizer import KEPT as TOKENIZER_FILES
+from gpt2_jax.run.goodput import FILE as TIME
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:
@@ -60,7 +61,7 @@ def open_directory(config: TrainConfig, saved: TrainConfig | None) -> Iterator[P
             advice = f"type {flags} to keep its schedule"
         raise UserError(f"{out} holds a run of another config ({listed}); {advice}")
     try:
-        names = ("config.toml", "checkpoints", "metrics.jsonl", "samples.jsonl", "loss.png")
+        names = ("config.toml", "checkpoints", "metrics.jsonl", "samples.jsonl", TIME, "loss.png")
         for path in (out, *(out / name for name in names)):
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"no permission for {path.name}")
@@ -89,7 +90,7 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
     metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
     remove_empty([checkpoints])
     if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size):
-        names = ("metrics.jsonl", "config.toml", *TOKENIZER_FILES)
+        names = ("metrics.jsonl", TIME, "config.toml", *TOKENIZER_FILES)
         for file in (*map(out.joinpath, names), *out.glob(KEPT)):
             file.unlink(missing_ok=True)
         remove_empty(new)

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import TrainConfig
-from gpt2_jax.display import Display, count
+from gpt2_jax.display import Display, count, duration, si
 from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError, RewindError
 from gpt2_jax.evaluation import Result
@@ -22,6 +22,7 @@ from gpt2_jax.evaluation.table import number
 from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.run.panel import Panel
 from gpt2_jax.step import Metrics
 
 
@@ -61,7 +62,8 @@ class Reporter:
         self._outliers = 0  # in a row
         self._rows_wait = False
         self.references: Mapping[str, float] = {}
-        self.display = Display(start, config.steps, "compiling", quiet=self._file is None)
+        self._panel = Panel(config, start)
+        self.display = Display(start, config.steps, "", quiet=self._file is None, below=self._panel.lines)
         self._printed_rows = Display(0, 0, "", file=rows_to) if rows_to and self._file else None
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
@@ -116,10 +118,12 @@ class Reporter:
             **scaling,
         }
         self._write(row)
-        left = self._tokens_after(self._config.steps) - tokens
-        seconds = left / speed.tokens_per_second if speed else None
-        line, brief = format_row(row, seconds), format_row(row, seconds, brief=True)
-        self.display.show(step, f"update {step}/{self._config.steps}", line, brief)
+        total = self._tokens_after(self._config.steps)
+        seconds = (total - tokens) / speed.tokens_per_second if speed else None
+        self._panel.update(row)
+        self._panel.checkpoint = self._checkpoints.newest
+        beside = [f"{si(tokens)}/{si(total)} tokens"] + ([] if seconds is None else [f"{duration(seconds)} left"])
+        self.display.show(step, f"update {step}/{self._config.steps}", format_row(row, seconds), beside)
 
     def _handle_outlier(self, step: int, found: str) -> None:
         optimizer = self._config.optimizer
@@ -163,6 +167,7 @@ class Reporter:
         """
         loss = loss_sum / n_targets
         self._check_finite(step, loss, f"validation loss {loss}")
+        self._panel.validation(step, loss)
         self.display.print(f"update {step}: validation loss {loss:.4f} over {n_targets:,} tokens")
         return {"val_loss": loss}
 

@@ -15,6 +15,7 @@ from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
+from gpt2_jax.run.goodput import describe_goodput, goodput, read_processes
 from gpt2_jax.sharding import num_micro_batches
 
 TRAIN = "python -m gpt2_jax.train"
@@ -100,6 +101,7 @@ def closing(
         lines.append(f"{'float16':10}{overflows:,} of {config.steps:,} updates skipped, because a gradient overflowed")
     others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
     lines.append(f"{'run':10}{out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
+    lines.append(f"{'time':10}{describe_goodput(goodput(read_processes(out)))}")
     lines.append(f"{'state':10}fingerprint {fingerprint}, of parameters and optimizer state")
     lines.append(f"{'next':10}{_next_command(config, out)}")
     return lines

@@ -1,0 +1,211 @@
+"""A report as one HTML file, which needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gpt2_jax.config import flatten
+from gpt2_jax.display import duration, si
+from gpt2_jax.reports import figures
+from gpt2_jax.reports.records import RunRecord, config_differences, evaluation_keys
+from gpt2_jax.run.goodput import PHASES
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 0; background: #fff; }
+main { max-width: 1100px; margin: 0 auto; padding: 1.5rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e3e5e8; vertical-align: top; }
+th { font-weight: 600; white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
+td.differs { background: #fff4d6; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
+.note { color: #606770; font-size: .85rem; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f7f9; padding: .6rem .8rem; margin: .4rem 0; }
+.prompt { font-weight: 600; }
+"""
+
+
+def write_page(runs: Sequence[RunRecord]) -> str:
+    """The page about some runs.
+
+    Raises:
+        UserError: Plotly is not installed.
+    """
+    names = ", ".join(run.name for run in runs)
+    sections = [
+        ("Loss", _figure(figures.loss_figure(runs), first=True)),
+        ("Training", _figure(figures.training_figure(runs))),
+        ("Evaluations", _evaluations(runs)),
+        ("Where the time went", _time(runs)),
+        ("Samples", _samples(runs)),
+        ("Passed over", _skipped(runs)),
+        ("Config", _config(runs)),
+        ("Made by", _made_by(runs)),
+    ]
+    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
+    version = importlib.metadata.version("gpt2_jax")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(names)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n<main>\n<h1>{html.escape(names)}</h1>\n{_summary(runs)}\n{body}"
+        f'<p class="note">gpt2_jax {html.escape(version)}</p>\n</main>\n</body>\n</html>\n'
+    )
+
+
+def summary_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The header and a row for each run: its model, and where it is."""
+    header = ["Run", "Model", "Update", "Tokens", "Validation loss", "best", "Training loss", "tokens/s", "Time"]
+    rows = []
+    for run in runs:
+        model = run.config.model
+        speed = run.speed()
+        rows.append(
+            [
+                run.name,
+                f"{model.n_layer} layers × {model.n_embd}, {model.block_size} tokens",
+                f"{run.last_step:,} of {run.config.steps:,}",
+                si(run.tokens),
+                _number(run.final("val_loss")),
+                _number(run.best("val_loss")),
+                _number(run.final("loss")),
+                "" if speed is None else si(speed),
+                duration(sum(run.seconds.values())) if run.seconds else "",
+            ]
+        )
+    return header, rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _summary(runs: Sequence[RunRecord]) -> str:
+    header, rows = summary_table(runs)
+    dots = [f'<span class="dot" style="background: {figures.color(number)}"></span>' for number in range(len(runs))]
+    cells = [[dot + html.escape(row[0]), *map(html.escape, row[1:])] for dot, row in zip(dots, rows, strict=True)]
+    return _table(header, cells)
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of cells that are HTML. A cell that starts with "!" is marked as one that differs."""
+    head = "".join(f"<th>{title}</th>" for title in header)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+
+
+def _cell(content: str) -> str:
+    return f'<td class="differs">{content[1:]}</td>' if content.startswith("!") else f"<td>{content}</td>"
+
+
+def _figure(figure: Any, first: bool = False) -> str:
+    """A figure as HTML, "" for None. The first one of a page brings Plotly's program."""
+    if figure is None:
+        return ""
+    config = {"displaylogo": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=first, config=config))
+
+
+def _evaluations(runs: Sequence[RunRecord]) -> str:
+    figure = figures.evaluation_figure(runs)
+    if figure is None:
+        return ""
+    rows = []
+    for key in evaluation_keys(runs):
+        published = next((found for run in runs if (found := run.reference(key))), None)
+        source = f"{published.value:.4g} ({html.escape(published.source)})" if published else ""
+        rows.append([html.escape(key), *(_number(run.final(key)) for run in runs), source])
+    header = ["Metric", *(html.escape(run.name) for run in runs), "OpenAI's weights, published"]
+    return _figure(figure) + _table(header, rows)
+
+
+def time_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The header and a row for each phase: time and share in each run that knows."""
+    timed = [run for run in runs if run.seconds]
+    rows = []
+    for phase in PHASES:
+        if any(phase in run.seconds for run in timed):
+            parts = [(run.seconds.get(phase, 0.0), sum(run.seconds.values())) for run in timed]
+            rows.append([phase, *(f"{duration(seconds)} ({seconds / total:.1%})" for seconds, total in parts)])
+    return ["Phase", *(run.name for run in timed)], rows
+
+
+def _time(runs: Sequence[RunRecord]) -> str:
+    figure = figures.time_figure(runs)
+    if figure is None:
+        return ""
+    header, rows = time_table(runs)
+    note = (
+        "Waiting for data: the device had nothing to do. Lost: done again after a restart. Stopped: no process ran. "
+        "Tokens/s above count training alone."
+    )
+    return _figure(figure) + _table(map(html.escape, header), rows) + f'<p class="note">{note}</p>'
+
+
+def _samples(runs: Sequence[RunRecord]) -> str:
+    parts = []
+    for run in runs:
+        by_step: dict[int, list[Mapping[str, Any]]] = {}
+        for row in run.samples:
+            by_step.setdefault(row["step"], []).append(row)
+        for step, rows in by_step.items():
+            texts = "".join(
+                f'<pre><span class="prompt">{html.escape(prompt)}</span>{html.escape(text)}</pre>'
+                for prompt, text in ((str(row["prompt"]), str(row["text"])) for row in rows)
+            )
+            opened = " open" if step == max(by_step) else ""
+            title = f"{html.escape(run.name)}, update {step:,}"
+            parts.append(f"<details{opened}><summary>{title}</summary>{texts}</details>\n")
+    return "".join(parts)
+
+
+def _skipped(runs: Sequence[RunRecord]) -> str:
+    rows = [
+        [html.escape(run.name), f"{step:,}", html.escape(reason)] for run in runs for step, reason in run.skipped[:100]
+    ]
+    return _table(["Run", "Update", "Reason"], rows) if rows else ""
+
+
+def _config(runs: Sequence[RunRecord]) -> str:
+    different = config_differences(runs) if len(runs) > 1 else {}
+    header = ["Key", *(html.escape(run.name) for run in runs)]
+    first = ""
+    if different:
+        rows = [[key, *("!" + _value(value) for value in values)] for key, values in different.items()]
+        first = _table(header, rows)
+    configs = [flatten(run.config) for run in runs]
+    everything = [
+        [key, *(("!" if key in different else "") + _value(config[key]) for config in configs)] for key in configs[0]
+    ]
+    return f"{first}<details><summary>Every key</summary>{_table(header, everything)}</details>"
+
+
+def _value(value: Any) -> str:
+    return html.escape(repr(value))
+
+
+def facts_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows about the newest checkpoint of each run: what made it, and its fingerprint."""
+    known = [run for run in runs if run.facts]
+    columns = [
+        {
+            "checkpoint": run.facts["step"],
+            "fingerprint of the state": run.facts.get("fingerprint", {}).get("state", ""),
+            "fingerprint of the parameters": run.facts.get("fingerprint", {}).get("params", ""),
+            "data": run.facts.get("data", ""),
+            **run.facts.get("made_by", {}),
+        }
+        for run in known
+    ]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return ["", *(run.name for run in known)], [[key, *(str(c.get(key, "")) for c in columns)] for key in keys]
+
+
+def _made_by(runs: Sequence[RunRecord]) -> str:
+    header, rows = facts_table(runs)
+    return _table(map(html.escape, header), ([html.escape(cell) for cell in row] for row in rows)) if rows else ""

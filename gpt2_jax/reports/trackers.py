@@ -1,0 +1,174 @@
+"""Experiment trackers of others: TensorBoard, Weights & Biases, Trackio. Each is given the rows of a run, in order.
+
+A tracker says which updates it has, so that a run that is resumed, or sent again, repeats none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt2_jax.config import TrainConfig, flatten
+from gpt2_jax.config.toml import to_toml
+from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.files import replace_text
+from gpt2_jax.parsing import parse_json, read_text
+
+PROJECT = "gpt2_jax"
+STATE = "trackers.json"  # in the run directory: what identifies its experiments, and what they have
+MAX_STATE_BYTES = 1 << 16
+
+Values = Mapping[str, float | str]
+Texts = Sequence[tuple[str, str]]
+
+
+class Tracker(Protocol):
+    """An experiment that the rows of a run are sent to."""
+
+    after: int
+    """The last update that it has, 0 for none. Rows up to it are not sent."""
+
+    def log(self, step: int, values: Values, texts: Texts) -> None:
+        """Sends the values of all rows of an update, and the prompts of its samples with what the model wrote."""
+
+    def close(self) -> None:
+        """Waits until everything is stored."""
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. They are written anew from the first row, so they never repeat one."""
+
+    after = 0
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        writers = import_optional("tensorboardX", "log.to = tensorboard")
+        directory = run / "tensorboard"
+        shutil.rmtree(directory, ignore_errors=True)
+        self._writer = writers.SummaryWriter(str(directory))
+        self._writer.add_text("config", _code(to_toml(config)), 0)
+
+    def log(self, step: int, values: Values, texts: Texts) -> None:
+        """As `Tracker.log`."""
+        for key, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(key, value, step)
+            else:
+                self._writer.add_scalar(key, value, step)
+        for name, text in _samples(texts).items():
+            self._writer.add_text(name, _code(text), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """As `Tracker.close`."""
+        self._writer.close()
+
+
+def _samples(texts: Texts) -> dict[str, str]:
+    return {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(texts)}
+
+
+def _code(text: str) -> str:
+    return "    " + text.replace("\n", "\n    ")
+
+
+class _Experiment:
+    """One of several experiments of a service: its name there, and what it has, in RUN/trackers.json."""
+
+    def __init__(self, run: Path, service: str) -> None:
+        self._path, self._service = run / STATE, service
+        known = self._read().get(service, {})
+        self.id: str = known.get("id") or secrets.token_hex(4)
+        self.after: int = known.get("after", 0)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            return dict(parse_json(read_text(self._path, MAX_STATE_BYTES)))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def has(self, step: int) -> None:
+        """Takes note of an update that was sent."""
+        self.after = step
+        replace_text(self._path, json.dumps({**self._read(), self._service: {"id": self.id, "after": step}}) + "\n")
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, resumed under its id. `WANDB_MODE=offline` needs no account: `wandb sync` uploads."""
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        wandb = import_optional("wandb", "log.to = wandb")
+        offline = os.environ.get("WANDB_MODE") == "offline"
+        if not offline and not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
+            raise UserError("wandb has no API key; type wandb login, or set WANDB_MODE=offline")
+        self._experiment = _Experiment(run, "wandb")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.absolute().name,
+            id=self._experiment.id,
+            resume=None if offline else "allow",
+            dir=str(run),
+            config=flatten(config),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self.after = self._experiment.after if offline else self._run.starting_step - 1
+
+    def log(self, step: int, values: Values, texts: Texts) -> None:
+        """As `Tracker.log`."""
+        self._run.log({**values, **_samples(texts)}, step=step)
+        self._experiment.has(step)
+
+    def close(self) -> None:
+        """As `Tracker.close`."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run in Trackio's local database, or in the Space that its environment variables name."""
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        trackio = import_optional("trackio", "log.to = trackio")
+        self._experiment = _Experiment(run, "trackio")
+        self._run = trackio.init(
+            project=PROJECT,
+            name=f"{run.absolute().name}-{self._experiment.id}",
+            config=flatten(config),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        self.after = self._experiment.after
+
+    def log(self, step: int, values: Values, texts: Texts) -> None:
+        """As `Tracker.log`."""
+        self._run.log({**values, **_samples(texts)}, step=step)
+        self._experiment.has(step)
+
+    def close(self) -> None:
+        """As `Tracker.close`."""
+        self._run.finish()
+
+
+TRACKERS: dict[str, tuple[Callable[[Path, TrainConfig], Tracker], str]] = {
+    "tensorboard": (TensorBoard, "tensorboardX"),
+    "wandb": (WeightsAndBiases, "wandb"),
+    "trackio": (Trackio, "trackio"),
+}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Checks that the packages of trackers are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        package = TRACKERS[name][1]
+        if find_spec(package) is None:
+            raise UserError(f"log.to = {name} needs {package}, which is not installed; type pip install -e '.[{name}]'")

@@ -1,0 +1,102 @@
+"""The report in Chromium: it loads nothing, nothing overlaps, legends hide runs, and tooltips show values."""
+
+import shutil
+from itertools import combinations
+
+import pytest
+
+from gpt2_jax import report
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+BOXES = """() => [...document.querySelectorAll('main > :is(h1, h2, div, details, p)')].map(element => {
+    const box = element.getBoundingClientRect();
+    return [element.tagName, box.left, box.top, box.right, box.bottom];
+})"""
+LABELS = """() => [...document.querySelectorAll('.plotly-graph-div')].map(plot =>
+    [...plot.querySelectorAll(
+        '.gtitle, .xtitle, .ytitle, .legendtext, .updatemenu-button, .annotation-text'
+    )].map(label => {
+        const box = label.getBoundingClientRect();
+        return [label.textContent, box.left, box.top, box.right, box.bottom];
+    }))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    if not CHROMIUM:
+        pytest.skip("needs apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with playwright.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900), (480, 800)], ids=["wide", "narrow"])
+def page(request, browser, runs, tmp_path):
+    """The report about two runs in a window, with what it logs and asks for."""
+    out = tmp_path / "report.html"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.messages, page.requests = [], []
+    page.on("console", lambda message: page.messages.append(message.text))
+    page.on("pageerror", lambda error: page.messages.append(str(error)))
+    page.on("request", lambda sent: page.requests.append(sent.url))
+    page.goto(out.as_uri())
+    page.wait_for_selector(".plotly-graph-div .main-svg")
+    page.wait_for_timeout(500)
+    yield page
+    page.close()
+
+
+def overlaps(a, b):
+    return a[1] < b[3] - 1 and b[1] < a[3] - 1 and a[2] < b[4] - 1 and b[2] < a[4] - 1
+
+
+def test_nothing_is_loaded_and_nothing_overlaps(page):
+    assert page.messages == []
+    assert len(page.requests) == 1
+    assert page.requests[0].startswith("file://")
+    width = page.viewport_size["width"]
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) > 10
+    assert max(box[3] for box in boxes) <= width
+    assert [pair for pair in combinations(boxes, 2) if overlaps(*pair)] == []
+    for labels in page.evaluate(LABELS):
+        assert [pair for pair in combinations(labels, 2) if overlaps(*pair)] == []
+
+
+def test_the_legend_hides_a_curve(page):
+    def visible():
+        return page.evaluate("() => document.querySelector('.plotly-graph-div').data.map(trace => trace.visible)")
+
+    assert set(visible()) <= {None, True}
+    page.locator(".plotly-graph-div").first.locator(".legendtoggle").nth(1).click()
+    page.wait_for_timeout(800)  # Plotly waits for a double click
+    assert visible()[1] == "legendonly"
+
+
+def test_tooltips_show_values(page):
+    plot = page.locator(".plotly-graph-div").first
+    plot.scroll_into_view_if_needed()
+    area = plot.locator(".nsewdrag").first.bounding_box()
+    page.mouse.move(area["x"] + area["width"] * 0.99, area["y"] + area["height"] * 0.9)
+    page.mouse.move(area["x"] + area["width"] * 0.985, area["y"] + area["height"] * 0.9, steps=5)
+    page.wait_for_selector(".hoverlayer .hovertext", timeout=5000)
+    assert " at " in page.locator(".hoverlayer .hovertext").first.text_content()
+
+
+def test_buttons_change_the_axes(page):
+    plot = page.locator(".plotly-graph-div").first
+    for label, path, value in (("log", "yaxis.type", "log"), ("Updates", "xaxis.title.text", "Updates")):
+        plot.locator(".updatemenu-button", has_text=label).click()
+        page.wait_for_timeout(300)
+        layout = "document.querySelector('.plotly-graph-div').layout"
+        assert page.evaluate(f"() => {layout}.{path}") == value
+    x = page.evaluate("() => [...document.querySelector('.plotly-graph-div').data[0].x].slice(-1)[0]")
+    assert x == 40

@@ -1,0 +1,228 @@
+"""Trackers get every row once, over kills and resumes, and none can stop a run. Their files are read by themselves."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt2_jax import report
+from gpt2_jax.config.toml import read_config
+from gpt2_jax.errors import UserError
+from gpt2_jax.reports import following as follower
+from gpt2_jax.reports import trackers
+from gpt2_jax.reports.following import following, replay
+
+NAMES = ("tensorboard", "wandb", "trackio")
+
+
+@pytest.fixture
+def service(monkeypatch, tmp_path):
+    """No account, no network, and databases in the test's own directory."""
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "HF_HUB_OFFLINE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for module in ("tensorboardX", "wandb", "trackio"):
+        pytest.importorskip(module)
+
+
+def sent_to_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    scalars = {
+        tag: [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+    texts = {
+        tag.removesuffix("/text_summary"): [
+            (event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+    }
+    return scalars, texts
+
+
+def wandb_records(file):
+    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, with a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed = Record()
+            parsed.ParseFromString(record)
+            yield parsed
+            record = b""
+
+
+def sent_to_wandb(run):
+    values: dict[str, list] = {}
+    ids = set()
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for record in wandb_records(file):
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                for item in record.history.item:
+                    name = item.key or "/".join(item.nested_key)
+                    values.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
+    assert len(ids) == 1
+    return values
+
+
+def sent_to_trackio(run):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    state = json.loads((run / trackers.STATE).read_text())["trackio"]["id"]
+    values: dict[str, list] = {}
+    for row in SQLiteStorage.get_logs(trackers.PROJECT, f"{run.name}-{state}"):
+        for key, value in row.items():
+            values.setdefault(key, []).append((row["step"], value))
+    return values
+
+
+def rows_of(run, key):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def check(run, values):
+    for key in ("loss", "val_loss", "hellaswag/acc", "learning_rate"):
+        assert values[key] == rows_of(run, key), key
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_is_sent_once(make_run, service, capsys):
+    run = make_run("run")
+    for _ in range(2):
+        assert report.main([str(run), "--to", *NAMES]) == 0
+    assert not (run / "report.html").exists()
+    scalars, texts = sent_to_tensorboard(run)
+    check(run, scalars)
+    assert texts["fingerprint"] == rows_of(run, "fingerprint")
+    assert [step for step, _ in texts["samples/0"]] == [10, 40]
+    assert "n_layer = 12" in texts["config"][0][1]
+    values = sent_to_wandb(run)
+    check(run, values)
+    assert [step for step, _ in values["samples/0"]] == [10, 40]
+    values = sent_to_trackio(run)
+    check(run, values)
+    assert values["fingerprint"] == rows_of(run, "fingerprint")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_continues_the_experiment(make_run, service):
+    run = make_run("run")
+    metrics = run / "metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True)
+    config = read_config(str(run / "config.toml"))
+    metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 25) + '{"step": 26, "los')
+    killed = follower.Follower(run, NAMES, config, pytest.fail)  # it is killed after update 25, with 20 saved
+    killed.start()
+    killed.send()
+    killed.close()
+    metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 20))
+    with following(run, NAMES, config, pytest.fail), metrics.open("a") as file:
+        file.write("".join(row for row in rows if json.loads(row)["step"] > 20))
+    check(run, sent_to_tensorboard(run)[0])
+    check(run, sent_to_wandb(run))
+    check(run, sent_to_trackio(run))
+
+
+class Fails:
+    """A tracker that fails at an update."""
+
+    after = 0
+    at = 5
+    steps: list[int] = []  # noqa: RUF012
+
+    def __init__(self, run, config):
+        self.steps.clear()
+
+    def log(self, step, values, texts):
+        if step == self.at:
+            raise ConnectionError("gone\naway")
+        self.steps.append(step)
+
+    def close(self):
+        raise AssertionError("it was given up")
+
+
+class Works(Fails):
+    """One that does not."""
+
+    at = None
+    steps: list[int] = []  # noqa: RUF012
+
+    def close(self):
+        pass
+
+
+def test_a_tracker_that_fails_is_named_once(make_run, monkeypatch):
+    run = make_run("run")
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
+    warnings: list[str] = []
+    config = read_config(str(run / "config.toml"))
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", (Works, "trackio"))
+    replay(run, ["wandb", "trackio"], config, warnings.append)
+    assert warnings == ["log.to: wandb failed, and gets no further rows (gone away)"]
+    assert Fails.steps == [1, 2, 3, 4]
+    assert Works.steps == list(range(1, 41))  # the other one got everything
+
+
+def test_a_tracker_that_hangs_does_not_hold_the_run(make_run, monkeypatch):
+    monkeypatch.setattr(Fails, "log", lambda *args: time.sleep(60))
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
+    monkeypatch.setattr(follower, "CLOSE_SECONDS", 0.2)
+    run, warnings = make_run("run"), []
+    started = time.monotonic()
+    with following(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append):
+        pass
+    assert time.monotonic() - started < 5
+    assert warnings == ["log.to: wandb did not store the last rows within 0 s"]
+
+
+def test_damaged_rows_are_named(make_run, monkeypatch):
+    run, warnings = make_run("run"), []
+    config = read_config(str(run / "config.toml"))
+    (run / "metrics.jsonl").write_text("no row\n")
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Works, "wandb"))
+    with following(run, ["wandb"], config, warnings.append):
+        pass
+    (line,) = warnings
+    assert line.startswith("log.to: ")
+    assert line.endswith("; trackers get no further rows")
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    trackers.check_installed([])
+    with pytest.raises(
+        UserError, match=r"needs tensorboardX, which is not installed; type pip install -e '.\[tensorboard\]'"
+    ):
+        trackers.check_installed(["tensorboard"])
+
+
+@pytest.mark.slow
+def test_without_an_account_the_line_says_what_to_type(make_run, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    run, warnings = make_run("run"), []
+    replay(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append)
+    (line,) = warnings
+    assert "wandb has no API key; type wandb login, or set WANDB_MODE=offline" in line
