@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
@@ -30,6 +31,38 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+def _can_redraw(console: Console) -> bool:
+    """True for a terminal that can move its cursor. A notebook looks like one, and keeps every state of a bar."""
+    moves = console.is_terminal and not console.is_dumb_terminal
+    return moves and not os.environ.get("CI") and "JPY_PARENT_PID" not in os.environ
+
+
+@contextmanager
+def line_of(text: Callable[[], str], quiet: bool = False) -> Iterator[None]:
+    """Shows a line that changes, on a terminal, and removes it at the end of the `with` block.
+
+    Args:
+        text: the line. It is called from another thread.
+        quiet: shows nothing.
+    """
+    console = _Console(highlight=False, soft_wrap=True, emoji=False)
+    if quiet or not _can_redraw(console):
+        yield
+        return
+
+    def line() -> Text:
+        return Text(strip_controls(text()), no_wrap=True, overflow="ellipsis")
+
+    live = Live(console=console, get_renderable=line, refresh_per_second=REFRESHES, transient=True)
+    with suppress(OSError):  # the terminal was closed
+        live.start()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            live.stop()
 
 
 class _Progress(Progress):
@@ -69,9 +102,7 @@ class Display:
     ) -> None:
         self.console = _Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet, file=file)
         self._bar = None
-        in_notebook = "JPY_PARENT_PID" in os.environ  # looks like a terminal, and keeps every state of a bar
-        moves = self.console.is_terminal and not self.console.is_dumb_terminal  # the cursor
-        if moves and not os.environ.get("CI") and not in_notebook and not quiet:
+        if _can_redraw(self.console) and not quiet:
             self._bar = _Progress(
                 BarColumn(bar_width=None),
                 MofNCompleteColumn() if counts else TaskProgressColumn(),

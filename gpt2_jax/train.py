@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext, redirect_stdout
+from contextlib import ExitStack, closing, nullcontext, redirect_stdout
 from typing import TextIO
 
 import jax
@@ -29,6 +29,7 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, read_ahead
+from gpt2_jax.display import line_of
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
@@ -48,6 +49,7 @@ from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.fitting import explaining_memory, fitted
 from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
+from gpt2_jax.run.panel import Activity
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
@@ -113,14 +115,24 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
         while True:
             path = user_path(config.out, "out") / goodput.FILE
             try:
-                with Clock(started or time.time(), path if is_primary() else None) as clock:
-                    return _train(config, devices, rows_to, clock)
+                with (
+                    Clock(started or time.time(), path if is_primary() else None) as clock,
+                    ExitStack() as start_line,
+                ):
+                    start_line.enter_context(line_of(Activity().__str__, quiet=not is_primary()))
+                    return _train(config, devices, rows_to, clock, start_line)
             except RewindError as error:  # resumes in this process, as the same command would
                 config, restored = rewound(config, error, restored)
                 started = time.time()
 
 
-def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: TextIO | None, clock: Clock) -> int:
+def _train(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None,
+    rows_to: TextIO | None,
+    clock: Clock,
+    start_line: ExitStack,
+) -> int:
     check_same_software()
     check_installed(config.log.to)
     hardware = current_hardware()
@@ -167,6 +179,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, rows_to: T
             write_config(out, config)
             if initial:
                 keep_initial_tokenizer(initial, config, out)
+        start_line.close()
         print_line = run_checkpoints.print_line = reporter.display.print
         run_checkpoints.before_save = reporter.flush
         banner = summary.banner(config, data, mesh, attention, options, fit, size, out, start)

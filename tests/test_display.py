@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from gpt2_jax.display import Display, count, duration, si
+from gpt2_jax.display import Display, count, duration, line_of, si
 
 
 def test_plain_lines(capsys):
@@ -48,6 +48,45 @@ def test_a_terminal_breaks_indented_lines_between_words(monkeypatch, capsys):
     monkeypatch.setattr("gpt2_jax.display._Console", lambda **_: console)
     Display(0, 1, "").print(facts, 10)
     assert screen.getvalue() == "model     964,032 parameters:\n          2 layers, 6 heads\n"
+
+
+def test_a_line_that_changes_is_only_on_a_terminal(monkeypatch, capsys):
+    for name in ("CI", "JPY_PARENT_PID"):
+        monkeypatch.delenv(name, raising=False)
+    with line_of(lambda: "reading the data, 0:03"):
+        print("a line between")
+    assert capsys.readouterr().out == "a line between\n"
+    for term, quiet, shown in (("xterm", False, True), ("dumb", False, False), ("xterm", True, False)):
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=True, width=40, _environ={"TERM": term})
+        monkeypatch.setattr("gpt2_jax.display._Console", lambda console=console, **_: console)
+        with line_of(lambda: "reading the data, 0:03", quiet):
+            pass
+        assert ("reading the data, 0:03" in screen.getvalue()) == shown
+        assert shown or not screen.getvalue()
+
+
+def test_a_drawing_is_only_on_a_terminal(monkeypatch, capsys):
+    for name in ("CI", "JPY_PARENT_PID"):
+        monkeypatch.delenv(name, raising=False)
+    asked = []
+
+    def drawing(width, color):
+        asked.append((width, color))
+        return "\x1b[31m▌\x1b[0m"
+
+    Display(0, 1, "").draw(drawing)
+    assert (capsys.readouterr().out, asked) == ("", [])
+    for environment, color in (({}, True), ({"NO_COLOR": "1"}, False)):
+        screen = io.StringIO()
+        console = Console(
+            file=screen, force_terminal=True, width=60, _environ={"TERM": "xterm-256color", **environment}
+        )
+        monkeypatch.setattr("gpt2_jax.display._Console", lambda console=console, **_: console)
+        Display(0, 1, "").draw(drawing)
+        assert "▌" in screen.getvalue()
+        assert ("\x1b[" in screen.getvalue()) == color
+    assert asked == [(60, True), (60, False)]
 
 
 def test_a_notebook_gets_plain_lines(monkeypatch, capsys):

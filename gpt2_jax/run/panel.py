@@ -36,7 +36,7 @@ class Panel:
         self._best: tuple[int, float] | None = None
         self.checkpoint = 0
         """The newest checkpoint."""
-        self._thread, self._doing, self._since = threading.get_ident(), "", time.perf_counter()
+        self._activity = Activity()
 
     def update(self, row: Row) -> None:
         """Takes note of a row about training."""
@@ -75,8 +75,9 @@ class Panel:
         return [Text(part) for part in parts]
 
     def _work(self) -> list[Text]:
-        doing, seconds = self._current()
-        parts = [Text(f"{doing}, {duration(seconds)}", "yellow") if seconds else Text(doing)]
+        doing, seconds = self._activity.current()
+        works = doing == DEVICE or seconds < LONG_SECONDS
+        parts = [Text("training") if works else Text(f"{doing}, {duration(seconds)}", "yellow")]
         for noun, every in (("evaluation", self._config.eval.every), ("save", self._config.checkpoint.every)):
             if every and (due := self._step - self._step % every + every) <= self._config.steps:
                 parts.append(Text(f"next {noun} at {due:,}"))
@@ -84,13 +85,23 @@ class Panel:
             parts.append(Text(f"last checkpoint {self.checkpoint:,}"))
         return parts
 
-    def _current(self) -> tuple[str, float]:
-        """What the training thread does for longer than `LONG_SECONDS`, and how long; otherwise training, and 0."""
+
+class Activity:
+    """What the thread that creates it does, for another thread that asks now and then."""
+
+    def __init__(self) -> None:
+        self._thread, self._doing, self._since = threading.get_ident(), "", time.perf_counter()
+
+    def current(self) -> tuple[str, float]:
+        """What the thread does, in words, and for how many seconds the answer has been the same."""
         doing, now = describe(sys._current_frames().get(self._thread)), time.perf_counter()
         if doing != self._doing:
             self._doing, self._since = doing, now
-        seconds = now - self._since
-        return ("training", 0.0) if doing == DEVICE or seconds < LONG_SECONDS else (doing, seconds)
+        return doing, now - self._since
+
+    def __str__(self) -> str:
+        doing, seconds = self.current()
+        return f"{doing}, {duration(seconds)}"
 
 
 def flow(parts: Sequence[Text], width: int) -> Iterator[Text]:

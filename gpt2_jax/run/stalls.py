@@ -31,6 +31,9 @@ ANSWER_SECONDS = 10.0  # at most, for the other processes to report the same sta
 DEVICE = "waiting for the device"
 # What the training thread is doing while a module, or one function of it, is on its stack. The outermost one counts.
 _DOING = {
+    "gpt2_jax.data.open_data": "reading the data",
+    "gpt2_jax.run.fitting": "searching for the largest micro-batch that fits",
+    "gpt2_jax.run.initial": "loading the initial model",
     "gpt2_jax.run.evaluating": "evaluating",
     "gpt2_jax.evaluation.results": "evaluating",
     "gpt2_jax.run.checkpoints.restore_or_init": "restoring a checkpoint or creating the initial state",

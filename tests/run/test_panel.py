@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 from rich.text import Text
@@ -9,7 +10,7 @@ from rich.text import Text
 from gpt2_jax.config import CheckpointConfig, EvalConfig, GPT2Config, TrainConfig
 from gpt2_jax.run import panel as panels
 from gpt2_jax.run.curve import draw_losses
-from gpt2_jax.run.panel import BLOCKS, TREND, Panel, Trend, flow
+from gpt2_jax.run.panel import BLOCKS, TREND, Activity, Panel, Trend, flow
 from gpt2_jax.run.stalls import DEVICE
 
 ROW = {"step": 120, "tokens": 30_720, "loss": 2.34567, "grad_norm": 0.51234, "learning_rate": 6e-4,
@@ -72,6 +73,23 @@ def test_work_that_takes_long_is_named(panel, monkeypatch):
     assert shown(panel)[-1].startswith("compiling, 1:05 · ")
     panel.doing = DEVICE
     assert shown(panel)[-1].startswith("training · ")
+
+
+def test_what_another_thread_does():
+    started, end = threading.Event(), threading.Event()
+    found: list[Activity] = []
+
+    def work():
+        found.append(Activity())
+        started.set()
+        end.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    assert str(found[0]) == "in threading.wait, 0:00"
+    end.set()
+    thread.join()
 
 
 def test_a_trend_keeps_means_of_equally_many_values():
