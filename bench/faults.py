@@ -36,7 +36,7 @@ from record import Figures, Rows, arguments, write
 
 from gpt2_jax.checkpoint_info import complete_checkpoints
 
-SLICE_SECONDS, SLICES_PER_BLOCK = 0.5, 20  # of `overhead`
+SLICE_SECONDS, SLICES_PER_BLOCK = 0.5, 120  # of `overhead`; a block has many updates, as it counts whole ones
 
 
 def kills(runs: Runs, repeat: int) -> Figures:
