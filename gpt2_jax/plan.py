@@ -18,19 +18,22 @@ import jax
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
 from gpt2_jax.display import count, duration, si
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, strip_controls
+from gpt2_jax.files import user_path
 from gpt2_jax.hardware import GIB, chip_of
 from gpt2_jax.planning.estimate import Estimate, Plan, TooLargeError, make_plan
 from gpt2_jax.planning.fit import fastest_change, smallest_change
 from gpt2_jax.planning.micro_batch import Change, fit, is_open
 from gpt2_jax.planning.topologies import devices_of
+from gpt2_jax.reports.records import read_run
+from gpt2_jax.run.noise_scale import describe_ramp
 
 PROG = "python -m gpt2_jax.plan"
 DESCRIPTION = """Plan training: compile the training step for chips that need not be attached, and print its memory,
 collectives, FLOPs and estimated time. --topology names the chips: v5e:4x4, v5p:2x2x4, 2xv6e:2x4 for two slices, t4:1,
 rtx-4090:1, h100:8 or cpu:8 (an unknown name prints all); without it, the devices of this machine. --find searches for
 the micro-batch size and the rematerialization that fit and take the least estimated time. --json prints everything as
-JSON."""
+JSON. --ramp RUN compiles nothing: it proposes a batch_ramp from the gradient noise scale of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +46,22 @@ class PlanFlags:
     """Search for the micro-batch size and the rematerialization that fit and take the least estimated time."""
     json: bool = False
     """Print everything as JSON."""
+    ramp: str = ""
+    """Run directory. Compile nothing: print the batch_ramp that its gradient noise scale proposes."""
 
 
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     plan_args, config_args = take_flags(PlanFlags, args)
     flags = parse_flags(PlanFlags, plan_args, prog=PROG, description=DESCRIPTION)
+    if flags.ramp:
+        if config_args or flags.topology or flags.find or flags.json:
+            raise UserError("--ramp goes without other flags: it reads the config of the run")
+        run = user_path(flags.ramp, "--ramp")
+        record = read_run(run, run.name)
+        for line in describe_ramp(record.noise_scale(), run, record.config.batch_size):
+            print(strip_controls(line))
+        return 0
     config = parse_args(PROG, DESCRIPTION, config_args, lambda line: print(line, file=sys.stderr), PlanFlags)
     devices = devices_of(flags.topology) if flags.topology else jax.devices()
     where = flags.topology or f"this machine's {len(devices)} × {devices[0].device_kind}"

@@ -55,6 +55,7 @@ class Metrics(NamedTuple):
     outlier: jax.Array | None = None  # int32, 1 if the update is one; None if nothing watches for them
     loss_scale: jax.Array | None = None  # of this update; None but for float16
     overflows: jax.Array | None = None  # int32, updates so far whose gradients were not finite, this one included
+    micro_grad_norm: jax.Array | None = None  # root mean square of the norms of the gradients that `grad_norm` averages
 
 
 class TrainStep(Protocol):
@@ -109,12 +110,18 @@ def _new_state(model: GPT2, config: OptimizerConfig, seed: int, params: Params |
 
 
 def make_train_step(
-    model: GPT2, optimizer: OptimizerConfig, mesh: Mesh, seed: int, options: Options | None = None
+    model: GPT2,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    seed: int,
+    options: Options | None = None,
+    noise_scale: bool = False,
 ) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences sharded over the mesh. Each pair of
-    `micro_batches` and `sequences` compiles once. `options` are those of XLA.
+    `micro_batches` and `sequences` compiles once. `options` are those of XLA. `noise_scale` adds `micro_grad_norm` to
+    the metrics, over the micro-batches of all devices on `data`.
     """
     data = mesh_axis(mesh, "data")
     chain, schedule = make_optimizer(optimizer, model.dtype), learning_rate_schedule(optimizer)
@@ -128,8 +135,8 @@ def make_train_step(
         params = jax.lax.pcast(state.params, data, to="varying")
         scale = current_scale(state.opt_state)
         gradient = functools.partial(loss_and_grads, scale)
-        loss, grads = _mean_over_micro_batches(gradient, params, tokens, key, data, mesh.shape["fsdp"])
-        loss, grads = jax.lax.pmean((loss, grads), data)  # the only reduction over `data`
+        means = _mean_over_micro_batches(gradient, params, tokens, key, data, mesh.shape["fsdp"], noise_scale)
+        loss, grads, square = jax.lax.pmean(means, data)  # the only reduction over `data`
         updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
         new_params = optax.apply_updates(state.params, updates)
         outlier, overflows = (optax.tree.get(opt_state, name) for name in ("outlier", "overflows"))
@@ -141,6 +148,7 @@ def make_train_step(
             outlier,
             jnp.asarray(scale.scale) if scale else None,
             overflows,
+            None if square is None else jnp.sqrt(square),
         )
         return TrainState(state.step + 1, new_params, opt_state), metrics
 
@@ -161,37 +169,49 @@ def skip_update(state: TrainState) -> TrainState:
 
 
 def _mean_over_micro_batches(
-    loss_and_grads: LossAndGrads, params: Params, tokens: jax.Array, key: jax.Array, data: tuple[str, ...], fsdp: int
-) -> tuple[jax.Array, Params]:
-    """The mean loss, float32 [], and the mean gradient on one device of `data`.
+    loss_and_grads: LossAndGrads,
+    params: Params,
+    tokens: jax.Array,
+    key: jax.Array,
+    data: tuple[str, ...],
+    fsdp: int,
+    squares: bool,
+) -> tuple[jax.Array, Params, jax.Array | None]:
+    """The mean loss, float32 [], the mean gradient, and the mean squared norm of gradients on one device of `data`.
 
     Args:
         tokens: int32 [micro_batches, sequences, time + 1].
         data: the mesh axis `data`, if it has several devices.
         fsdp: the number of devices on the mesh axis `fsdp`.
+        squares: the squared norms are wanted; otherwise None is returned for them.
     """
+
+    def square(grads: Params) -> jax.Array | None:
+        return optax.tree.norm(grads, squared=True) if squares else None
+
     micro_batches = tokens.shape[0]
     if micro_batches == 1:
         # Nothing to accumulate. In a loop of one iteration, XLA's TPU compiler hoists half of the loss out of the loop
         # and computes the logits twice.
         loss, grads = loss_and_grads(params, tokens[0], jax.random.fold_in(key, 0))
-        return jnp.sum(loss) / micro_batches, grads
+        return jnp.sum(loss) / micro_batches, grads, square(grads)
     accumulator = gradient_accumulator()
 
     def micro_step(
         carry: tuple[optax.MultiStepsState, jax.Array], batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[optax.MultiStepsState, jax.Array], None]:
+    ) -> tuple[tuple[optax.MultiStepsState, jax.Array], jax.Array | None]:
         accumulation, loss_sum = carry
         index, tokens = batch
         loss, grads = loss_and_grads(params, tokens, jax.random.fold_in(key, index))
         _, accumulation = accumulator.update(grads, accumulation)
-        return (accumulation, loss_sum + loss), None
+        return (accumulation, loss_sum + loss), square(grads)
 
     # A scan carry has one type throughout, so the initial sum has to vary over `data` like the losses.
     loss_sum = jax.lax.pcast(jnp.zeros(fsdp, jnp.float32), data, to="varying")
     start = accumulator.init(params), loss_sum
-    (accumulation, loss_sum), _ = jax.lax.scan(micro_step, start, (jnp.arange(micro_batches), tokens))
-    return jnp.sum(loss_sum) / micro_batches, accumulation.acc_grads
+    (accumulation, loss_sum), all_squares = jax.lax.scan(micro_step, start, (jnp.arange(micro_batches), tokens))
+    mean_square = None if all_squares is None else jnp.mean(all_squares)
+    return jnp.sum(loss_sum) / micro_batches, accumulation.acc_grads, mean_square
 
 
 def _make_loss_and_grads(model: GPT2, mesh: Mesh) -> Callable[..., tuple[jax.Array, Params]]:

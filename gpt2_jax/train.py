@@ -49,6 +49,7 @@ from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.fitting import explaining_memory, fitted
 from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
+from gpt2_jax.run.noise_scale import check_several_gradients
 from gpt2_jax.run.panel import Activity
 from gpt2_jax.run.profiling import traced
 from gpt2_jax.run.provenance import check_same_software
@@ -148,12 +149,13 @@ def _train(
     data, config = open_data(config)
     config, fit = fitted(config, saved, mesh, cache)
     accumulation = {size: num_micro_batches(size, config.micro_batch_limit, mesh) for size in schedule.sizes()}
+    check_several_gradients(config, {size: mesh.shape["data"] * count for size, count in accumulation.items()})
     assert_equal("config", to_toml(config))
     assert_equal("data", data.fingerprint)
 
     model = build_model(config, attention)
     options = compiler_options(config, hardware)
-    train_step = make_train_step(model, config.optimizer, mesh, config.seed, options)
+    train_step = make_train_step(model, config.optimizer, mesh, config.seed, options, config.log.noise_scale)
     evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
     tasks = open_tasks(config, model, data.tokenizer, mesh, options)
     continue_prompts = Samples(config, model, data.tokenizer) if config.eval.prompts else None

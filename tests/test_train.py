@@ -198,7 +198,13 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     assert 1.5 < float(zipped) < 3
     for expected in ("not cudnn: needs cuda, found cpu", "60 tokens written by the model", str(out), "--data.text"):
         assert expected in output
-    assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "time.jsonl",
+        "loss.png",
+        "checkpoints",
+    }
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -191,6 +191,9 @@ class LogConfig:
     """What a run prints: lines or a bar; or each row of metrics.jsonl on stdout, and everything else on stderr."""
     to: tuple[TrackerName, ...] = ()
     """Trackers that get the rows too: tensorboard, wandb, trackio. Each is an extra to install."""
+    noise_scale: bool = False
+    """Measure the norms of the gradients of micro-batches and devices too.
+    gpt2_jax.report estimates from them the batch size above which more sequences help little."""
     profile_steps: int = 0
     """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
     check_replicas: int = 0

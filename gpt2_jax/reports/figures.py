@@ -95,9 +95,21 @@ def training_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
     if not keys:
         return None
     titles = [f"{key.replace('_', ' ')}{f' ({TRAINING[key]})' if TRAINING[key] else ''}" for key in keys]
+    noise = [(number, run, found) for number, run in enumerate(runs) if (found := run.noise_scale())]
+    titles += ["noise scale, and batch size dotted (sequences)"] * bool(noise)
+    n_rows = len(titles)
     subplots = _plotly("subplots").make_subplots(
-        rows=len(keys), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.25 / len(keys)
+        rows=n_rows, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.25 / n_rows
     )
+    for number, run, found in noise:
+        for values, dash, name in ((found.critical, "solid", "noise scale"), (found.sequences, "dot", "batch size")):
+            subplots.add_scatter(
+                x=found.tokens, y=values, row=n_rows, col=1, legendgroup=run.name, showlegend=False,
+                line={"color": color(number), "width": 1.5, "dash": dash},
+                hovertemplate=f"%{{y:.4g}} sequences at %{{x}}<extra>{html.escape(run.name)} {name}</extra>",
+            )  # fmt: skip
+    if noise:
+        subplots.update_yaxes(type="log", row=n_rows, col=1)
     for row, key in enumerate(keys, 1):
         for number, run in enumerate(runs):
             if curve := run.curves.get(key):
@@ -108,8 +120,8 @@ def training_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
                     line={"color": color(number), "width": 1.2},
                     hovertemplate=f"%{{y:.4g}} at %{{x}}<extra>{html.escape(run.name)}</extra>",
                 )  # fmt: skip
-    subplots.update_layout(**{**LAYOUT, "legend": {**LAYOUT["legend"], "y": -0.08}}, height=80 + 200 * len(keys))
-    subplots.update_xaxes(title_text="Tokens", row=len(keys), col=1)
+    subplots.update_layout(**{**LAYOUT, "legend": {**LAYOUT["legend"], "y": -0.08}}, height=80 + 200 * n_rows)
+    subplots.update_xaxes(title_text="Tokens", row=n_rows, col=1)
     return subplots
 
 

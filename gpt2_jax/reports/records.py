@@ -18,6 +18,7 @@ from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.evaluation.published import Figure, published_figures
 from gpt2_jax.metrics import Row, read_rows
 from gpt2_jax.run.goodput import goodput, hours_by_step, read_processes
+from gpt2_jax.run.noise_scale import NoiseScale, estimate
 
 OPENAI_BLOCK_SIZE = 1024
 # The columns of the rows about training, with their units.
@@ -28,6 +29,7 @@ TRAINING = {
     "tokens_per_second": "tokens/s",
     "mfu": "share of the chip's peak",
 }
+NOISE = ("micro_grad_norm", "sequences", "micro_sequences")  # columns of runs that measure the noise scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,15 @@ class RunRecord:
         """The median of the tokens per second."""
         return float(np.median(self.curves["tokens_per_second"].value)) if "tokens_per_second" in self.curves else None
 
+    def noise_scale(self) -> NoiseScale | None:
+        """The gradient noise scale; None if the run did not measure it, or has few rows."""
+        if not {*NOISE} <= self.curves.keys():
+            return None
+        first = self.curves["micro_grad_norm"]
+        grad_norm = self.curves["grad_norm"]
+        grad_norms = grad_norm.value[np.isin(grad_norm.step, first.step)]
+        return estimate(first.tokens, grad_norms, *(self.curves[key].value for key in NOISE))
+
     def reference(self, key: str) -> Figure | None:
         """The published figure of OpenAI's model of the same size for TASK/METRIC, by the same protocol."""
         task, _, metric = key.partition("/")
@@ -121,7 +132,7 @@ def read_run(path: Path, name: str) -> RunRecord:
         if reason := row.get("skipped"):
             skipped.append((row["step"], str(reason)))
         for key, value in row.items():
-            if (key in TRAINING or key == "val_loss" or "/" in key) and type(value) in (int, float):
+            if (key in (*TRAINING, *NOISE, "val_loss") or "/" in key) and type(value) in (int, float):
                 columns.setdefault(key, []).append((row["step"], row.get("tokens", 0), value))
     if not columns:
         raise UserError(f"{path} has no metrics.jsonl with rows; give the directory of a run")

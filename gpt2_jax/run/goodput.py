@@ -185,7 +185,7 @@ class Process(NamedTuple):
 def read_processes(run: Path) -> list[Process]:
     """The processes of a run, in order; [] for a run without time.jsonl. Lines that are not rows are left out."""
     processes: dict[float, Process] = {}
-    with suppress(OSError), open(run / FILE, encoding="utf-8", errors="replace") as file:
+    with suppress(OSError), open(run / FILE, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             with suppress(ValueError, KeyError, TypeError, AttributeError):  # of a process that was killed
                 row = parse_json(line)

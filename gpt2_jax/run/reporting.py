@@ -22,7 +22,9 @@ from gpt2_jax.evaluation.table import number
 from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
 from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.run.noise_scale import noise_columns
 from gpt2_jax.run.panel import Panel
+from gpt2_jax.sharding import num_micro_batches
 from gpt2_jax.step import Metrics
 
 
@@ -62,6 +64,7 @@ class Reporter:
         self._outliers = 0  # in a row
         self._rows_wait = False
         self.references: Mapping[str, float] = {}
+        self._mesh = mesh
         self._panel = Panel(config, start)
         self.display = Display(start, config.steps, "", quiet=self._file is None, below=self._panel.lines)
         self._printed_rows = Display(0, 0, "", file=rows_to) if rows_to and self._file else None
@@ -85,7 +88,7 @@ class Reporter:
         if metrics is None:
             self._skipped(step, "by skip_updates")
             return
-        *values, outlier, loss_scale, overflows = jax.device_get(metrics)
+        *values, outlier, loss_scale, overflows, micro_grad_norm = jax.device_get(metrics)
         loss, grad_norm, learning_rate, param_norm = map(float, values)
         scaling = {} if loss_scale is None else {"loss_scale": float(loss_scale), "overflows": int(overflows)}
         found = f"loss {loss}, gradient norm {grad_norm}"
@@ -116,6 +119,7 @@ class Reporter:
             "tokens_per_second": speed and round(speed.tokens_per_second, 1),
             "mfu": speed and speed.mfu and round(speed.mfu, 4),
             **scaling,
+            **({} if micro_grad_norm is None else self._noise(step, float(micro_grad_norm))),
         }
         self._write(row)
         total = self._tokens_after(self._config.steps)
@@ -124,6 +128,12 @@ class Reporter:
         self._panel.checkpoint = self._checkpoints.newest
         beside = [f"{si(tokens)}/{si(total)} tokens"] + ([] if seconds is None else [f"{duration(seconds)} left"])
         self.display.show(step, f"update {step}/{self._config.steps}", format_row(row, seconds), beside)
+
+    def _noise(self, step: int, micro_grad_norm: float) -> dict[str, float]:
+        config = self._config
+        sequences = (self._tokens_after(step) - self._tokens_after(step - 1)) // config.model.block_size
+        count = num_micro_batches(sequences, config.micro_batch_limit, self._mesh)
+        return noise_columns(micro_grad_norm, sequences, count * self._mesh.shape["data"])
 
     def _handle_outlier(self, step: int, found: str) -> None:
         optimizer = self._config.optimizer
