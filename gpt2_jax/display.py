@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from gpt2_jax.errors import strip_controls
+from gpt2_jax.errors import UserError, strip_controls
 
 SECONDS_BETWEEN_LINES = 5.0
 REFRESHES = 4  # of a bar, per second
@@ -40,7 +40,7 @@ def _can_redraw(console: Console) -> bool:
 
 
 @contextmanager
-def line_of(text: Callable[[], str], quiet: bool = False) -> Iterator[None]:
+def status_line(text: Callable[[], str], quiet: bool = False) -> Iterator[None]:
     """Shows a line that changes, on a terminal, and removes it at the end of the `with` block.
 
     Args:
@@ -55,7 +55,9 @@ def line_of(text: Callable[[], str], quiet: bool = False) -> Iterator[None]:
     def line() -> Text:
         return Text(strip_controls(text()), no_wrap=True, overflow="ellipsis")
 
-    live = Live(console=console, get_renderable=line, refresh_per_second=REFRESHES, transient=True)
+    live = Live(
+        console=console, get_renderable=line, refresh_per_second=REFRESHES, transient=True, redirect_stderr=False
+    )
     with suppress(OSError):  # the terminal was closed
         live.start()
     try:
@@ -151,8 +153,8 @@ class Display:
             drawing: makes it, with ANSI colors, for a width in columns and with or without colors.
         """
         if self._bar:
-            with self._survive_closed_output():
-                color = self.console.color_system is not None and not self.console.no_color
+            color = self.console.color_system is not None and not self.console.no_color
+            with self._survive_closed_output(), suppress(UserError):
                 self.console.print(Text.from_ansi(drawing(self.console.width, color)))
 
     @contextmanager

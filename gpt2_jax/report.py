@@ -15,7 +15,7 @@ from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.reports.compare import compare
-from gpt2_jax.reports.following import replay
+from gpt2_jax.reports.following import send_all
 from gpt2_jax.reports.markdown import write_markdown
 from gpt2_jax.reports.page import write_page
 from gpt2_jax.reports.picture import write_picture
@@ -66,9 +66,7 @@ def main(args: Sequence[str]) -> int:
     ):
         if name:
             _write(user_path(name, flag), flag, write)
-    failures: list[str] = []
-    for run in runs if flags.to else ():
-        replay(run.path, flags.to, run.config, failures.append)
+    failures = [line for run in runs for name in flags.to if (line := send_all(run.path, name, run.config))]
     for line in failures:
         warn(f"error: {line}")
     return 1 if failures else 0
@@ -80,6 +78,8 @@ def _write(path: Path, flag: str, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    if not path.name:
+        raise UserError(f"{flag} {path} is a directory; give a file")
     try:
         write(path)
     except OSError as error:

@@ -29,7 +29,7 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, read_ahead
-from gpt2_jax.display import line_of
+from gpt2_jax.display import status_line
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
@@ -39,7 +39,7 @@ from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
 from gpt2_jax.reports.following import following
-from gpt2_jax.reports.trackers import check_installed
+from gpt2_jax.reports.trackers import check_installed, forget_other_run
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.run import goodput, summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
@@ -120,11 +120,17 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
                     Clock(started or time.time(), path if is_primary() else None) as clock,
                     ExitStack() as start_line,
                 ):
-                    start_line.enter_context(line_of(Activity().__str__, quiet=not is_primary()))
+                    quiet = not is_primary() or _downloads(config)
+                    start_line.enter_context(status_line(Activity().__str__, quiet))
                     return _train(config, devices, rows_to, clock, start_line)
             except RewindError as error:  # resumes in this process, as the same command would
                 config, restored = rewound(config, error, restored)
                 started = time.time()
+
+
+def _downloads(config: TrainConfig) -> bool:
+    """True if the start may show bars of others: those of downloads."""
+    return bool(config.init_from or config.eval.tasks)
 
 
 def _train(
@@ -173,11 +179,15 @@ def _train(
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
         with clock.phase(goodput.RESTORING if saved else goodput.STARTING):
             state, start = run_checkpoints.restore_or_init(initial)
+        if start < config.steps:  # a run that is over and is typed again takes no time
+            clock.resume(start)
         check_skipped_updates(config, saved, start)
         size = n_params(state.params, model.config)
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start, rows_to)
         reporter.references = tasks.references() if tasks else {}
         if is_primary():
+            if not start:
+                forget_other_run(out, config)
             write_config(out, config)
             if initial:
                 keep_initial_tokenizer(initial, config, out)
@@ -192,13 +202,11 @@ def _train(
             reporter.display,
             closing(read_ahead(source, start, config.steps)) as batches,
             traced(train_step, out / "profile", start, config.log.profile_steps) as update,
-            following(out, config.log.to if is_primary() else (), config, print_line),
+            following(out, config.log.to if is_primary() else (), config, print_line) as trackers,
         ):
             if hardware.platform == "cpu" and start < config.steps:
                 runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
             clock.enter(goodput.TRAINING)
-            clock.resumed_after = start
-            clock.record(start)
             step, evaluations = start, dict[str, float]()
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device
             while step < config.steps and not (signal_number := stop_requested(step)):
@@ -248,6 +256,7 @@ def _train(
             run_checkpoints.save_and_wait(step, state, fingerprint, evaluations)
             clock.enter(goodput.EVALUATING)
             clock.record(step)
+            trackers.is_over = step == config.steps
             if step < config.steps:
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number

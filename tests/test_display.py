@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from gpt2_jax.display import Display, count, duration, line_of, si
+from gpt2_jax.display import Display, count, duration, si, status_line
 
 
 def test_plain_lines(capsys):
@@ -53,14 +53,14 @@ def test_a_terminal_breaks_indented_lines_between_words(monkeypatch, capsys):
 def test_a_line_that_changes_is_only_on_a_terminal(monkeypatch, capsys):
     for name in ("CI", "JPY_PARENT_PID"):
         monkeypatch.delenv(name, raising=False)
-    with line_of(lambda: "reading the data, 0:03"):
+    with status_line(lambda: "reading the data, 0:03"):
         print("a line between")
     assert capsys.readouterr().out == "a line between\n"
     for term, quiet, shown in (("xterm", False, True), ("dumb", False, False), ("xterm", True, False)):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=True, width=40, _environ={"TERM": term})
         monkeypatch.setattr("gpt2_jax.display._Console", lambda console=console, **_: console)
-        with line_of(lambda: "reading the data, 0:03", quiet):
+        with status_line(lambda: "reading the data, 0:03", quiet):
             pass
         assert ("reading the data, 0:03" in screen.getvalue()) == shown
         assert shown or not screen.getvalue()

@@ -19,12 +19,11 @@ CARD = "README.md"
 def run_of(source: str) -> RunRecord | None:
     """The run that a MODEL comes from: a run directory, or one of its checkpoints; None for any other model."""
     path = Path(source).expanduser().absolute()
-    for directory in (path, *path.parents[1:2]):
-        try:
-            return read_run(directory, directory.name)
-        except UserError:
-            continue
-    return None
+    run = path.parents[1] if path.name.isdigit() and path.parent.name == "checkpoints" else path
+    try:
+        return read_run(run, run.name)
+    except UserError:
+        return None
 
 
 def model_card(model: StoredModel, name: str, run: RunRecord | None) -> str:

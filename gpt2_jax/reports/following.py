@@ -1,8 +1,9 @@
-"""Sends the rows of a run to trackers, from a thread that reads the run's files. Nothing of it can stop the run."""
+"""Sends the rows of a run to trackers, from threads that read the run's files. Nothing of it can stop the run."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ from gpt2_jax.metrics import Row, parse_row
 from gpt2_jax.reports.trackers import TRACKERS, Tracker, Values
 
 POLL_SECONDS = 2.0
-CLOSE_SECONDS = 60.0  # at most, for a tracker to store the end of a run
+# At most, for a tracker to store the last rows: of a run that is over, and of one that stops and will be resumed.
+OVER_SECONDS, STOP_SECONDS = 60.0, 5.0
 
 
-class _Lines:
-    """The complete lines that were appended to a file since the last look, as rows."""
+class _NewRows:
+    """The rows that were appended to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
@@ -37,26 +39,19 @@ class Follower:
 
     Args:
         run: the run directory.
-        names: of the trackers, from `TRACKERS`.
+        name: of the tracker, from `TRACKERS`. It is opened at the first row.
         config: of the run.
-        warn: prints a line about a tracker that fails. It gets no further rows.
     """
 
-    def __init__(self, run: Path, names: Sequence[str], config: TrainConfig, warn: Callable[[str], object]) -> None:
-        self._run, self._names, self._config, self._warn = run, names, config, warn
-        self._rows, self._samples = _Lines(run / "metrics.jsonl"), _Lines(run / "samples.jsonl")
-        self._open: dict[str, Tracker] = {}
+    def __init__(self, run: Path, name: str, config: TrainConfig) -> None:
+        self._run, self._name, self._config = run, name, config
+        self._rows, self._samples = _NewRows(run / "metrics.jsonl"), _NewRows(run / "samples.jsonl")
+        self._tracker: Tracker | None = None
         self._step, self._values = 0, dict[str, float | str]()  # the update that may get more rows
         self._texts: dict[int, list[tuple[str, str]]] = {}
 
-    def start(self) -> None:
-        """Opens the trackers."""
-        for name in self._names:
-            with self._guarded(name):
-                self._open[name] = TRACKERS[name][0](self._run, self._config)
-
     def send(self, end: bool = False) -> None:
-        """Sends what was appended since the last call; at the end also the last update."""
+        """Sends what was appended since the last call; at the end also the last update, and closes the tracker."""
         for row in self._rows.read():
             if row["step"] != self._step:
                 self._send_update()
@@ -64,31 +59,23 @@ class Follower:
             self._values |= _values(row)
         if end:
             self._send_update()
+            self.close()
 
     def _send_update(self) -> None:
         if not self._values:
             return
+        if self._tracker is None:
+            self._tracker = TRACKERS[self._name][0](self._run, self._config)
         for row in self._samples.read():
             self._texts.setdefault(row["step"], []).append((str(row.get("prompt", "")), str(row.get("text", ""))))
         texts = self._texts.pop(self._step, [])
-        for name, tracker in list(self._open.items()):
-            if self._step > tracker.after:
-                with self._guarded(name):
-                    tracker.log(self._step, self._values, texts)
+        if self._step > self._tracker.after:
+            self._tracker.log(self._step, self._values, texts)
 
     def close(self) -> None:
-        """Closes the trackers."""
-        for name, tracker in list(self._open.items()):
-            with self._guarded(name):
-                tracker.close()
-
-    @contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._open.pop(name, None)
-            self._warn(f"log.to: {name} failed, and gets no further rows ({one_line(error)})")
+        """Waits until the tracker has stored everything."""
+        if self._tracker:
+            self._tracker.close()
 
 
 def _values(row: Row) -> Values:
@@ -97,38 +84,62 @@ def _values(row: Row) -> Values:
     return values | {key: row[key] for key in ("fingerprint", "skipped") if isinstance(row.get(key), str)}
 
 
-@contextmanager
-def following(run: Path, names: Sequence[str], config: TrainConfig, warn: Callable[[str], object]) -> Iterator[None]:
-    """Follows a run in a thread for the `with` block. At its end, trackers have a minute to store what is left."""
-    if not names:
-        yield
-        return
-    follower, ended = Follower(run, names, config, warn), threading.Event()
+class Following:
+    """The threads that follow a run."""
 
-    def work() -> None:
+    is_over = False
+    """The run has done its last update. The training loop sets it."""
+
+
+@contextmanager
+def following(
+    run: Path, names: Sequence[str], config: TrainConfig, warn: Callable[[str], object]
+) -> Iterator[Following]:
+    """Follows a run for the `with` block, in a thread for each tracker. At its end, they have some time to store it.
+
+    Args:
+        run: the run directory.
+        names: of the trackers.
+        config: of the run.
+        warn: prints a line about a tracker that fails. It gets no further rows.
+
+    Yields:
+        What the training loop tells of the end.
+    """
+    state, ended = Following(), threading.Event()
+
+    def follow(name: str) -> None:
+        follower = Follower(run, name, config)
         try:
-            follower.start()
             while not ended.wait(POLL_SECONDS):
                 follower.send()
             follower.send(end=True)
-            follower.close()
-        except Exception as error:  # the rows cannot be read
-            warn(f"log.to: {one_line(error)}; trackers get no further rows")
+        except Exception as error:
+            warn(_failed(name, error))
 
-    thread = threading.Thread(target=work, name="trackers", daemon=True)
-    thread.start()
+    threads = {name: threading.Thread(target=follow, args=(name,), name=name, daemon=True) for name in names}
+    for thread in threads.values():
+        thread.start()
     try:
-        yield
+        yield state
     finally:
         ended.set()
-        thread.join(CLOSE_SECONDS)
-        if thread.is_alive():
-            warn(f"log.to: {', '.join(names)} did not store the last rows within {CLOSE_SECONDS:.0f} s")
+        seconds = OVER_SECONDS if state.is_over else STOP_SECONDS
+        deadline = time.monotonic() + seconds
+        for name, thread in threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                warn(f"log.to: {name} did not store the last rows within {seconds:g} s")
 
 
-def replay(run: Path, names: Sequence[str], config: TrainConfig, warn: Callable[[str], object]) -> None:
-    """Sends all rows of a run that is over."""
-    follower = Follower(run, names, config, warn)
-    follower.start()
-    follower.send(end=True)
-    follower.close()
+def send_all(run: Path, name: str, config: TrainConfig) -> str:
+    """Sends all rows of a run that is over to a tracker. Returns "", or what is wrong."""
+    try:
+        Follower(run, name, config).send(end=True)
+    except Exception as error:
+        return _failed(name, error)
+    return ""
+
+
+def _failed(name: str, error: Exception) -> str:
+    return f"log.to: {name} failed, and gets no further rows ({one_line(error)})"

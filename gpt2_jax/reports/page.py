@@ -11,8 +11,9 @@ from gpt2_jax.config import flatten
 from gpt2_jax.display import duration, si
 from gpt2_jax.reports import figures
 from gpt2_jax.reports.records import RunRecord, config_differences, evaluation_keys
-from gpt2_jax.run.goodput import PHASES
+from gpt2_jax.run.goodput import PHASES, STOPPED
 
+MAX_SKIPPED = 100  # updates that were skipped, of each run
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 0; background: #fff; }
@@ -44,7 +45,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
         ("Evaluations", _evaluations(runs)),
         ("Where the time went", _time(runs)),
         ("Samples", _samples(runs)),
-        ("Passed over", _skipped(runs)),
+        ("Skipped updates", _skipped(runs)),
         ("Config", _config(runs)),
         ("Made by", _made_by(runs)),
     ]
@@ -75,7 +76,7 @@ def summary_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]
                 _number(run.best("val_loss")),
                 _number(run.final("loss")),
                 "" if speed is None else si(speed),
-                duration(sum(run.seconds.values())) if run.seconds else "",
+                duration(sum(run.seconds.values()) - run.seconds.get(STOPPED, 0.0)) if run.seconds else "",
             ]
         )
     return header, rows
@@ -93,14 +94,18 @@ def _summary(runs: Sequence[RunRecord]) -> str:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of cells that are HTML. A cell that starts with "!" is marked as one that differs."""
+    """A table of cells that are HTML."""
     head = "".join(f"<th>{title}</th>" for title in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
 
 
+class Differs(str):
+    """A cell that is marked."""
+
+
 def _cell(content: str) -> str:
-    return f'<td class="differs">{content[1:]}</td>' if content.startswith("!") else f"<td>{content}</td>"
+    return f'<td class="differs">{content}</td>' if isinstance(content, Differs) else f"<td>{content}</td>"
 
 
 def _figure(figure: Any, first: bool = False) -> str:
@@ -166,9 +171,13 @@ def _samples(runs: Sequence[RunRecord]) -> str:
 
 def _skipped(runs: Sequence[RunRecord]) -> str:
     rows = [
-        [html.escape(run.name), f"{step:,}", html.escape(reason)] for run in runs for step, reason in run.skipped[:100]
+        [html.escape(run.name), f"{step:,}", html.escape(reason)]
+        for run in runs
+        for step, reason in run.skipped[-MAX_SKIPPED:]
     ]
-    return _table(["Run", "Update", "Reason"], rows) if rows else ""
+    note = f'<p class="note">The last {MAX_SKIPPED} of each run.</p>'
+    cut = any(len(run.skipped) > MAX_SKIPPED for run in runs)
+    return _table(["Run", "Update", "Reason"], rows) + note * cut if rows else ""
 
 
 def _config(runs: Sequence[RunRecord]) -> str:
@@ -176,11 +185,12 @@ def _config(runs: Sequence[RunRecord]) -> str:
     header = ["Key", *(html.escape(run.name) for run in runs)]
     first = ""
     if different:
-        rows = [[key, *("!" + _value(value) for value in values)] for key, values in different.items()]
+        rows = [[key, *(Differs(_value(value)) for value in values)] for key, values in different.items()]
         first = _table(header, rows)
     configs = [flatten(run.config) for run in runs]
     everything = [
-        [key, *(("!" if key in different else "") + _value(config[key]) for config in configs)] for key in configs[0]
+        [key, *((Differs if key in different else str)(_value(config[key])) for config in configs)]
+        for key in configs[0]
     ]
     return f"{first}<details><summary>Every key</summary>{_table(header, everything)}</details>"
 

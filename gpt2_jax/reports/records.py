@@ -17,6 +17,7 @@ from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.evaluation.published import Figure, published_figures
 from gpt2_jax.metrics import Row, read_rows
+from gpt2_jax.parsing import is_count
 from gpt2_jax.run.goodput import goodput, hours_by_step, read_processes
 from gpt2_jax.run.noise_scale import NoiseScale, estimate
 
@@ -132,10 +133,14 @@ def read_run(path: Path, name: str) -> RunRecord:
         if reason := row.get("skipped"):
             skipped.append((row["step"], str(reason)))
         for key, value in row.items():
-            if (key in (*TRAINING, *NOISE, "val_loss") or "/" in key) and type(value) in (int, float):
-                columns.setdefault(key, []).append((row["step"], row.get("tokens", 0), value))
+            if (key in (*TRAINING, *NOISE, "val_loss") or "/" in key) and (type(value) is float or is_count(value)):
+                if not is_count(row.get("tokens")):
+                    raise UserError(f"{path / 'metrics.jsonl'} has a row with {key!r} and without a count 'tokens'")
+                columns.setdefault(key, []).append((row["step"], row["tokens"], value))
     if not columns:
         raise UserError(f"{path} has no metrics.jsonl with rows; give the directory of a run")
+    if not (path / "config.toml").exists():
+        raise UserError(f"{path} has no config.toml; give the directory of a run")
     config = read_config(str(path / "config.toml"), note=lambda line: None)
     processes = read_processes(path)
     return RunRecord(

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import to_toml
 from gpt2_jax.errors import UserError, import_optional
-from gpt2_jax.files import replace_text
 from gpt2_jax.parsing import parse_json, read_text
 
 PROJECT = "gpt2_jax"
 STATE = "trackers.json"  # in the run directory: what identifies its experiments, and what they have
 MAX_STATE_BYTES = 1 << 16
+FINISH_SECONDS = 60.0  # until wandb gives up the upload of the last rows; by default it waits forever
 
 Values = Mapping[str, float | str]
 Texts = Sequence[tuple[str, str]]
@@ -92,10 +92,13 @@ class _Experiment:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def has(self, step: int) -> None:
+    def mark_sent(self, step: int) -> None:
         """Takes note of an update that was sent."""
         self.after = step
-        replace_text(self._path, json.dumps({**self._read(), self._service: {"id": self.id, "after": step}}) + "\n")
+        content = {**self._read(), self._service: {"id": self.id, "after": step}}
+        partial = self._path.with_name(f"{self._path.name}.{self._service}")
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8", newline="\n")
+        partial.replace(self._path)  # without waiting for the disk: there may be ten a second
 
 
 class WeightsAndBiases:
@@ -114,14 +117,19 @@ class WeightsAndBiases:
             resume=None if offline else "allow",
             dir=str(run),
             config=flatten(config),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                finish_timeout=FINISH_SECONDS,
+                stop_fn=lambda: None,  # its page has a button that sends SIGINT
+            ),
         )
         self.after = self._experiment.after if offline else self._run.starting_step - 1
 
     def log(self, step: int, values: Values, texts: Texts) -> None:
         """As `Tracker.log`."""
         self._run.log({**values, **_samples(texts)}, step=step)
-        self._experiment.has(step)
+        self._experiment.mark_sent(step)
 
     def close(self) -> None:
         """As `Tracker.close`."""
@@ -148,7 +156,7 @@ class Trackio:
     def log(self, step: int, values: Values, texts: Texts) -> None:
         """As `Tracker.log`."""
         self._run.log({**values, **_samples(texts)}, step=step)
-        self._experiment.has(step)
+        self._experiment.mark_sent(step)
 
     def close(self) -> None:
         """As `Tracker.close`."""
@@ -162,6 +170,17 @@ TRACKERS: dict[str, tuple[Callable[[Path, TrainConfig], Tracker], str]] = {
 }
 
 
+def forget_other_run(run: Path, config: TrainConfig) -> None:
+    """Removes what identifies the experiments of a run with another config that ended before its first checkpoint."""
+    text = to_toml(config)
+    try:
+        same = (run / "config.toml").read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        (run / STATE).unlink(missing_ok=True)
+
+
 def check_installed(names: Sequence[str]) -> None:
     """Checks that the packages of trackers are installed.
 
@@ -171,4 +190,4 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         package = TRACKERS[name][1]
         if find_spec(package) is None:
-            raise UserError(f"log.to = {name} needs {package}, which is not installed; type pip install -e '.[{name}]'")
+            raise UserError(f"{name} needs {package}, which is not installed; type pip install -e '.[{name}]'")

@@ -10,6 +10,7 @@ from gpt2_jax.metrics import read_rows
 
 HEIGHT = 12  # rows of characters
 MARGIN = 12  # columns beside the drawing, for its frame and the numbers
+MIN_WIDTH = 30
 START = 50  # of the training loss, its share that may be above the drawing: it falls from far
 UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))  # of tokens
 POINTS = 4  # of the training loss for each column, at most: means of rows
@@ -20,7 +21,7 @@ def draw_losses(metrics: Path, width: int, color: bool) -> str:
 
     Args:
         metrics: metrics.jsonl.
-        width: columns of the terminal.
+        width: columns of the terminal. Below `MIN_WIDTH`, nothing is drawn.
         color: tells the two curves apart by color.
     """
     training: list[tuple[float, float]] = []
@@ -29,7 +30,7 @@ def draw_losses(metrics: Path, width: int, color: bool) -> str:
         for key, points in (("loss", training), ("val_loss", validation)):
             if key in row:
                 points.append((row["tokens"], row[key]))
-    if len(training) < 2:
+    if len(training) < 2 or width < MIN_WIDTH:
         return ""
     group = -(-len(training) // (POINTS * width))
     unit, size = next(((unit, size) for unit, size in UNITS if training[-1][0] >= size), ("", 1.0))

@@ -26,6 +26,7 @@ from gpt2_jax.parsing import is_count, parse_json
 
 FILE = "time.jsonl"
 SECONDS_BETWEEN_ROWS = 10.0
+MAX_SECONDS = 1e11  # of a row that is not damaged: 3,000 years
 
 STARTING, COMPILING, RESTORING = "starting", "compiling", "restoring"
 TRAINING, DATA, EVALUATING, SAVING = "training", "waiting for data", "evaluating", "saving"
@@ -38,7 +39,7 @@ _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering and compiling; they 
 class Clock:
     """Counts the seconds of one process by phase. Every moment since `started` belongs to one phase.
 
-    Nothing waits for the device but a thread, which notes when the device has nothing left to do.
+    A thread waits for the device, and records when it becomes idle. The training thread never waits.
 
     Args:
         started: when the run, or its resumption, began: a `time.time()`.
@@ -46,9 +47,9 @@ class Clock:
     """
 
     def __init__(self, started: float, path: Path | None) -> None:
-        self.started, self._path = started, path
-        self.resumed_after = 0
-        """The update that the process resumes after."""
+        self._started, self._path = started, path
+        self._resumed_after: int | None = None  # until it is known, there are no rows
+        self._step = 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._phase, self._origin = STARTING, time.perf_counter() - max(0.0, time.time() - started)
         self._since = self._origin
@@ -67,6 +68,12 @@ class Clock:
         monitoring.unregister_event_duration_listener(self._compile_event)
         if self._device:
             self._device.stop()
+        self.record(self._step)
+
+    def resume(self, step: int) -> None:
+        """Takes note of the update that the process resumes after, 0 for a new run. From here on there are rows."""
+        self._resumed_after = step
+        self.record(step)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -88,7 +95,7 @@ class Clock:
         """Takes note of work that was given to the device.
 
         Args:
-            result: is there when the device has done the work.
+            result: an array that is ready when the work is done.
         """
         if self._device:
             self._device.dispatched(result)
@@ -109,9 +116,9 @@ class Clock:
         end = time.perf_counter()
         start = max(end - duration_secs, self._origin)
         counted = 0.0
-        while self._compiled and self._compiled[-1][0] >= start:
+        while self._compiled and self._compiled[-1][1] > start:
             inner = self._compiled.pop()
-            counted += inner[1] - inner[0]
+            start, counted = min(start, inner[0]), counted + inner[1] - inner[0]
         self._compiled.append((start, end))
         self._move(end - start - counted, COMPILING)
 
@@ -127,16 +134,22 @@ class Clock:
             step: the updates that are done.
             now: even if the row before is recent.
         """
-        if not self._path or (not now and time.perf_counter() < self._row_due):
+        self._step = step
+        if not self._path or self._resumed_after is None or (not now and time.perf_counter() < self._row_due):
             return
         self.enter(self._phase)
         self._row_due = self._since + SECONDS_BETWEEN_ROWS
         seconds = {phase: round(self._seconds[phase], 3) for phase in PHASES if self._seconds[phase]}
-        row = {"started": self.started, "resumed_after": self.resumed_after, "step": step, "seconds": seconds}
+        row = {"started": self._started, "resumed_after": self._resumed_after, "step": step, "seconds": seconds}
         with suppress(OSError):
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            with open(file, "wb", buffering=0) as lines:
-                lines.write((json.dumps(row) + "\n").encode())
+            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            with open(file, "r+b", buffering=0) as lines:
+                if lines.seek(0, os.SEEK_END):
+                    lines.seek(-1, os.SEEK_END)
+                    torn = lines.read(1) != b"\n"  # a process was killed while it wrote, or the disk was full
+                else:
+                    torn = False
+                lines.write(("\n" * torn + json.dumps(row) + "\n").encode())
 
 
 class _Device:
@@ -184,16 +197,17 @@ class Process(NamedTuple):
 
 def read_processes(run: Path) -> list[Process]:
     """The processes of a run, in order; [] for a run without time.jsonl. Lines that are not rows are left out."""
-    processes: dict[float, Process] = {}
+    processes: dict[tuple[float, int], Process] = {}
     with suppress(OSError), open(run / FILE, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # of a process that was killed
+            with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):  # a torn line
                 row = parse_json(line)
+                started = float(row["started"])
                 seconds = {phase: float(row["seconds"].get(phase, 0.0)) for phase in PHASES}
-                if is_count(row["step"]) and is_count(row["resumed_after"]):
-                    started = float(row["started"])
-                    process = processes.setdefault(started, Process(started, row["resumed_after"], []))
-                    process.rows.append((row["step"], seconds))
+                known = all(0 <= number < MAX_SECONDS for number in (started, *seconds.values()))
+                if known and is_count(row["step"]) and is_count(row["resumed_after"]):
+                    key = started, row["resumed_after"]
+                    processes.setdefault(key, Process(*key, [])).rows.append((row["step"], seconds))
     return list(processes.values())
 
 
@@ -230,8 +244,6 @@ def hours_by_step(processes: Sequence[Process]) -> tuple[list[int], list[float]]
             if not steps or step > steps[-1]:
                 steps.append(step)
                 hours.append(at)
-            else:
-                hours[-1] = max(hours[-1], at)
         before = kept[-1][1] if kept else before
     return steps, hours
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -29,7 +29,9 @@ class Panel:
     """
 
     def __init__(self, config: TrainConfig, start: int) -> None:
-        self._config, self._step = config, start
+        self._config = config
+        self.step = start
+        """Updates that are done."""
         self._row: Row | None = None
         self._trend = Trend()
         self._validation: tuple[int, float] | None = None
@@ -38,9 +40,17 @@ class Panel:
         """The newest checkpoint."""
         self._activity = Activity()
 
+    def resume(self, rows: Iterable[Row]) -> None:
+        """Takes note of the rows before the process started."""
+        for row in rows:
+            if "loss" in row:
+                self._trend.add(row["loss"])
+            if "val_loss" in row:
+                self.validation(row["step"], row["val_loss"])
+
     def update(self, row: Row) -> None:
         """Takes note of a row about training."""
-        self._row, self._step = row, row["step"]
+        self._row = row
         self._trend.add(row["loss"])
 
     def validation(self, step: int, loss: float) -> None:
@@ -76,10 +86,10 @@ class Panel:
 
     def _work(self) -> list[Text]:
         doing, seconds = self._activity.current()
-        works = doing == DEVICE or seconds < LONG_SECONDS
-        parts = [Text("training") if works else Text(f"{doing}, {duration(seconds)}", "yellow")]
+        is_training = doing == DEVICE or seconds < LONG_SECONDS
+        parts = [Text("training") if is_training else Text(f"{doing}, {duration(seconds)}", "yellow")]
         for noun, every in (("evaluation", self._config.eval.every), ("save", self._config.checkpoint.every)):
-            if every and (due := self._step - self._step % every + every) <= self._config.steps:
+            if every and (due := self.step - self.step % every + every) <= self._config.steps:
                 parts.append(Text(f"next {noun} at {due:,}"))
         if self.checkpoint:
             parts.append(Text(f"last checkpoint {self.checkpoint:,}"))
@@ -129,14 +139,15 @@ class Trend:
             if len(self._means) == TREND:
                 self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
                 self._group *= 2
-            self._means.append(0.0)
+            self._means.append(value)
             self._in_last = 0
         self._in_last += 1
         self._means[-1] += (value - self._means[-1]) / self._in_last
 
     def __str__(self) -> str:
-        if not self._means:
+        means = tuple(self._means)  # another thread adds to it
+        if not means:
             return ""
-        low, high = min(self._means), max(self._means)
+        low, high = min(means), max(means)
         scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-        return "".join(BLOCKS[round((mean - low) * scale)] for mean in self._means)
+        return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

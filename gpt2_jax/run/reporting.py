@@ -20,7 +20,7 @@ from gpt2_jax.errors import DivergedError, RewindError
 from gpt2_jax.evaluation import Result
 from gpt2_jax.evaluation.table import number
 from gpt2_jax.loss_scale import MIN_SCALE
-from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot
+from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot, read_rows
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.run.noise_scale import noise_columns
 from gpt2_jax.run.panel import Panel
@@ -66,6 +66,8 @@ class Reporter:
         self.references: Mapping[str, float] = {}
         self._mesh = mesh
         self._panel = Panel(config, start)
+        self._panel.checkpoint = checkpoints.newest
+        self._panel.resume(read_rows(out / "metrics.jsonl") if start and self._file else ())
         self.display = Display(start, config.steps, "", quiet=self._file is None, below=self._panel.lines)
         self._printed_rows = Display(0, 0, "", file=rows_to) if rows_to and self._file else None
 
@@ -84,7 +86,7 @@ class Reporter:
         if pending is None or pending[0] <= self._reported:
             return
         step, metrics = pending
-        self._reported = step
+        self._reported = self._panel.step = step
         if metrics is None:
             self._skipped(step, "by skip_updates")
             return

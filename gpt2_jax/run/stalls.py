@@ -41,6 +41,7 @@ _DOING = {
     "gpt2_jax.run.checkpoints": "saving a checkpoint",
     "gpt2_jax.checkpoint": "waiting for checkpoints on disk",
     "gpt2_jax.run.directory": "opening the run directory",
+    "gpt2_jax.reports.following": "waiting for trackers",
     "gpt2_jax.run.samples": "writing text with the model",
     "gpt2_jax.run.summary": "writing the summary",
     "gpt2_jax.run.reporting": "writing a report to the terminal, metrics.jsonl or loss.png",

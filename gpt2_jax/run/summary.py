@@ -101,7 +101,8 @@ def closing(
         lines.append(f"{'float16':10}{overflows:,} of {config.steps:,} updates skipped, because a gradient overflowed")
     others = "" if best in (None, config.steps) else f", the best checkpoints/{best}"
     lines.append(f"{'run':10}{out}: config.toml, metrics.jsonl, loss.png, checkpoints/{config.steps}{others}")
-    lines.append(f"{'time':10}{describe_goodput(goodput(read_processes(out)))}")
+    if seconds := goodput(read_processes(out)):
+        lines.append(f"{'time':10}{describe_goodput(seconds)}")
     lines.append(f"{'state':10}fingerprint {fingerprint}, of parameters and optimizer state")
     lines.append(f"{'next':10}{_next_command(config, out)}")
     return lines

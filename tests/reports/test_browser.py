@@ -85,10 +85,14 @@ def test_tooltips_show_values(page):
     plot = page.locator(".plotly-graph-div").first
     plot.scroll_into_view_if_needed()
     area = plot.locator(".nsewdrag").first.bounding_box()
-    page.mouse.move(area["x"] + area["width"] * 0.99, area["y"] + area["height"] * 0.9)
-    page.mouse.move(area["x"] + area["width"] * 0.985, area["y"] + area["height"] * 0.9, steps=5)
+    step, x, y = page.evaluate("""() => {
+        const {data, _fullLayout: {xaxis, yaxis}} = document.querySelector('.plotly-graph-div');
+        return [20, xaxis.d2p(data[0].x[19]), yaxis.d2p(data[0].y[19])];
+    }""")
+    page.mouse.move(area["x"] + x + 3, area["y"] + y + 3)
+    page.mouse.move(area["x"] + x, area["y"] + y, steps=5)
     page.wait_for_selector(".hoverlayer .hovertext", timeout=5000)
-    assert " at " in page.locator(".hoverlayer .hovertext").first.text_content()
+    assert f"{8.0 / step + 1:.4f} at " in page.locator(".hoverlayer").text_content()
 
 
 def test_buttons_change_the_axes(page):

@@ -54,5 +54,10 @@ def test_a_model_of_unknown_origin():
 def test_a_run_is_found_by_its_directory_and_by_a_checkpoint(make_run, tmp_path, source):
     make_run("run")
     assert run_of(str(tmp_path / source)).name == "run"
-    for other in ("gpt2", str(tmp_path), str(tmp_path / "run" / "checkpoints")):
+    for other in (
+        "gpt2",
+        str(tmp_path),
+        str(tmp_path / "run" / "checkpoints"),
+        str(tmp_path / "run" / "exports" / "hf"),
+    ):
         assert run_of(other) is None

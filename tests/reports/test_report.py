@@ -74,7 +74,7 @@ def test_the_page_is_one_file_with_everything(runs, tmp_path, capsys):
     loaded = [attrs for _, attrs in page.tags if {"src", "href"} & attrs.keys()]
     assert loaded == []
     for words in (
-        "one/run, two/run", "40 of 40", "0:54", "Where the time went", "OpenAI's weights, published", "0.2892",
+        "one/run, two/run", "40 of 40", "0:48", "Where the time went", "OpenAI's weights, published", "0.2892",
         TRICKY, "outlier: loss 99", "seed", "optimizer.learning_rate",
     ):  # fmt: skip
         assert words in page.text, words
@@ -91,8 +91,28 @@ def test_a_run_with_nothing_but_losses(make_run, tmp_path):
     out = tmp_path / "report.html"
     assert report.main([str(directory), "--out", str(out), "--md", str(tmp_path / "report.md")]) == 0
     page = Tags(out.read_text(encoding="utf-8"))
-    titles = ("Samples", "Where the time went", "Evaluations", "Passed over", "Made by")
+    titles = ("Samples", "Where the time went", "Evaluations", "Skipped updates", "Made by")
     assert not [title for title in titles if title in page.text]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"step": 41, "tokens": "x", "grad_norm": 1.0}', "has a row with 'grad_norm' and without a count 'tokens'"),
+        ('{"step": 41, "tokens": 5, "grad_norm": ' + "9" * 400 + "}", None),
+        ('{"step": "x"}', "does not hold the row of a run"),
+    ],
+)
+def test_damaged_rows_are_one_line_or_left_out(make_run, tmp_path, row, message):
+    run = make_run("run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    args = [str(run), "--md", str(tmp_path / "report.md")]
+    if message is None:
+        assert report.main(args) == 0
+    else:
+        with pytest.raises(UserError, match=message):
+            report.main(args)
 
 
 def test_markdown_and_a_picture(runs, tmp_path):
@@ -115,6 +135,7 @@ def test_markdown_and_a_picture(runs, tmp_path):
         (["RUN", "--compare", "a", "b"], "--compare takes two runs, and writes no file; leave out what else was given"),
         (["RUN", "RUN"], "a run is given twice; give each once"),
         (["none"], "none has no metrics.jsonl with rows; give the directory of a run"),
+        (["RUN", "--out", "."], "--out . is a directory; give a file"),
         (["RUN", "--out", "missing/report.html"], "--out missing/report.html cannot be written (No such file"),
     ],
 )

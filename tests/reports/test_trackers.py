@@ -1,5 +1,6 @@
 """Trackers get every row once, over kills and resumes, and none can stop a run. Their files are read by themselves."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 from gpt2_jax import report
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
-from gpt2_jax.reports import following as follower
+from gpt2_jax.reports import following as module
 from gpt2_jax.reports import trackers
-from gpt2_jax.reports.following import following, replay
+from gpt2_jax.reports.following import Follower, following, send_all
 
 NAMES = ("tensorboard", "wandb", "trackio")
 
@@ -129,12 +130,13 @@ def test_a_run_that_is_killed_and_resumed_continues_the_experiment(make_run, ser
     rows = metrics.read_text().splitlines(keepends=True)
     config = read_config(str(run / "config.toml"))
     metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 25) + '{"step": 26, "los')
-    killed = follower.Follower(run, NAMES, config, pytest.fail)  # it is killed after update 25, with 20 saved
-    killed.start()
-    killed.send()
-    killed.close()
+    for name in NAMES:  # it is killed after update 25, with 20 saved
+        killed = Follower(run, name, config)
+        killed.send()
+        killed.close()
     metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 20))
-    with following(run, NAMES, config, pytest.fail), metrics.open("a") as file:
+    with following(run, NAMES, config, pytest.fail) as trackers_, metrics.open("a") as file:
+        trackers_.is_over = True
         file.write("".join(row for row in rows if json.loads(row)["step"] > 20))
     check(run, sent_to_tensorboard(run)[0])
     check(run, sent_to_wandb(run))
@@ -173,25 +175,27 @@ class Works(Fails):
 def test_a_tracker_that_fails_is_named_once(make_run, monkeypatch):
     run = make_run("run")
     monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
-    warnings: list[str] = []
-    config = read_config(str(run / "config.toml"))
     monkeypatch.setitem(trackers.TRACKERS, "trackio", (Works, "trackio"))
-    replay(run, ["wandb", "trackio"], config, warnings.append)
+    warnings: list[str] = []
+    with following(run, ["wandb", "trackio"], read_config(str(run / "config.toml")), warnings.append):
+        pass
     assert warnings == ["log.to: wandb failed, and gets no further rows (gone away)"]
     assert Fails.steps == [1, 2, 3, 4]
     assert Works.steps == list(range(1, 41))  # the other one got everything
 
 
-def test_a_tracker_that_hangs_does_not_hold_the_run(make_run, monkeypatch):
+@pytest.mark.parametrize(("is_over", "seconds"), [(False, "0.1"), (True, "0.2")])
+def test_a_tracker_that_hangs_does_not_hold_the_run(make_run, monkeypatch, is_over, seconds):
     monkeypatch.setattr(Fails, "log", lambda *args: time.sleep(60))
     monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
-    monkeypatch.setattr(follower, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(module, "OVER_SECONDS", 0.2)
     run, warnings = make_run("run"), []
     started = time.monotonic()
-    with following(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append):
-        pass
+    with following(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append) as state:
+        state.is_over = is_over
     assert time.monotonic() - started < 5
-    assert warnings == ["log.to: wandb did not store the last rows within 0 s"]
+    assert warnings == [f"log.to: wandb did not store the last rows within {seconds} s"]
 
 
 def test_damaged_rows_are_named(make_run, monkeypatch):
@@ -202,8 +206,26 @@ def test_damaged_rows_are_named(make_run, monkeypatch):
     with following(run, ["wandb"], config, warnings.append):
         pass
     (line,) = warnings
-    assert line.startswith("log.to: ")
-    assert line.endswith("; trackers get no further rows")
+    assert line.startswith("log.to: wandb failed, and gets no further rows (Expecting value")
+
+
+def test_a_run_without_rows_opens_nothing(make_run, monkeypatch):
+    run = make_run("run")
+    (run / "metrics.jsonl").unlink()
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (pytest.fail, "wandb"))
+    with following(run, ["wandb"], read_config(str(run / "config.toml")), pytest.fail):
+        pass
+
+
+def test_another_config_in_the_directory_is_another_experiment(make_run):
+    run = make_run("run")
+    config = read_config(str(run / "config.toml"))
+    state = run / trackers.STATE
+    state.write_text("{}")
+    trackers.forget_other_run(run, config)
+    assert state.exists()
+    trackers.forget_other_run(run, dataclasses.replace(config, seed=7))
+    assert not state.exists()
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
@@ -222,7 +244,6 @@ def test_without_an_account_the_line_says_what_to_type(make_run, monkeypatch, tm
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    run, warnings = make_run("run"), []
-    replay(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append)
-    (line,) = warnings
+    run = make_run("run")
+    line = send_all(run, "wandb", read_config(str(run / "config.toml")))
     assert "wandb has no API key; type wandb login, or set WANDB_MODE=offline" in line

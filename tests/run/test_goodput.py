@@ -1,6 +1,7 @@
 """Where the time went: every moment belongs to one phase, and restarts are counted."""
 
 import json
+import re
 import threading
 import time
 
@@ -31,64 +32,90 @@ def write(directory, *processes):
     (directory / "time.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_phases_sum_to_the_time_since_the_start(tmp_path):
-    started = time.time() - 5.0
-    with Clock(started, tmp_path / "time.jsonl") as clock:
+@pytest.fixture
+def now(monkeypatch):
+    """The time in seconds, in a list: it stands still until a test changes it."""
+    seconds = [1000.0]
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(goodput.time, "time", lambda: 5e8 + seconds[0])
+    return seconds
+
+
+def test_every_second_belongs_to_one_phase(tmp_path, now):
+    with Clock(5e8 + 995.0, tmp_path / "time.jsonl") as clock:
+        clock.record(0)
+        assert read(tmp_path) == {}  # it is not known yet whether the run resumes
+        clock.resume(0)
         clock.enter(goodput.TRAINING)
+        now[0] += 1.0
         with clock.phase(goodput.EVALUATING):
-            time.sleep(0.2)
+            now[0] += 2.0
             with clock.phase(goodput.SAVING):
-                time.sleep(0.1)
+                now[0] += 4.0
         clock.record(3)
-        elapsed = time.time() - started
-    seconds = read(tmp_path)
-    assert sum(seconds.values()) == pytest.approx(elapsed, abs=0.02)
-    assert seconds[goodput.STARTING] == pytest.approx(5.0, abs=0.02)
-    assert seconds[goodput.EVALUATING] == pytest.approx(0.2, abs=0.05)
-    assert seconds[goodput.SAVING] == pytest.approx(0.1, abs=0.05)
+        now[0] += 8.0
+        clock.record(4, now=False)
+        assert read(tmp_path) == {"starting": 5.0, "training": 1.0, "evaluating": 2.0, "saving": 4.0}
+        now[0] += 8.0
+        clock.record(5, now=False)
+        assert read(tmp_path)["training"] == 17.0
+        now[0] += 32.0
+    assert read(tmp_path) == {"training": 49.0, "evaluating": 2.0, "saving": 4.0, "starting": 5.0}
+    assert [step for step, _ in read_processes(tmp_path)[0].rows] == [0, 3, 5, 5]
 
 
-def test_compiling_is_counted_once_where_it_nests(tmp_path):
-    with Clock(time.time(), tmp_path / "time.jsonl") as clock:
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_compiling_is_counted_once_where_it_nests(tmp_path, now, late):
+    with Clock(5e8 + 1000.0, tmp_path / "time.jsonl") as clock:
+        clock.resume(0)
         clock.enter(goodput.TRAINING)
-        time.sleep(0.3)
-        monitoring.record_event_duration_secs(COMPILE, 0.1)
-        monitoring.record_event_duration_secs(COMPILE, 0.25)  # holds the one before
-        monitoring.record_event_duration_secs("/jax/other", 0.25)
-        other = threading.Thread(target=monitoring.record_event_duration_secs, args=(COMPILE, 0.3))
+        now[0] += 5.0
+        monitoring.record_event_duration_secs(COMPILE, 2.0 + late)  # reported late, it seems to begin earlier
+        now[0] += 1.0
+        monitoring.record_event_duration_secs(COMPILE, 3.0)  # holds the one before
+        monitoring.record_event_duration_secs("/jax/other", 3.0)
+        other = threading.Thread(target=monitoring.record_event_duration_secs, args=(COMPILE, 3.0))
         other.start()
         other.join()
-        clock.record(1)
-    seconds = read(tmp_path)
-    assert seconds[goodput.COMPILING] == pytest.approx(0.25, abs=0.005)
-    assert seconds[goodput.TRAINING] == pytest.approx(0.05, abs=0.03)
+    assert read(tmp_path) == {"training": 3.0 - late, "compiling": 3.0 + late}
     monitoring.record_event_duration_secs(COMPILE, 1.0)  # after the end: nobody listens
 
 
-def test_waiting_for_data_counts_only_while_the_device_has_nothing_to_do(tmp_path):
-    class Result:
-        """Stands for an array that is there after some time."""
+class Result:
+    """Stands for an array that is ready when a test says so."""
 
-        def __init__(self, seconds):
-            self.seconds = seconds
+    def __init__(self):
+        self.ready, self.waits = threading.Event(), threading.Event()
 
-        def block_until_ready(self):
-            time.sleep(self.seconds)
+    def block_until_ready(self):
+        self.waits.set()
+        self.ready.wait(60)
 
-    with Clock(time.time(), tmp_path / "time.jsonl") as clock:
+
+def test_waiting_for_data_counts_only_while_the_device_has_nothing_to_do(tmp_path, now):
+    def done(result):
+        result.ready.set()
+        while clock._device.idle_since() is None:
+            time.sleep(0.001)
+
+    with Clock(5e8 + 1000.0, tmp_path / "time.jsonl") as clock:
+        clock.resume(0)
         clock.enter(goodput.TRAINING)
-        since = time.perf_counter()
-        time.sleep(0.1)
-        clock.waited_for_data(since)  # for the first batch
-        clock.dispatched(Result(0.2))
-        since = time.perf_counter()
-        time.sleep(0.05)
-        clock.waited_for_data(since)  # the device works all the time
-        since = time.perf_counter()
-        time.sleep(0.4)
-        clock.waited_for_data(since)  # after 0.15 s it does not
-        clock.record(1)
-    assert read(tmp_path)[goodput.DATA] == pytest.approx(0.1 + 0.25, abs=0.04)
+        now[0] += 1.0
+        clock.waited_for_data(1000.0)  # for the first batch
+        first, second = Result(), Result()
+        clock.dispatched(first)
+        now[0] += 2.0
+        clock.waited_for_data(1001.0)  # the device works all the time
+        clock.dispatched(second)
+        first.ready.set()
+        second.waits.wait(60)
+        now[0] += 4.0
+        clock.waited_for_data(1003.0)  # it has its next work already
+        done(second)
+        now[0] += 8.0
+        clock.waited_for_data(1005.0)  # since 1007 it has nothing to do
+    assert read(tmp_path) == {"training": 6.0, "waiting for data": 9.0}
 
 
 def test_a_restart_counts_what_was_lost_and_the_time_between(tmp_path):
@@ -103,7 +130,7 @@ def test_a_restart_counts_what_was_lost_and_the_time_between(tmp_path):
     assert describe_goodput(read(tmp_path)).startswith("0:43: 46.5% training, 23.3% stopped, 18.6% starting, 9.3% lost")
     steps, hours = hours_by_step(read_processes(tmp_path))
     assert steps == [0, 10, 20]
-    assert [3600 * hour for hour in hours] == pytest.approx([5.0, 19.0, 29.0])
+    assert [3600 * hour for hour in hours] == pytest.approx([5.0, 15.0, 29.0])
 
 
 def test_a_resume_from_an_older_checkpoint_loses_the_work_of_all_before(tmp_path):
@@ -120,8 +147,14 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path):
     assert read(tmp_path) == {}
     write(tmp_path, (0.0, 0, [(1, {"training": 1.0})]))
     with (tmp_path / "time.jsonl").open("a") as file:
-        file.write('[1]\n{"started": 0.0, "resumed_after": 0, "step": 2, "seconds": {"training": "x"}}\n{"started": 0.')
+        file.write("[1]\n")
+        for damaged in ('"x"', "1e999", "NaN", "-1", "9" * 400):
+            file.write(f'{{"started": 0.0, "resumed_after": 0, "step": 2, "seconds": {{"training": {damaged}}}}}\n')
+        file.write('{"started": 0.')
     assert read(tmp_path) == {"training": 1.0}
+    with Clock(time.time(), tmp_path / "time.jsonl") as clock:
+        clock.resume(1)
+    assert len(read_processes(tmp_path)) == 2  # the torn line does not hide the next one
 
 
 TINY = ["--config", "quickstart", "--steps", "12", "--batch_size", "4", "--micro_batch_size", "2", "--log.every", "1",
@@ -152,8 +185,8 @@ def test_a_run_with_slow_data_that_is_resumed(tmp_path, monkeypatch, capsys):
     assert training.train(config, jax.devices()[:1]) == 0
     elapsed = time.time() - started
     seconds = read(tmp_path / "run")
-    assert sum(seconds.values()) == pytest.approx(elapsed, rel=0.05)
+    assert sum(seconds.values()) == pytest.approx(elapsed, rel=0.1)
     assert 0.2 < seconds[goodput.DATA] < 1.0  # Grain reads some while the step compiles
     assert seconds[goodput.COMPILING] > 0.1
     assert seconds[goodput.RESTORING] > 0
-    assert f"time      {describe_goodput(seconds)}\n" in capsys.readouterr().out
+    assert re.search(r"^time      \d:\d\d: [\d.]+% compiling, ", capsys.readouterr().out, re.MULTILINE)

@@ -128,7 +128,8 @@ def test_a_run_and_the_ramp_that_it_proposes(tmp_path, capsys):
     args = ["--config", "quickstart", "--steps", "60", "--batch_size", "16", "--micro_batch_size", "2", "--log.every",
             "1", "--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "2", "--model.block_size", "16",
             "--optimizer.warmup_steps", "2", "--eval.tokens", "16", "--eval.sample_tokens", "0",
-            "--data.text", str(text), "--out", str(out), "--batch_ramp", "160", "8", "--log.noise_scale", "true"]  # fmt: skip
+            "--data.text", str(text), "--out", str(out), "--batch_ramp", "160", "8",
+            "--log.noise_scale", "true"]  # fmt: skip
     assert training.train(parse_args("train", "", args), jax.devices()[:2]) == 0
     rows = [row for row in read_rows(out / "metrics.jsonl") if "loss" in row]
     assert [(row["sequences"], row["micro_sequences"]) for row in rows[:4]] == [(8, 2), (8, 2), (16, 2), (16, 2)]

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import pytest
 from rich.text import Text
@@ -39,6 +40,7 @@ def test_a_run_that_starts(panel):
 
 def test_what_a_run_has_reached(panel):
     panel.update(ROW)
+    panel.step = 120
     panel.validation(100, 2.5)
     panel.checkpoint = 500
     assert shown(panel) == [
@@ -48,7 +50,7 @@ def test_what_a_run_has_reached(panel):
     ]
     panel.validation(110, 2.75)
     assert shown(panel)[0].endswith("validation 2.7500 at 110, best 2.5000 at 100")
-    panel.update({**ROW, "step": 990})
+    panel.step = 990
     assert shown(panel)[-1] == "training · next evaluation at 1,000 · next save at 1,000 · last checkpoint 500"
 
 
@@ -62,6 +64,13 @@ def test_every_line_fits(panel, width):
         assert line.no_wrap
         assert line.overflow == "ellipsis"
     assert " · ".join(line.plain for line in flow(parts, width)) == " · ".join(part.plain for part in parts)
+
+
+def test_a_resumed_run_knows_what_was_best(panel):
+    panel.resume([{"step": 100, "loss": 3.0}, {"step": 100, "val_loss": 2.0}, {"step": 200, "val_loss": 2.25}])
+    panel.validation(300, 2.125)
+    panel.update({**ROW, "loss": 1.0})
+    assert shown(panel)[0] == f"loss 1.0000 {BLOCKS[-1]}{BLOCKS[0]} · validation 2.1250 at 300, best 2.0000 at 100"
 
 
 def test_work_that_takes_long_is_named(panel, monkeypatch):
@@ -87,7 +96,8 @@ def test_what_another_thread_does():
     thread = threading.Thread(target=work)
     thread.start()
     started.wait()
-    assert str(found[0]) == "in threading.wait, 0:00"
+    while str(found[0]) != "in threading.wait, 0:00":  # it is on its way there
+        time.sleep(0.001)
     end.set()
     thread.join()
 
@@ -111,7 +121,8 @@ def test_losses_are_drawn(tmp_path):
     rows = [{"step": step, "tokens": 1_000_000 * step, "loss": 8 / step} for step in range(1, 2001)]
     rows += [{"step": step, "tokens": 1_000_000 * step, "val_loss": 9 / step} for step in (1000, 2000)]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for width in (40, 80, 200):
+    assert draw_losses(metrics, 29, color=False) == ""
+    for width in (30, 40, 80, 200):
         drawn = draw_losses(metrics, width, color=False)
         lines = drawn.splitlines()
         assert max(map(len, lines)) <= width
