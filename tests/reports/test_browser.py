@@ -86,8 +86,8 @@ def test_tooltips_show_values(page):
     plot.scroll_into_view_if_needed()
     area = plot.locator(".nsewdrag").first.bounding_box()
     step, x, y = page.evaluate("""() => {
-        const {data, _fullLayout: {xaxis, yaxis}} = document.querySelector('.plotly-graph-div');
-        return [20, xaxis.d2p(data[0].x[19]), yaxis.d2p(data[0].y[19])];
+        const {calcdata, _fullLayout: {xaxis, yaxis}} = document.querySelector('.plotly-graph-div');
+        return [20, xaxis.c2p(calcdata[0][19].x), yaxis.c2p(calcdata[0][19].y)];
     }""")
     page.mouse.move(area["x"] + x + 3, area["y"] + y + 3)
     page.mouse.move(area["x"] + x, area["y"] + y, steps=5)

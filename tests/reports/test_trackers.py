@@ -10,7 +10,7 @@ import pytest
 from gpt2_jax import report
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
-from gpt2_jax.reports import following as module
+from gpt2_jax.reports import following as followers
 from gpt2_jax.reports import trackers
 from gpt2_jax.reports.following import Follower, following, send_all
 
@@ -26,8 +26,8 @@ def service(monkeypatch, tmp_path):
         "HF_HUB_OFFLINE": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    for module in ("tensorboardX", "wandb", "trackio"):
-        pytest.importorskip(module)
+    for package in ("tensorboardX", "wandb", "trackio"):
+        pytest.importorskip(package)
 
 
 def sent_to_tensorboard(run):
@@ -135,8 +135,8 @@ def test_a_run_that_is_killed_and_resumed_continues_the_experiment(make_run, ser
         killed.send()
         killed.close()
     metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 20))
-    with following(run, NAMES, config, pytest.fail) as trackers_, metrics.open("a") as file:
-        trackers_.is_over = True
+    with following(run, NAMES, config, pytest.fail) as state, metrics.open("a") as file:
+        state.is_over = True
         file.write("".join(row for row in rows if json.loads(row)["step"] > 20))
     check(run, sent_to_tensorboard(run)[0])
     check(run, sent_to_wandb(run))
@@ -188,8 +188,8 @@ def test_a_tracker_that_fails_is_named_once(make_run, monkeypatch):
 def test_a_tracker_that_hangs_does_not_hold_the_run(make_run, monkeypatch, is_over, seconds):
     monkeypatch.setattr(Fails, "log", lambda *args: time.sleep(60))
     monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.1)
-    monkeypatch.setattr(module, "OVER_SECONDS", 0.2)
+    monkeypatch.setattr(followers, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(followers, "OVER_SECONDS", 0.2)
     run, warnings = make_run("run"), []
     started = time.monotonic()
     with following(run, ["wandb"], read_config(str(run / "config.toml")), warnings.append) as state:
