@@ -78,7 +78,7 @@ def loss_figure(runs: Sequence[RunRecord]) -> go.Figure:
     figure.update_layout(
         **LAYOUT,
         height=560,
-        yaxis={"title": "Loss (nats per token)"},
+        yaxis={"title": TRAINING["loss"]},
         xaxis={"title": {"text": "Tokens"}},
         updatemenus=[
             {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": anchor, "y": 1.02,
@@ -94,9 +94,9 @@ def training_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
     keys = [key for key in TRAINING if key != "loss" and any(key in run.curves for run in runs)]
     if not keys:
         return None
-    titles = [f"{key.replace('_', ' ')}{f' ({TRAINING[key]})' if TRAINING[key] else ''}" for key in keys]
+    titles = [TRAINING[key] for key in keys]
     noise = [(number, run, found) for number, run in enumerate(runs) if (found := run.noise_scale())]
-    titles += ["noise scale, and batch size dotted (sequences)"] * bool(noise)
+    titles += ["Noise scale, and batch size dotted (sequences)"] * bool(noise)
     n_rows = len(titles)
     subplots = _plotly("subplots").make_subplots(
         rows=n_rows, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.25 / n_rows
@@ -167,6 +167,7 @@ def time_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
                 x=minutes, y=[html.escape(run.name) for run in timed], orientation="h", name=phase,
                 marker_color=color(number), hovertemplate=f"%{{x:.2f}} minutes {phase}<extra></extra>",
             )  # fmt: skip
-    figure.update_layout(**LAYOUT, barmode="stack", height=150 + 45 * len(timed), xaxis_title="Minutes")
-    figure.update_layout(legend={"y": -0.5 if len(timed) < 3 else -0.25}, yaxis={"autorange": "reversed"})
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "traceorder": "normal"}
+    layout = {**LAYOUT, "legend": legend, "height": 160 + 45 * len(timed)}
+    figure.update_layout(**layout, barmode="stack", xaxis_title="Minutes", yaxis={"autorange": "reversed"})
     return figure

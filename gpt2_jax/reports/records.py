@@ -22,13 +22,13 @@ from gpt2_jax.run.goodput import goodput, hours_by_step, read_processes
 from gpt2_jax.run.noise_scale import NoiseScale, estimate
 
 OPENAI_BLOCK_SIZE = 1024
-# The columns of the rows about training, with their units.
+# The columns of the rows about training, with their titles.
 TRAINING = {
-    "loss": "nats per token",
-    "grad_norm": "before clipping",
-    "learning_rate": "",
-    "tokens_per_second": "tokens/s",
-    "mfu": "share of the chip's peak",
+    "loss": "Loss (nats per token)",
+    "grad_norm": "Gradient norm, before clipping",
+    "learning_rate": "Learning rate",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOPs utilization",
 }
 NOISE = ("micro_grad_norm", "sequences", "micro_sequences")  # columns of runs that measure the noise scale
 

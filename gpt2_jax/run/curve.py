@@ -10,7 +10,7 @@ from gpt2_jax.metrics import read_rows
 
 HEIGHT = 12  # rows of characters
 MARGIN = 12  # columns beside the drawing, for its frame and the numbers
-MIN_WIDTH = 30
+MIN_WIDTH = 40
 START = 50  # of the training loss, its share that may be above the drawing: it falls from far
 UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))  # of tokens
 POINTS = 4  # of the training loss for each column, at most: means of rows

@@ -249,7 +249,7 @@ def hours_by_step(processes: Sequence[Process]) -> tuple[list[int], list[float]]
 
 
 def describe_goodput(seconds: Mapping[str, float]) -> str:
-    """A line: the whole time, and the share of each phase, the largest first."""
+    """A line: the whole time, and the share of each phase, the largest first, but for those below half a percent."""
     total = sum(seconds.values())
     shares = sorted(seconds.items(), key=lambda item: -item[1])
-    return f"{duration(total)}: " + ", ".join(f"{n / total:.1%} {phase}" for phase, n in shares if n >= 0.0005 * total)
+    return f"{duration(total)}: " + ", ".join(f"{n / total:.0%} {phase}" for phase, n in shares if n >= 0.005 * total)

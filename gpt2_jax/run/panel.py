@@ -87,7 +87,9 @@ class Panel:
     def _work(self) -> list[Text]:
         doing, seconds = self._activity.current()
         is_training = doing == DEVICE or seconds < LONG_SECONDS
-        parts = [Text("training") if is_training else Text(f"{doing}, {duration(seconds)}", "yellow")]
+        parts = [Text("training")] if self.step < self._config.steps else []
+        if not is_training:
+            parts = [Text(f"{doing}, {duration(seconds)}", "yellow")]
         for noun, every in (("evaluation", self._config.eval.every), ("save", self._config.checkpoint.every)):
             if every and (due := self.step - self.step % every + every) <= self._config.steps:
                 parts.append(Text(f"next {noun} at {due:,}"))

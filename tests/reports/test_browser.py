@@ -36,12 +36,12 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(params=[(1280, 900), (480, 800)], ids=["wide", "narrow"])
+@pytest.fixture(params=[(1280, 900, 2), (480, 800, 2), (480, 800, 1)], ids=["wide", "narrow", "one run"])
 def page(request, browser, runs, tmp_path):
-    """The report about two runs in a window, with what it logs and asks for."""
+    """The report about one or two runs in a window, with what it logs and asks for."""
     out = tmp_path / "report.html"
-    assert report.main([*map(str, runs), "--out", str(out)]) == 0
-    width, height = request.param
+    width, height, count = request.param
+    assert report.main([*map(str, runs[:count]), "--out", str(out)]) == 0
     page = browser.new_page(viewport={"width": width, "height": height})
     page.messages, page.requests = [], []
     page.on("console", lambda message: page.messages.append(message.text))

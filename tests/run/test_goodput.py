@@ -127,7 +127,7 @@ def test_a_restart_counts_what_was_lost_and_the_time_between(tmp_path):
         (1030.0, 10, [(10, {"starting": 3.0}), (20, {"starting": 3.0, "training": 10.0})]),
     )  # fmt: skip
     assert read(tmp_path) == {"training": 20.0, "saving": 1.0, "starting": 8.0, "lost": 4.0, "stopped": 10.0}
-    assert describe_goodput(read(tmp_path)).startswith("0:43: 46.5% training, 23.3% stopped, 18.6% starting, 9.3% lost")
+    assert describe_goodput(read(tmp_path)).startswith("0:43: 47% training, 23% stopped, 19% starting, 9% lost")
     steps, hours = hours_by_step(read_processes(tmp_path))
     assert steps == [0, 10, 20]
     assert [3600 * hour for hour in hours] == pytest.approx([5.0, 15.0, 29.0])
@@ -189,4 +189,4 @@ def test_a_run_with_slow_data_that_is_resumed(tmp_path, monkeypatch, capsys):
     assert 0.2 < seconds[goodput.DATA] < 1.0  # Grain reads some while the step compiles
     assert seconds[goodput.COMPILING] > 0.1
     assert seconds[goodput.RESTORING] > 0
-    assert re.search(r"^time      \d:\d\d: [\d.]+% compiling, ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^time      \d:\d\d: \d+% compiling, ", capsys.readouterr().out, re.MULTILINE)

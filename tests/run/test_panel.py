@@ -121,8 +121,8 @@ def test_losses_are_drawn(tmp_path):
     rows = [{"step": step, "tokens": 1_000_000 * step, "loss": 8 / step} for step in range(1, 2001)]
     rows += [{"step": step, "tokens": 1_000_000 * step, "val_loss": 9 / step} for step in (1000, 2000)]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert draw_losses(metrics, 29, color=False) == ""
-    for width in (30, 40, 80, 200):
+    assert draw_losses(metrics, 39, color=False) == ""
+    for width in (40, 80, 200):
         drawn = draw_losses(metrics, width, color=False)
         lines = drawn.splitlines()
         assert max(map(len, lines)) <= width
