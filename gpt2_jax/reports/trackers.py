@@ -5,6 +5,7 @@ A tracker says which updates it has, so that a run that is resumed, or sent agai
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -20,7 +21,7 @@ from gpt2_jax.errors import UserError, import_optional
 from gpt2_jax.parsing import parse_json, read_text
 
 PROJECT = "gpt2_jax"
-STATE = "trackers.json"  # in the run directory: what identifies its experiments, and what they have
+STATE = "trackers.json"  # in the run directory
 MAX_STATE_BYTES = 1 << 16
 FINISH_SECONDS = 60.0  # until wandb gives up the upload of the last rows; by default it waits forever
 
@@ -78,7 +79,7 @@ def _code(text: str) -> str:
 
 
 class _Experiment:
-    """One of several experiments of a service: its name there, and what it has, in RUN/trackers.json."""
+    """What identifies the run at a service, and the last update that was sent there, in RUN/trackers.json."""
 
     def __init__(self, run: Path, service: str) -> None:
         self._path, self._service = run / STATE, service
@@ -102,18 +103,24 @@ class _Experiment:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, resumed under its id. `WANDB_MODE=offline` needs no account: `wandb sync` uploads."""
+    """A run of Weights & Biases, resumed under its id.
+
+    `WANDB_MODE=offline` needs no account, and `wandb sync` uploads later. What a killed process wrote there may lack
+    its last rows, so it is deleted, and written anew from the first row.
+    """
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
         wandb = import_optional("wandb", "log.to = wandb")
         offline = os.environ.get("WANDB_MODE") == "offline"
         if not offline and not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
             raise UserError("wandb has no API key; type wandb login, or set WANDB_MODE=offline")
-        self._experiment = _Experiment(run, "wandb")
+        experiment = _Experiment(run, "wandb")
+        for written in (run / "wandb").glob(f"offline-run-*-{experiment.id}") if offline else ():
+            shutil.rmtree(written)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.absolute().name,
-            id=self._experiment.id,
+            id=experiment.id,
             resume=None if offline else "allow",
             dir=str(run),
             config=flatten(config),
@@ -124,12 +131,12 @@ class WeightsAndBiases:
                 stop_fn=lambda: None,  # its page has a button that sends SIGINT
             ),
         )
-        self.after = self._experiment.after if offline else self._run.starting_step - 1
+        experiment.mark_sent(0)
+        self.after = 0 if offline else self._run.starting_step - 1  # that of the server
 
     def log(self, step: int, values: Values, texts: Texts) -> None:
         """As `Tracker.log`."""
         self._run.log({**values, **_samples(texts)}, step=step)
-        self._experiment.mark_sent(step)
 
     def close(self) -> None:
         """As `Tracker.close`."""
@@ -141,17 +148,22 @@ class Trackio:
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
         trackio = import_optional("trackio", "log.to = trackio")
+        # It drops values while another thread imports this: the plot of the first evaluation does.
+        importlib.import_module("matplotlib.figure")
         self._experiment = _Experiment(run, "trackio")
+        name = f"{run.absolute().name}-{self._experiment.id}"
+        storage = import_optional("trackio.sqlite_storage", "log.to = trackio").SQLiteStorage
+        stored = storage.get_max_step_for_run(PROJECT, name)  # None also if the database is on another host
+        self.after = self._experiment.after if stored is None else stored
         self._run = trackio.init(
             project=PROJECT,
-            name=f"{run.absolute().name}-{self._experiment.id}",
+            name=name,
             config=flatten(config),
             resume="allow",
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        self.after = self._experiment.after
 
     def log(self, step: int, values: Values, texts: Texts) -> None:
         """As `Tracker.log`."""

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,14 +22,10 @@ NAMES = ("tensorboard", "wandb", "trackio")
 
 
 @pytest.fixture
-def service(monkeypatch, tmp_path):
-    """No account, no network, and databases in the test's own directory."""
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
-        "HF_HUB_OFFLINE": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+def service(monkeypatch, tmp_path_factory):
+    """No account, no network, and a database beside those of the tests. Trackio looks for it when it is imported."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.getbasetemp() / "trackio"))
     for package in ("tensorboardX", "wandb", "trackio"):
         pytest.importorskip(package)
 
@@ -141,6 +141,34 @@ def test_a_run_that_is_killed_and_resumed_continues_the_experiment(make_run, ser
     check(run, sent_to_tensorboard(run)[0])
     check(run, sent_to_wandb(run))
     check(run, sent_to_trackio(run))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_loses_and_repeats_nothing(service, tmp_path):
+    run = tmp_path / "run"
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16}
+    flags = {"config": "quickstart", "out": run, **{f"model.{key}": size for key, size in sizes.items()},
+             "eval.every": 50, "eval.tokens": 64, "eval.sample_tokens": 0, "checkpoint.every": 50,
+             "optimizer.decay_steps": 200, "optimizer.warmup_steps": 5}  # fmt: skip
+    command = [sys.executable, "-m", "gpt2_jax.train", "--log.to", *NAMES]
+    command += [str(word) for key, value in flags.items() for word in (f"--{key}", value)] + ["--steps"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment.pop("WANDB_SERVICE", None)  # that of this process, if another test has started it
+    killed = subprocess.Popen([*command, "1000000"], env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / trackers.STATE).exists() or not (run / "checkpoints" / "100").exists():
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)  # with wandb's own process
+    killed.wait()
+    steps = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) + 60
+    resumed = subprocess.run([*command, str(steps)], env=environment, timeout=300, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "log.to" not in resumed.stdout
+    for values in (sent_to_tensorboard(run)[0], sent_to_wandb(run), sent_to_trackio(run)):
+        for key in ("loss", "val_loss"):
+            assert values[key] == rows_of(run, key), key
 
 
 class Fails:
