@@ -22,7 +22,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e3e5e8; vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
+th, .summary td { white-space: nowrap; } th { font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 td.differs { background: #fff4d6; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 .note { color: #606770; font-size: .85rem; }
@@ -90,7 +90,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     header, rows = summary_table(runs)
     dots = [f'<span class="dot" style="background: {figures.color(number)}"></span>' for number in range(len(runs))]
     cells = [[dot + html.escape(row[0]), *map(html.escape, row[1:])] for dot, row in zip(dots, rows, strict=True)]
-    return _table(header, cells)
+    return f'<div class="summary">{_table(header, cells)}</div>'
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -178,7 +178,7 @@ def thinned(values: Sequence[np.ndarray], points: int) -> list[np.ndarray]:
     return [np.add.reduceat(column, starts) / np.diff([*starts, len(column)]) for column in values]
 
 
-def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     """The mean of each value and those before it, over a share of the whole length."""
     width = max(1, math.ceil(share * len(values)))
     sums = np.concatenate([[0.0], np.cumsum(values)])
