@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -33,10 +34,9 @@ from pathlib import Path
 from fault_disks import commands, storage
 from fault_runs import ROOT, TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
 from record import Figures, Rows, arguments, write
+from turns import describe, updates_in_turns
 
 from gpt2_jax.checkpoint_info import complete_checkpoints
-
-SLICE_SECONDS, SLICES_PER_BLOCK = 0.5, 120  # of `overhead`; a block has many updates, as it counts whole ones
 
 
 def kills(runs: Runs, repeat: int) -> Figures:
@@ -299,11 +299,7 @@ def soak(runs: Runs, repeat: int) -> Figures:
 
 
 def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
-    """Updates of an older checkout and of this one in the same number of seconds.
-
-    Both have started, and SIGSTOP and SIGCONT let each run for half a second in turn. So both see the same machine, and
-    what a stopped update has done is not lost. `repeat` is the number of minutes for each case.
-    """
+    """Updates of an older checkout and of this one in turns. `repeat` is the number of minutes for each case."""
     text = ["--data.text", str(runs.directory / "text.txt")]
     endless = ["--steps", "1000000", "--log.every", "1", "--eval.sample_tokens", "0"]
     cases = {
@@ -313,49 +309,17 @@ def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
                  "--model.block_size", "128", "--data.train", "", "--data.val", "", *text, "--data.tokenizer", "bytes",
                  "--eval.every", "0", "--checkpoint.every", "0"],
     }  # fmt: skip
-    return {name: _updates_in_turns(runs, flags, before, round(60 * repeat)) for name, flags in cases.items()}
 
-
-def _updates_in_turns(runs: Runs, flags: list[str], before: Path, pairs: int) -> Figures:
-    names = ("before", "now")
-    outs = {name: Path(tempfile.mkdtemp(dir=runs.directory)) for name in names}
-    processes = {}
-    for name, checkout in zip(names, (before, ROOT), strict=True):
-        process = runs.start(outs[name], *flags, "--compilation_cache", "", checkout=checkout)
+    def start(flags: list[str], checkout: Path, out: Path) -> subprocess.Popen[str]:
+        process = runs.start(out, *flags, "--compilation_cache", "", checkout=checkout)
         threading.Thread(target=process.communicate, daemon=True).start()  # reads what it prints
-        wait_for(process, outs[name], 5, 0.0)
-        process.send_signal(signal.SIGSTOP)
-        processes[name] = process
+        return process
 
-    def updates(name: str) -> int:
-        return (outs[name] / "metrics.jsonl").read_bytes().count(b'"tokens_per_second"')
-
-    counts: dict[str, list[int]] = {name: [updates(name)] for name in names}
-    for pair in range(pairs):
-        for name in names if pair % 2 else names[::-1]:
-            processes[name].send_signal(signal.SIGCONT)
-            time.sleep(SLICE_SECONDS)
-            processes[name].send_signal(signal.SIGSTOP)
-        if (pair + 1) % SLICES_PER_BLOCK == 0:
-            for name in names:
-                counts[name].append(updates(name))
-    for process in processes.values():
-        process.kill()
-    blocks = {name: [after - earlier for earlier, after in itertools.pairwise(counts[name])] for name in names}
-    if not all(map(all, blocks.values())):
-        raise SystemExit(f"a training made no update in {SLICES_PER_BLOCK * SLICE_SECONDS} s: {blocks}")
-    rng = random.Random(0)
-    resampled = []
-    for _ in range(10_000):
-        chosen = rng.choices(range(len(blocks["now"])), k=len(blocks["now"]))
-        resampled.append(sum(blocks["now"][i] for i in chosen) / sum(blocks["before"][i] for i in chosen))
-    resampled.sort()
-    return {
-        "seconds_each": pairs * SLICE_SECONDS,
-        "updates": blocks,
-        "now_over_before": sum(blocks["now"]) / sum(blocks["before"]),
-        "interval_95": [resampled[250], resampled[-250]],
-    }
+    figures: Figures = {}
+    for name, flags in cases.items():
+        sides = {side: functools.partial(start, flags, where) for side, where in (("before", before), ("now", ROOT))}
+        figures[name] = updates_in_turns(sides, runs.directory, round(60 * repeat))
+    return figures
 
 
 def rows(figures: Figures) -> Rows:
@@ -403,10 +367,7 @@ def rows(figures: Figures) -> Rows:
             f"{columns['open_files']}, threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
-        low, high = case["interval_95"]
-        done = ", ".join(f"{key} {sum(blocks):,}" for key, blocks in case["updates"].items())
-        details = f"95% interval {low:.4f} to {high:.4f}; updates in {case['seconds_each']:,.0f} s each: {done}"
-        results[f"updates over those without the protection, {name}"] = case["now_over_before"], details
+        results[f"updates over those without the protection, {name}"] = case["now_over_before"], describe(case)
     return results
 
 

@@ -41,6 +41,8 @@ GOALS = (
          "peers-124m-cpu", "time over transformers or transformers compiled", at_most=0.9),
     Goal("124M, 4 sequences of 64 tokens, float32, CPU: time of an update", "llm.c's train_gpt2",
          "peers-llmc-cpu", "time over llmc", at_most=0.9),
+    Goal("quickstart, the display on a terminal, CPU: updates", "the commit before it, without a terminal",
+         "display-cpu", "updates over those of the older checkout", "×", at_least=0.99),
     Goal("124M, one H200: tokens/s", "nanoGPT with torch.compile",
          "peers-124m-nvidia-h200", "tokens/s over nanogpt compiled", "×", at_least=1.25),
     Goal("124M, one H200, the best micro-batch: MFU", "989 TFLOP/s",

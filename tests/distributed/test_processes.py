@@ -210,7 +210,8 @@ def test_a_killed_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_b
     both = start(directory, "--out", "whole", *longer)
     codes, outputs, errors = finish(both)
     assert (codes, errors, outputs[1]) == ([0, 0], [[], []], "")
-    assert {path.name for path in whole.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints"}
+    files = {"config.toml", "metrics.jsonl", "time.jsonl", "loss.png", "checkpoints"}
+    assert {path.name for path in whole.iterdir()} == files
     logged = [row["step"] for row in read_rows(parts / "metrics.jsonl") if "loss" in row]
     assert logged == list(range(1, stopped + 1))  # by one process only
     jax.tree.map(np.testing.assert_array_equal, state_after(stopped, parts), state_after(stopped, whole))
