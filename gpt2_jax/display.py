@@ -23,7 +23,7 @@ from rich.text import Text
 from gpt2_jax.errors import UserError, strip_controls
 
 SECONDS_BETWEEN_LINES = 5.0
-REFRESHES = 4  # of a bar, per second
+REFRESHES = 2  # of a bar, per second
 
 
 class _Console(Console):
