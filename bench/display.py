@@ -49,6 +49,11 @@ def start(checkout: Path, terminal: bool, out: Path) -> subprocess.Popen[str]:
     return process
 
 
+def rows(figures: Figures) -> Rows:
+    """The row of the result."""
+    return {"updates over those of the older checkout": (figures["now_over_before"], describe(figures))}
+
+
 def main() -> None:
     """Measures, and writes display-cpu.json."""
     parser = arguments(__doc__, repeat=10)
@@ -58,8 +63,7 @@ def main() -> None:
     sides = {"before": lambda out: start(before, False, out), "now": lambda out: start(ROOT, True, out)}
     with tempfile.TemporaryDirectory() as directory:
         figures: Figures = updates_in_turns(sides, Path(directory), round(60 * args.repeat))
-    rows: Rows = {"updates over those of the older checkout": (figures["now_over_before"], describe(figures))}
-    write("display", figures, rows, args.results, "cpu")
+    write("display", figures, rows(figures), args.results, "cpu")
 
 
 if __name__ == "__main__":
