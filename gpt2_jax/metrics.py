@@ -7,11 +7,12 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.display import duration, si
@@ -197,6 +198,13 @@ class _Curve(NamedTuple):
     values: array[float]
 
 
+def thinned(values: Sequence[np.ndarray | array[float]], points: int) -> list[np.ndarray]:
+    """Columns of equal length with at most `points` entries, each the mean of consecutive ones."""
+    group = -(-len(values[0]) // points)
+    starts = range(0, len(values[0]), max(group, 1))
+    return [np.add.reduceat(column, starts) / np.diff([*starts, len(column)]) for column in values]
+
+
 def loss_figure(rows: Iterable[Row], title: str, references: Mapping[str, float] | None = None) -> Figure:
     """Training and validation loss over tokens, and below it a panel for each metric of the tasks.
 
@@ -222,11 +230,8 @@ def loss_figure(rows: Iterable[Row], title: str, references: Mapping[str, float]
     axes = figure.add_subplot(grid[0, :])
     if training := curves.get("loss"):
         length = -(-len(training.tokens) // PLOT_POINTS)
-        starts = range(0, len(training.tokens), length)
-        groups = [[column[start : start + length] for start in starts] for column in training]
-        means = [[sum(group) / len(group) for group in column] for column in groups]
         label = "training" + (f" (means of {length} rows)" if length > 1 else "")
-        axes.plot(*means, label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
+        axes.plot(*thinned(training, PLOT_POINTS), label=label, color="tab:blue", alpha=0.6, linewidth=1.2)
     if validation := curves.get("val_loss"):
         label = f"validation ({validation.values[-1]:.4f} at the end)"
         axes.plot(*validation, label=label, color="tab:orange", marker="o", markersize=4, linewidth=1.2)

@@ -39,12 +39,12 @@ from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
 from gpt2_jax.reports.following import following
-from gpt2_jax.reports.trackers import check_installed, forget_other_run
+from gpt2_jax.reports.trackers import STATE, check_installed
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.run import goodput, summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
 from gpt2_jax.run.curve import draw_losses
-from gpt2_jax.run.directory import open_directory, saved_config, write_config
+from gpt2_jax.run.directory import forget_other_run, open_directory, saved_config, write_config
 from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.fitting import explaining_memory, fitted
 from gpt2_jax.run.goodput import Clock
@@ -121,7 +121,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
                     ExitStack() as start_line,
                 ):
                     quiet = not is_primary() or _downloads(config)
-                    start_line.enter_context(status_line(Activity().__str__, quiet))
+                    start_line.enter_context(status_line(Activity().line, quiet))
                     return _train(config, devices, rows_to, clock, start_line)
             except RewindError as error:  # resumes in this process, as the same command would
                 config, restored = rewound(config, error, restored)
@@ -179,6 +179,8 @@ def _train(
         run_checkpoints = RunCheckpoints(checkpoints, config, model, mesh, data)
         with clock.phase(goodput.RESTORING if saved else goodput.STARTING):
             state, start = run_checkpoints.restore_or_init(initial)
+        if is_primary() and not start:
+            forget_other_run(out, config, (goodput.FILE, STATE))
         if start < config.steps:  # a run that is over and is typed again takes no time
             clock.resume(start)
         check_skipped_updates(config, saved, start)
@@ -186,8 +188,6 @@ def _train(
         reporter = Reporter(out, config, mesh, size, run_checkpoints, schedule.tokens_after, start, rows_to)
         reporter.references = tasks.references() if tasks else {}
         if is_primary():
-            if not start:
-                forget_other_run(out, config)
             write_config(out, config)
             if initial:
                 keep_initial_tokenizer(initial, config, out)

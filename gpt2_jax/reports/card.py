@@ -12,6 +12,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop.stored import StoredModel, architecture_summary, parameter_shapes
 from gpt2_jax.reports.markdown import table
 from gpt2_jax.reports.records import RunRecord, read_run
+from gpt2_jax.reports.tables import PUBLISHED, code_block
 
 CARD = "README.md"
 
@@ -51,10 +52,10 @@ def model_card(model: StoredModel, name: str, run: RunRecord | None) -> str:
     if run is not None:
         parts.append("## Training\n\n" + table(["", ""], _training(run, model.step, results)))
     if tasks and run is not None:
-        rows = [[key, f"{value:.4f}", _published(run, key)] for key, value in tasks.items()]
-        parts.append("## Evaluations\n\n" + table(["metric", "value", "OpenAI's weights, published"], rows))
+        rows = [[key, f"{value:.4f}", run.published(key)] for key, value in tasks.items()]
+        parts.append("## Evaluations\n\n" + table(["metric", "value", PUBLISHED], rows))
     if run is not None and (texts := [row for row in run.samples if row["step"] == model.step]):
-        blocks = ["    " + f"{row['prompt']}{row['text']}".replace("\n", "\n    ") + "\n" for row in texts]
+        blocks = [code_block(f"{row['prompt']}{row['text']}") + "\n" for row in texts]
         parts.append("## Samples\n\n" + "\n".join(blocks))
     parts.append(
         f"Fingerprint of the parameters: `{model.fingerprint}`. Before you publish the model, add `license`, "
@@ -108,8 +109,3 @@ def _training(run: RunRecord, step: int, results: dict[str, float]) -> list[list
     if "val_loss" in results:
         rows["validation loss"] = f"{results['val_loss']:.4f} nats per token"
     return [[key, value] for key, value in rows.items()]
-
-
-def _published(run: RunRecord, key: str) -> str:
-    figure = run.reference(key)
-    return f"{figure.value:.4g} ({figure.source})" if figure else ""

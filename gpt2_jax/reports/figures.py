@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt2_jax.errors import import_optional
-from gpt2_jax.reports.records import TRAINING, Curve, RunRecord, evaluation_keys, smoothed, thinned
+from gpt2_jax.metrics import thinned
+from gpt2_jax.reports.records import TRAINING, Curve, RunRecord, evaluation_keys, smoothed
 from gpt2_jax.run.goodput import PHASES
 
 if TYPE_CHECKING:

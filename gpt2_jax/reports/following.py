@@ -85,7 +85,7 @@ def _values(row: Row) -> Values:
 
 
 class Following:
-    """The threads that follow a run."""
+    """A run that is followed."""
 
     is_over = False
     """The run has done its last update. The training loop sets it."""
@@ -95,7 +95,7 @@ class Following:
 def following(
     run: Path, names: Sequence[str], config: TrainConfig, warn: Callable[[str], object]
 ) -> Iterator[Following]:
-    """Follows a run for the `with` block, in a thread for each tracker. At its end, they have some time to store it.
+    """Follows a run for the `with` block, in a thread for each tracker. Each then has some time for the last rows.
 
     Args:
         run: the run directory.
@@ -104,18 +104,13 @@ def following(
         warn: prints a line about a tracker that fails. It gets no further rows.
 
     Yields:
-        What the training loop tells of the end.
+        What the training loop tells that the run is over.
     """
     state, ended = Following(), threading.Event()
 
     def follow(name: str) -> None:
-        follower = Follower(run, name, config)
-        try:
-            while not ended.wait(POLL_SECONDS):
-                follower.send()
-            follower.send(end=True)
-        except Exception as error:
-            warn(_failed(name, error))
+        if problem := _follow(run, name, config, ended):
+            warn(problem)
 
     threads = {name: threading.Thread(target=follow, args=(name,), name=name, daemon=True) for name in names}
     for thread in threads.values():
@@ -134,12 +129,18 @@ def following(
 
 def send_all(run: Path, name: str, config: TrainConfig) -> str:
     """Sends all rows of a run that is over to a tracker. Returns "", or what is wrong."""
+    ended = threading.Event()
+    ended.set()
+    return _follow(run, name, config, ended)
+
+
+def _follow(run: Path, name: str, config: TrainConfig, ended: threading.Event) -> str:
+    """Sends rows to a tracker until `ended` is set, and then the rest. Returns "", or what is wrong."""
+    follower = Follower(run, name, config)
     try:
-        Follower(run, name, config).send(end=True)
-    except Exception as error:
-        return _failed(name, error)
+        while not ended.wait(POLL_SECONDS):
+            follower.send()
+        follower.send(end=True)
+    except Exception as error:  # a tracker's library may raise anything; the run continues without it
+        return f"log.to: {name} failed, and gets no further rows ({one_line(error)})"
     return ""
-
-
-def _failed(name: str, error: Exception) -> str:
-    return f"log.to: {name} failed, and gets no further rows ({one_line(error)})"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gpt2_jax.reports.page import facts_table, summary_table, time_table
 from gpt2_jax.reports.records import RunRecord, config_differences, evaluation_keys
+from gpt2_jax.reports.tables import code_block, evaluation_table, facts_table, summary_table, time_table
 
 
 def write_markdown(runs: Sequence[RunRecord]) -> str:
     """The report about some runs."""
     sections = [("", *summary_table(runs))]
-    if keys := evaluation_keys(runs):
-        sections.append(("Evaluations", *_evaluations(runs, keys)))
+    if any(evaluation_keys(runs)):
+        sections.append(("Evaluations", *evaluation_table(runs)))
     if any(run.seconds for run in runs):
         sections.append(("Where the time went", *time_table(runs)))
     if len(runs) > 1 and (different := config_differences(runs)):
@@ -28,21 +28,11 @@ def write_markdown(runs: Sequence[RunRecord]) -> str:
     return "\n".join(parts)
 
 
-def _evaluations(runs: Sequence[RunRecord], keys: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for key in keys:
-        values = (run.final(key) for run in runs)
-        published = next((found for run in runs if (found := run.reference(key))), None)
-        source = f"{published.value:.4g} ({published.source})" if published else ""
-        rows.append([key, *("" if value is None else f"{value:.4f}" for value in values), source])
-    return ["Metric", *(run.name for run in runs), "OpenAI's weights, published"], rows
-
-
 def _samples(run: RunRecord) -> str:
     """What the model wrote last."""
     step = max(row["step"] for row in run.samples)
     texts = [f"{row['prompt']}{row['text']}" for row in run.samples if row["step"] == step]
-    blocks = ["    " + text.replace("\n", "\n    ") + "\n" for text in texts]
+    blocks = [code_block(text) + "\n" for text in texts]
     return f"{run.name}, update {step:,}:\n\n" + "\n".join(blocks)
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpt2_jax.config import flatten
-from gpt2_jax.display import duration, si
 from gpt2_jax.reports import figures
-from gpt2_jax.reports.records import RunRecord, config_differences, evaluation_keys
-from gpt2_jax.run.goodput import PHASES, STOPPED
+from gpt2_jax.reports.records import RunRecord, config_differences
+from gpt2_jax.reports.tables import evaluation_table, facts_table, summary_table, time_table
 
 MAX_SKIPPED = 100  # updates that were skipped, of each run
 STYLE = """
@@ -59,33 +58,6 @@ def write_page(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def summary_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """The header and a row for each run: its model, and where it is."""
-    header = ["Run", "Model", "Update", "Tokens", "Validation loss", "best", "Training loss", "tokens/s", "Time"]
-    rows = []
-    for run in runs:
-        model = run.config.model
-        speed = run.speed()
-        rows.append(
-            [
-                run.name,
-                f"{model.n_layer} layers × {model.n_embd}, {model.block_size} tokens",
-                f"{run.last_step:,} of {run.config.steps:,}",
-                si(run.tokens),
-                _number(run.final("val_loss")),
-                _number(run.best("val_loss")),
-                _number(run.final("loss")),
-                "" if speed is None else si(speed),
-                duration(sum(run.seconds.values()) - run.seconds.get(STOPPED, 0.0)) if run.seconds else "",
-            ]
-        )
-    return header, rows
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
 def _summary(runs: Sequence[RunRecord]) -> str:
     header, rows = summary_table(runs)
     dots = [f'<span class="dot" style="background: {figures.color(number)}"></span>' for number in range(len(runs))]
@@ -98,6 +70,11 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{title}</th>" for title in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+
+
+def _escaped_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of cells that are text."""
+    return _table(map(html.escape, header), (map(html.escape, row) for row in rows))
 
 
 class Differs(str):
@@ -120,36 +97,18 @@ def _evaluations(runs: Sequence[RunRecord]) -> str:
     figure = figures.evaluation_figure(runs)
     if figure is None:
         return ""
-    rows = []
-    for key in evaluation_keys(runs):
-        published = next((found for run in runs if (found := run.reference(key))), None)
-        source = f"{published.value:.4g} ({html.escape(published.source)})" if published else ""
-        rows.append([html.escape(key), *(_number(run.final(key)) for run in runs), source])
-    header = ["Metric", *(html.escape(run.name) for run in runs), "OpenAI's weights, published"]
-    return _figure(figure) + _table(header, rows)
-
-
-def time_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """The header and a row for each phase: time and share in each run that knows."""
-    timed = [run for run in runs if run.seconds]
-    rows = []
-    for phase in PHASES:
-        if any(phase in run.seconds for run in timed):
-            parts = [(run.seconds.get(phase, 0.0), sum(run.seconds.values())) for run in timed]
-            rows.append([phase, *(f"{duration(seconds)} ({seconds / total:.1%})" for seconds, total in parts)])
-    return ["Phase", *(run.name for run in timed)], rows
+    return _figure(figure) + _escaped_table(*evaluation_table(runs))
 
 
 def _time(runs: Sequence[RunRecord]) -> str:
     figure = figures.time_figure(runs)
     if figure is None:
         return ""
-    header, rows = time_table(runs)
     note = (
         "Waiting for data: the device had nothing to do. Lost: done again after a restart. Stopped: no process ran. "
         "Tokens/s above count training alone."
     )
-    return _figure(figure) + _table(map(html.escape, header), rows) + f'<p class="note">{note}</p>'
+    return _figure(figure) + _escaped_table(*time_table(runs)) + f'<p class="note">{note}</p>'
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:
@@ -199,23 +158,5 @@ def _value(value: Any) -> str:
     return html.escape(repr(value))
 
 
-def facts_table(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows about the newest checkpoint of each run: what made it, and its fingerprint."""
-    known = [run for run in runs if run.facts]
-    columns = [
-        {
-            "checkpoint": run.facts["step"],
-            "fingerprint of the state": run.facts.get("fingerprint", {}).get("state", ""),
-            "fingerprint of the parameters": run.facts.get("fingerprint", {}).get("params", ""),
-            "data": run.facts.get("data", ""),
-            **run.facts.get("made_by", {}),
-        }
-        for run in known
-    ]
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    return ["", *(run.name for run in known)], [[key, *(str(c.get(key, "")) for c in columns)] for key in keys]
-
-
 def _made_by(runs: Sequence[RunRecord]) -> str:
-    header, rows = facts_table(runs)
-    return _table(map(html.escape, header), ([html.escape(cell) for cell in row] for row in rows)) if rows else ""
+    return _escaped_table(*facts_table(runs)) if any(run.facts for run in runs) else ""

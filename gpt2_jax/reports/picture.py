@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_jax.display import si
-from gpt2_jax.reports.records import RunRecord, smoothed, thinned
+from gpt2_jax.metrics import thinned
+from gpt2_jax.reports.records import RunRecord, smoothed
 
 POINTS = 1000  # of a curve, at most
 

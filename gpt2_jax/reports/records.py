@@ -44,7 +44,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run, as its directory tells it."""
+    """A run, read from its directory."""
 
     name: str
     """Differs from that of every other run in the same report."""
@@ -103,6 +103,11 @@ class RunRecord:
         return next(
             (figure for figure in published_figures(task, metric, self.config.model) if figure.same_protocol), None
         )
+
+    def published(self, key: str) -> str:
+        """`reference` with its source, as text; "" for none."""
+        figure = self.reference(key)
+        return f"{figure.value:.4g} ({figure.source})" if figure else ""
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -169,13 +174,6 @@ def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     columns = zip(*(flatten(run.config).items() for run in runs), strict=True)
     found = {pairs[0][0]: [value for _, value in pairs] for pairs in columns}
     return {key: values for key, values in found.items() if key != "out" and len({*map(repr, values)}) > 1}
-
-
-def thinned(values: Sequence[np.ndarray], points: int) -> list[np.ndarray]:
-    """Columns of equal length with at most `points` entries, each the mean of consecutive ones."""
-    group = -(-len(values[0]) // points)
-    starts = range(0, len(values[0]), max(group, 1))
-    return [np.add.reduceat(column, starts) / np.diff([*starts, len(column)]) for column in values]
 
 
 def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:

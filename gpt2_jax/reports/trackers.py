@@ -19,6 +19,7 @@ from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import to_toml
 from gpt2_jax.errors import UserError, import_optional
 from gpt2_jax.parsing import parse_json, read_text
+from gpt2_jax.reports.tables import code_block
 
 PROJECT = "gpt2_jax"
 STATE = "trackers.json"  # in the run directory
@@ -52,7 +53,7 @@ class TensorBoard:
         directory = run / "tensorboard"
         shutil.rmtree(directory, ignore_errors=True)
         self._writer = writers.SummaryWriter(str(directory))
-        self._writer.add_text("config", _code(to_toml(config)), 0)
+        self._writer.add_text("config", code_block(to_toml(config)), 0)
 
     def log(self, step: int, values: Values, texts: Texts) -> None:
         """As `Tracker.log`."""
@@ -62,7 +63,7 @@ class TensorBoard:
             else:
                 self._writer.add_scalar(key, value, step)
         for name, text in _samples(texts).items():
-            self._writer.add_text(name, _code(text), step)
+            self._writer.add_text(name, code_block(text), step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -72,10 +73,6 @@ class TensorBoard:
 
 def _samples(texts: Texts) -> dict[str, str]:
     return {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(texts)}
-
-
-def _code(text: str) -> str:
-    return "    " + text.replace("\n", "\n    ")
 
 
 class _Experiment:
@@ -180,17 +177,6 @@ TRACKERS: dict[str, tuple[Callable[[Path, TrainConfig], Tracker], str]] = {
     "wandb": (WeightsAndBiases, "wandb"),
     "trackio": (Trackio, "trackio"),
 }
-
-
-def forget_other_run(run: Path, config: TrainConfig) -> None:
-    """Removes what identifies the experiments of a run with another config that ended before its first checkpoint."""
-    text = to_toml(config)
-    try:
-        same = (run / "config.toml").read_text(encoding="utf-8") == text
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        (run / STATE).unlink(missing_ok=True)
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import uniplot
 
-from gpt2_jax.metrics import read_rows
+from gpt2_jax.metrics import read_rows, thinned
 
 HEIGHT = 12  # rows of characters
 MARGIN = 12  # columns beside the drawing, for its frame and the numbers
@@ -32,12 +33,9 @@ def draw_losses(metrics: Path, width: int, color: bool) -> str:
                 points.append((row["tokens"], row[key]))
     if len(training) < 2 or width < MIN_WIDTH:
         return ""
-    group = -(-len(training) // (POINTS * width))
     unit, size = next(((unit, size) for unit, size in UNITS if training[-1][0] >= size), ("", 1.0))
-    means = [
-        tuple(sum(column) / len(column) for column in zip(*training[start : start + group], strict=True))
-        for start in range(0, len(training), group)
-    ]
+    tokens, losses = thinned([np.array(column) for column in zip(*training, strict=True)], POINTS * width)
+    means = list(zip(tokens, losses, strict=True))
     curves = {"training": means, "validation": validation} if validation else {"training": means}
     drawn: str = uniplot.plot_to_string(
         xs=[[tokens / size for tokens, _ in points] for points in curves.values()],

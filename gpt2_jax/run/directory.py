@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,6 +98,24 @@ def _remove_unused(out: Path, new: list[Path]) -> None:
 
 def write_config(out: Path, config: TrainConfig) -> None:
     """Writes config.toml, complete and resolved, but for a directory of compiled programs: only a flag can name one."""
+    replace_text(out / "config.toml", _kept(config))
+
+
+def _kept(config: TrainConfig) -> str:
     if config.compilation_cache not in CACHES_IN_FILES:
         config = dataclasses.replace(config, compilation_cache="auto")
-    replace_text(out / "config.toml", to_toml(config))
+    return to_toml(config)
+
+
+def forget_other_run(out: Path, config: TrainConfig, names: Iterable[str]) -> None:
+    """Removes files that a run of another config has left here. It ended before its first checkpoint.
+
+    Args:
+        out: the run directory.
+        config: of the run that starts.
+        names: of the files.
+    """
+    path = out / "config.toml"
+    if path.exists() and path.read_bytes() != _kept(config).encode():
+        for name in names:
+            (out / name).unlink(missing_ok=True)

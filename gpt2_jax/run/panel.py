@@ -111,7 +111,8 @@ class Activity:
             self._doing, self._since = doing, now
         return doing, now - self._since
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """`current` as text."""
         doing, seconds = self.current()
         return f"{doing}, {duration(seconds)}"
 

@@ -8,7 +8,8 @@ import pytest
 
 from gpt2_jax import report
 from gpt2_jax.errors import UserError
-from gpt2_jax.reports.records import read_runs, smoothed, thinned
+from gpt2_jax.metrics import thinned
+from gpt2_jax.reports.records import read_runs, smoothed
 
 
 def test_what_a_run_tells(runs):

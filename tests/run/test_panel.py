@@ -96,7 +96,7 @@ def test_what_another_thread_does():
     thread = threading.Thread(target=work)
     thread.start()
     started.wait()
-    while str(found[0]) != "in threading.wait, 0:00":  # it is on its way there
+    while found[0].line() != "in threading.wait, 0:00":  # it is on its way there
         time.sleep(0.001)
     end.set()
     thread.join()
