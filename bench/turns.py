@@ -1,8 +1,7 @@
 """Updates of two trainings in the same number of seconds. SIGSTOP and SIGCONT let each run for half a second in turn.
 
 So both see the same machine, and what a stopped update has done is not lost. The interval is that of the machine's
-speed within one pair of processes. Processes differ too: bench/display.py gave 0.991 when the bar was drawn four times
-a second, and 1.021 for twice, far more than the drawing takes.
+speed within one pair of processes, and pairs differ: bench/display.py gave 0.991, and 1.021 with another pair.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _plotly(module: str) -> Any:
 
 
 def color(number: int) -> str:
-    """That of a run in all figures."""
+    """The color of a run, the same in all figures."""
     return COLORS[number % len(COLORS)]
 
 

@@ -153,7 +153,7 @@ class Clock:
 
 
 class _Device:
-    """Notes when the device has done all work that it was given."""
+    """Records when the device becomes idle."""
 
     def __init__(self) -> None:
         self._results = queue.SimpleQueue[jax.Array | None]()
