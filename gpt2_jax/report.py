@@ -20,7 +20,7 @@ from gpt2_jax.reports.markdown import write_markdown
 from gpt2_jax.reports.page import write_page
 from gpt2_jax.reports.picture import write_picture
 from gpt2_jax.reports.records import read_runs
-from gpt2_jax.reports.trackers import check_installed
+from gpt2_jax.reports.trackers import import_trackers
 
 PROG = "python -m gpt2_jax.report"
 DESCRIPTION = """Show runs in one file that needs no network: losses, evaluations, samples, where the time went,
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     if not flags.runs:
         raise UserError(f"no run was given; type {PROG} RUN [RUN ...] --out report.html, or --compare A B")
     runs = read_runs([user_path(name, "RUN") for name in flags.runs])
-    check_installed(flags.to)
+    import_trackers(flags.to)
     default = "" if flags.md or flags.png or flags.to else "report.html"
     for name, flag, write in (
         (flags.out or default, "--out", lambda path: replace_text(path, write_page(runs))),

@@ -39,7 +39,7 @@ from gpt2_jax.hardware import current_hardware
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
 from gpt2_jax.reports.following import following
-from gpt2_jax.reports.trackers import STATE, check_installed
+from gpt2_jax.reports.trackers import STATE, import_trackers
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.run import goodput, summary
 from gpt2_jax.run.checkpoints import RunCheckpoints, open_checkpoints
@@ -141,7 +141,7 @@ def _train(
     start_line: ExitStack,
 ) -> int:
     check_same_software()
-    check_installed(config.log.to)
+    import_trackers(config.log.to)
     hardware = current_hardware()
     cache = runtime.enable_compilation_cache(config.compilation_cache)
     config, attention = resolve(config, hardware)

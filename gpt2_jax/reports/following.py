@@ -65,7 +65,7 @@ class Follower:
         if not self._values:
             return
         if self._tracker is None:
-            self._tracker = TRACKERS[self._name][0](self._run, self._config)
+            self._tracker = TRACKERS[self._name](self._run, self._config)
         for row in self._samples.read():
             self._texts.setdefault(row["step"], []).append((str(row.get("prompt", "")), str(row.get("text", ""))))
         texts = self._texts.pop(self._step, [])

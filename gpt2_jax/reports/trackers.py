@@ -11,13 +11,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_jax.config import TrainConfig, flatten
 from gpt2_jax.config.toml import to_toml
-from gpt2_jax.errors import UserError, import_optional
+from gpt2_jax.errors import UserError, one_line
 from gpt2_jax.parsing import parse_json, read_text
 from gpt2_jax.reports.tables import code_block
 
@@ -49,7 +48,7 @@ class TensorBoard:
     after = 0
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
-        writers = import_optional("tensorboardX", "log.to = tensorboard")
+        writers = importlib.import_module("tensorboardX")
         directory = run / "tensorboard"
         shutil.rmtree(directory, ignore_errors=True)
         self._writer = writers.SummaryWriter(str(directory))
@@ -107,7 +106,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
-        wandb = import_optional("wandb", "log.to = wandb")
+        wandb = importlib.import_module("wandb")
         offline = os.environ.get("WANDB_MODE") == "offline"
         if not offline and not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
             raise UserError("wandb has no API key; type wandb login, or set WANDB_MODE=offline")
@@ -144,12 +143,10 @@ class Trackio:
     """A run in Trackio's local database, or in the Space that its environment variables name."""
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
-        trackio = import_optional("trackio", "log.to = trackio")
-        # It drops values while another thread imports this: the plot of the first evaluation does.
-        importlib.import_module("matplotlib.figure")
+        trackio = importlib.import_module("trackio")
         self._experiment = _Experiment(run, "trackio")
         name = f"{run.absolute().name}-{self._experiment.id}"
-        storage = import_optional("trackio.sqlite_storage", "log.to = trackio").SQLiteStorage
+        storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
         stored = storage.get_max_step_for_run(PROJECT, name)  # None also if the database is on another host
         self.after = self._experiment.after if stored is None else stored
         self._run = trackio.init(
@@ -172,20 +169,35 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS: dict[str, tuple[Callable[[Path, TrainConfig], Tracker], str]] = {
-    "tensorboard": (TensorBoard, "tensorboardX"),
-    "wandb": (WeightsAndBiases, "wandb"),
-    "trackio": (Trackio, "trackio"),
+TRACKERS: dict[str, Callable[[Path, TrainConfig], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+_MODULES = {
+    "tensorboard": ("tensorboardX",),
+    "wandb": ("wandb", "wandb.apis.public"),
+    "trackio": ("trackio", "trackio.sqlite_storage", "matplotlib.figure"),
 }
 
 
-def check_installed(names: Sequence[str]) -> None:
-    """Checks that the packages of trackers are installed.
+def import_trackers(names: Sequence[str]) -> None:
+    """Imports the packages of trackers.
+
+    In the main thread, because imports in several threads disturb one another. Two that parse Python code at the same
+    time fail with a SystemError before Python 3.11.8 (CPython issue 106905), and Trackio drops values while another
+    thread imports matplotlib.
 
     Raises:
-        UserError: one is not.
+        UserError: one cannot be imported.
     """
     for name in names:
-        package = TRACKERS[name][1]
-        if find_spec(package) is None:
-            raise UserError(f"{name} needs {package}, which is not installed; type pip install -e '.[{name}]'")
+        for module in _MODULES[name]:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"{name} needs {error.name}, which is not installed; type pip install -e '.[{name}]'"
+                ) from error
+            except Exception as error:  # of a package that does not fit the others
+                raise UserError(f"{module} cannot be imported: {one_line(error)}; leave {name} out") from error

@@ -202,8 +202,8 @@ class Works(Fails):
 
 def test_a_tracker_that_fails_is_named_once(make_run, monkeypatch):
     run = make_run("run")
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
-    monkeypatch.setitem(trackers.TRACKERS, "trackio", (Works, "trackio"))
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Fails)
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", Works)
     warnings: list[str] = []
     with following(run, ["wandb", "trackio"], read_config(str(run / "config.toml")), warnings.append):
         pass
@@ -215,7 +215,7 @@ def test_a_tracker_that_fails_is_named_once(make_run, monkeypatch):
 @pytest.mark.parametrize(("is_over", "seconds"), [(False, "0.1"), (True, "0.2")])
 def test_a_tracker_that_hangs_does_not_hold_the_run(make_run, monkeypatch, is_over, seconds):
     monkeypatch.setattr(Fails, "log", lambda *args: time.sleep(60))
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Fails, "wandb"))
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Fails)
     monkeypatch.setattr(followers, "STOP_SECONDS", 0.1)
     monkeypatch.setattr(followers, "OVER_SECONDS", 0.2)
     run, warnings = make_run("run"), []
@@ -230,7 +230,7 @@ def test_damaged_rows_are_named(make_run, monkeypatch):
     run, warnings = make_run("run"), []
     config = read_config(str(run / "config.toml"))
     (run / "metrics.jsonl").write_text("no row\n")
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", (Works, "wandb"))
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Works)
     with following(run, ["wandb"], config, warnings.append):
         pass
     (line,) = warnings
@@ -240,18 +240,23 @@ def test_damaged_rows_are_named(make_run, monkeypatch):
 def test_a_run_without_rows_opens_nothing(make_run, monkeypatch):
     run = make_run("run")
     (run / "metrics.jsonl").unlink()
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", (pytest.fail, "wandb"))
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", pytest.fail)
     with following(run, ["wandb"], read_config(str(run / "config.toml")), pytest.fail):
         pass
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    trackers.check_installed([])
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
+    trackers.import_trackers([])
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
     with pytest.raises(
         UserError, match=r"needs tensorboardX, which is not installed; type pip install -e '.\[tensorboard\]'"
     ):
-        trackers.check_installed(["tensorboard"])
+        trackers.import_trackers(["tensorboard"])
+    (tmp_path / "tensorboardX.py").write_text("raise TypeError('Descriptors\\ncannot be created')")
+    monkeypatch.delitem(sys.modules, "tensorboardX")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="tensorboardX cannot be imported: Descriptors cannot be created; leave"):
+        trackers.import_trackers(["tensorboard"])
 
 
 @pytest.mark.slow
