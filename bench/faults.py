@@ -34,7 +34,7 @@ from pathlib import Path
 from fault_disks import commands, storage
 from fault_runs import ROOT, TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
 from record import Figures, Rows, arguments, write
-from turns import describe, updates_in_turns
+from turns import describe, speeds_in_turns
 
 from gpt2_jax.checkpoint_info import complete_checkpoints
 
@@ -298,27 +298,29 @@ def soak(runs: Runs, repeat: int) -> Figures:
     return {"samples": samples, "growth_mb": samples[-1]["resident_mb"] - samples[0]["resident_mb"]}
 
 
-def overhead(runs: Runs, repeat: int, before: Path) -> Figures:
-    """Updates of an older checkout and of this one in turns. `repeat` is the number of minutes for each case."""
-    text = ["--data.text", str(runs.directory / "text.txt")]
-    endless = ["--steps", "1000000", "--log.every", "1", "--eval.sample_tokens", "0"]
+def overhead(runs: Runs, repeat: int, before: Path, after: Path) -> Figures:
+    """The speed of two checkouts, in `repeat` rounds for each case. In a round, the quickstart has one evaluation and
+    one save."""
+    endless = ["--steps", "1000000", "--log.every", "1", "--eval.sample_tokens", "0",
+               "--compilation_cache", str(runs.directory / "programs")]  # fmt: skip
     cases = {
-        "quickstart": ["--config", "quickstart", *endless, "--eval.every", "500", "--eval.tokens", "4096",
-                       "--checkpoint.every", "500"],
-        "124M": ["--config", "gpt2-124m", *endless, "--batch_size", "2", "--micro_batch_size", "2",
-                 "--model.block_size", "128", "--data.train", "", "--data.val", "", *text, "--data.tokenizer", "bytes",
-                 "--eval.every", "0", "--checkpoint.every", "0"],
+        "quickstart": (500, ["--config", "quickstart", *endless, "--eval.every", "500", "--eval.tokens", "4096",
+                             "--checkpoint.every", "500"]),
+        "124M": (16, ["--config", "gpt2-124m", *endless, "--batch_size", "2", "--micro_batch_size", "2",
+                      "--model.block_size", "128", "--data.train", "", "--data.val", "", "--data.text",
+                      str(runs.directory / "text.txt"), "--data.tokenizer", "bytes", "--eval.every", "0",
+                      "--checkpoint.every", "0"]),
     }  # fmt: skip
 
     def start(flags: list[str], checkout: Path, out: Path) -> subprocess.Popen[str]:
-        process = runs.start(out, *flags, "--compilation_cache", "", checkout=checkout)
+        process = runs.start(out, *flags, checkout=checkout)
         threading.Thread(target=process.communicate, daemon=True).start()  # reads what it prints
         return process
 
     figures: Figures = {}
-    for name, flags in cases.items():
-        sides = {side: functools.partial(start, flags, where) for side, where in (("before", before), ("now", ROOT))}
-        figures[name] = updates_in_turns(sides, runs.directory, round(60 * repeat))
+    for name, (updates, flags) in cases.items():
+        sides = {side: functools.partial(start, flags, where) for side, where in (("before", before), ("now", after))}
+        figures[name] = speeds_in_turns(sides, updates, repeat)
     return figures
 
 
@@ -367,7 +369,7 @@ def rows(figures: Figures) -> Rows:
             f"{columns['open_files']}, threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
-        results[f"updates over those without the protection, {name}"] = case["now_over_before"], describe(case)
+        results[f"speed over that without the protection, {name}"] = case["now_over_before"], describe(case)
     return results
 
 
@@ -375,11 +377,12 @@ def main() -> None:
     """Runs the pieces that are not done yet, and writes the file after each."""
     pieces: dict[str, tuple[Callable[..., Figures], int]] = {
         "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
-        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 20),
+        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 15),
     }  # fmt: skip
     parser = arguments(__doc__, repeat=0)
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
     parser.add_argument("--before", type=Path, help="checkout that `overhead` compares with")
+    parser.add_argument("--after", type=Path, default=ROOT, help="checkout that it compares; by default this one")
     parser.add_argument("--again", action="store_true", help="also those that are done")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -393,7 +396,7 @@ def main() -> None:
         if (piece in figures and not args.again) or (piece == "overhead" and not args.before):
             continue
         function, default = pieces[piece]
-        extra = (args.before.absolute(),) if piece == "overhead" else ()
+        extra = (args.before.absolute(), args.after.absolute()) if piece == "overhead" else ()
         with tempfile.TemporaryDirectory() as directory:
             figures[piece] = function(Runs(Path(directory)), args.repeat or default, *extra)
         undisturbed_run.cache_clear()

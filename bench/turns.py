@@ -1,14 +1,14 @@
-"""Updates of two trainings in the same number of seconds. SIGSTOP and SIGCONT let each run for half a second in turn.
+"""The time of the same updates in two trainings, which run in turns. SIGSTOP and SIGCONT switch between them.
 
-So both see the same machine, and what a stopped update has done is not lost. The interval is that of the machine's
-speed within one pair of processes, and pairs differ: bench/display.py gave 0.991, and 1.021 with another pair.
+So both see the same machine. Each turn ends when an update has ended. Two processes of the same program differ by a
+few percent, so each round starts both anew, and the interval is that of the mean over rounds.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
+import math
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -17,67 +17,92 @@ from pathlib import Path
 
 from fault_runs import wait_for
 from record import Figures
+from scipy.stats import t as student_t
 
-SLICE_SECONDS = 0.5
-SLICES_PER_BLOCK = 120  # a block has many updates, as it counts whole ones
+TURN_SECONDS = 0.5  # at least
+POLL_SECONDS = 0.004
 WARMUP = 5  # updates
 
 
-def updates_in_turns(
-    start: Mapping[str, Callable[[Path], subprocess.Popen[str]]], directory: Path, pairs: int
-) -> Figures:
-    """The updates of both trainings in blocks, their ratio, and its 95% interval from resampled blocks.
+class _Training:
+    """A training that stands still except in its turns.
 
     Args:
-        start: "before" and "now": starts an endless training with a row for each update in a run directory.
-        directory: where the run directories are created.
-        pairs: slices of each.
+        start: starts it, with a row for each update in a run directory.
+        out: the run directory.
     """
-    names = tuple(start)
-    outs = {name: Path(tempfile.mkdtemp(dir=directory)) for name in names}
-    processes = {}
-    for name in names:
-        processes[name] = start[name](outs[name])
-        wait_for(processes[name], outs[name], WARMUP, 0.0)
-        processes[name].send_signal(signal.SIGSTOP)
 
-    def updates(name: str) -> int:
-        return (outs[name] / "metrics.jsonl").read_bytes().count(b'"tokens_per_second"')
+    def __init__(self, start: Callable[[Path], subprocess.Popen[str]], out: Path) -> None:
+        self._process = start(out)
+        wait_for(self._process, out, WARMUP, 0.0)
+        self._rows = open(out / "metrics.jsonl", "rb")  # noqa: SIM115 (closed in `kill`)
+        self.updates, self.seconds = 0, 0.0
+        self._run_to_next_row()  # so that the first turn starts where an update has ended
+        self.updates, self.seconds = 0, 0.0
 
-    counts: dict[str, list[int]] = {name: [updates(name)] for name in names}
-    for pair in range(pairs):
-        for name in names if pair % 2 else names[::-1]:
-            processes[name].send_signal(signal.SIGCONT)
-            time.sleep(SLICE_SECONDS)
-            processes[name].send_signal(signal.SIGSTOP)
-        if (pair + 1) % SLICES_PER_BLOCK == 0:
-            for name in names:
-                counts[name].append(updates(name))
-    for process in processes.values():
-        process.kill()
-    blocks = {name: [after - earlier for earlier, after in itertools.pairwise(counts[name])] for name in names}
-    if not all(map(all, blocks.values())):
-        raise SystemExit(f"a training made no update in {SLICES_PER_BLOCK * SLICE_SECONDS} s: {blocks}")
+    def _new_rows(self) -> int:
+        return self._rows.read().count(b'"tokens_per_second"')
 
-    def ratio(chosen: Mapping[str, list[int]]) -> float:
-        return sum(chosen["now"]) / sum(chosen["before"])
+    def _run_to_next_row(self, least: float = 0.0) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        start, new = time.perf_counter(), 0
+        while not new or time.perf_counter() - start < least:
+            time.sleep(POLL_SECONDS)
+            if self._process.poll() is not None:
+                raise SystemExit(f"a training ended with exit code {self._process.returncode}")
+            new = self._new_rows()
+            self.updates += new
+        self._process.send_signal(signal.SIGSTOP)
+        self.seconds += time.perf_counter() - start
 
-    rng, count = random.Random(0), len(blocks["now"])
-    resampled = []
-    for _ in range(10_000):
-        numbers = rng.choices(range(count), k=count)
-        resampled.append(ratio({name: [blocks[name][number] for number in numbers] for name in names}))
-    resampled.sort()
+    def turn(self) -> None:
+        """Runs it for some updates."""
+        self._run_to_next_row(TURN_SECONDS)
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+        self._rows.close()
+
+
+def speeds_in_turns(start: Mapping[str, Callable[[Path], subprocess.Popen[str]]], updates: int, rounds: int) -> Figures:
+    """The speed of "now" over that of "before", as the mean over rounds with its 95% interval (Student's t, of logs).
+
+    Args:
+        start: "before" and "now": each starts an endless training with a row for each update in a run directory.
+        updates: of each training in a round, at least.
+        rounds: each starts both.
+    """
+    milliseconds: dict[str, list[float]] = {name: [] for name in start}
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as directory:
+            names = tuple(start) if number % 2 else tuple(start)[::-1]
+            trainings = {name: _Training(start[name], Path(directory) / name) for name in names}
+            while any(training.updates < updates for training in trainings.values()):
+                for training in trainings.values():
+                    training.turn()
+            for name, training in trainings.items():
+                training.kill()
+                milliseconds[name].append(1000 * training.seconds / training.updates)
+        print({name: round(times[-1], 3) for name, times in milliseconds.items()}, flush=True)
+    logs = [math.log(before / now) for before, now in zip(milliseconds["before"], milliseconds["now"], strict=True)]
+    mean = statistics.mean(logs)
+    half = student_t.ppf(0.975, rounds - 1) * statistics.stdev(logs) / math.sqrt(rounds)
     return {
-        "seconds_each": pairs * SLICE_SECONDS,
-        "updates": blocks,
-        "now_over_before": ratio(blocks),
-        "interval_95": [resampled[250], resampled[-250]],
+        "milliseconds_per_update": milliseconds,
+        "updates_per_round": updates,
+        "now_over_before": math.exp(mean),
+        "interval_95": [math.exp(mean - half), math.exp(mean + half)],
     }
 
 
 def describe(case: Figures) -> str:
     """The details of a row about such a measurement."""
     low, high = case["interval_95"]
-    done = ", ".join(f"{key} {sum(blocks):,}" for key, blocks in case["updates"].items())
-    return f"95% interval {low:.4f} to {high:.4f}; updates in {case['seconds_each']:,.0f} s each: {done}"
+    medians = ", ".join(f"{key} {statistics.median(ms):,.2f}" for key, ms in case["milliseconds_per_update"].items())
+    rounds = len(case["milliseconds_per_update"]["now"])
+    return (
+        f"mean of {rounds} pairs of processes, 95% interval {low:.4f} to {high:.4f}; "
+        f"median milliseconds per update: {medians}"
+    )

@@ -137,14 +137,16 @@ def make_train_step(
         gradient = functools.partial(loss_and_grads, scale)
         means = _mean_over_micro_batches(gradient, params, tokens, key, data, mesh.shape["fsdp"], noise_scale)
         loss, grads, square = jax.lax.pmean(means, data)  # the only reduction over `data`
-        updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
-        new_params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
+            new_params = optax.apply_updates(state.params, updates)
+            norms = optax.tree.norm(grads), optax.tree.norm(new_params)
         outlier, overflows = (optax.tree.get(opt_state, name) for name in ("outlier", "overflows"))
         metrics = Metrics(
             loss,
-            optax.tree.norm(grads),
+            norms[0],
             schedule(state.step),
-            optax.tree.norm(new_params),
+            norms[1],
             outlier,
             jnp.asarray(scale.scale) if scale else None,
             overflows,
@@ -203,7 +205,8 @@ def _mean_over_micro_batches(
         accumulation, loss_sum = carry
         index, tokens = batch
         loss, grads = loss_and_grads(params, tokens, jax.random.fold_in(key, index))
-        _, accumulation = accumulator.update(grads, accumulation)
+        with jax.named_scope("accumulation"):
+            _, accumulation = accumulator.update(grads, accumulation)
         return (accumulation, loss_sum + loss), square(grads)
 
     # A scan carry has one type throughout, so the initial sum has to vary over `data` like the losses.
@@ -243,7 +246,8 @@ def _mean_loss(model: GPT2, specs: Any, fsdp: int, params: Params, tokens: jax.A
     rngs = {"dropout": key} if config.dropout else None
     hidden = model.apply({"params": params}, tokens[:, :-1], not config.dropout, method="hidden", rngs=rngs)
     targets = tokens[:, 1:]
-    loss_sum = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
+    with jax.named_scope("head_and_loss"):
+        loss_sum = cross_entropy(hidden, params["wte"]["embedding"], targets, config.vocab_size, config.loss_chunk)
     return loss_sum / (targets.size * fsdp)
 
 

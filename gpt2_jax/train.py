@@ -51,7 +51,7 @@ from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.noise_scale import check_several_gradients
 from gpt2_jax.run.panel import Activity
-from gpt2_jax.run.profiling import traced
+from gpt2_jax.run.profiling import parse_updates, traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
 from gpt2_jax.run.rewinding import check_skipped_updates, rewound, with_skipped_updates
@@ -201,7 +201,7 @@ def _train(
             stop_signals() as stop_requested,
             reporter.display,
             closing(read_ahead(source, start, config.steps)) as batches,
-            traced(train_step, out / "profile", start, config.log.profile_steps) as update,
+            traced(train_step, out / "profile", start, parse_updates(config.log.profile), print_line) as update,
             following(out, config.log.to if is_primary() else (), config, print_line) as trackers,
         ):
             if hardware.platform == "cpu" and start < config.steps:

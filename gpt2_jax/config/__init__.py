@@ -194,8 +194,8 @@ class LogConfig:
     noise_scale: bool = False
     """Measure the norms of the gradients of micro-batches and devices too.
     gpt2_jax.report estimates from them the batch size above which more sequences help little."""
-    profile_steps: int = 0
-    """Updates to trace with jax.profiler into OUT/profile, from the tenth of the process on; 0 for none."""
+    profile: str = ""
+    """START:COUNT traces COUNT updates from update START on into OUT/profile, and prints where their time went."""
     check_replicas: int = 0
     """Updates between comparisons of the copies of the training state on different devices.
     0 compares them only when the run saves or evaluates."""

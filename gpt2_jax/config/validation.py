@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,10 @@ _RANGES: dict[str, _Range] = {
     "eval.tasks_every": _COUNT_OR_0,
     "eval.tasks_limit": _COUNT_OR_0,
     "log.every": _COUNT,
-    "log.profile_steps": _COUNT_OR_0,
+    "log.profile": (
+        "START:COUNT, such as 100:5",
+        lambda text: bool(re.fullmatch(r"|[1-9]\d{0,8}:[1-9]\d{0,8}", text, re.A)),
+    ),
     "log.check_replicas": _COUNT_OR_0,
     "log.stall_seconds": _FINITE,
 }

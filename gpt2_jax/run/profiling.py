@@ -1,59 +1,95 @@
-"""Traces a few updates of a run with `jax.profiler`. XProf and TensorBoard show the trace."""
+"""Traces some updates of a run with `jax.profiler`. XProf, TensorBoard and Perfetto open the trace."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
-from gpt2_jax.step import Metrics, TrainState
+from gpt2_jax.errors import one_line
+from gpt2_jax.run.operations import read_profile
+from gpt2_jax.step import Metrics, TrainState, TrainStep
 
 Update = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
-FIRST = 10  # the first traced update of a process: compilation and warmup are over
+SUMMARY = "summary.txt"
+
+
+def parse_updates(text: str) -> range:
+    """The updates of `log.profile`, START:COUNT; none for ""."""
+    start, count = map(int, text.split(":")) if text else (0, 0)
+    return range(start, start + count)
 
 
 @contextmanager
-def traced(update: Update, directory: Path, start: int, count: int) -> Iterator[Update]:
-    """Yields `update` so that its calls number 10 to 9 + `count` are traced. A count of 0 yields `update` itself.
+def traced(
+    update: TrainStep, directory: Path, start: int, updates: range, print_line: Callable[[str], object]
+) -> Iterator[Update]:
+    """Yields `update` so that some updates of the run are traced. For no updates, yields `update` itself.
 
-    The trace ends when the device has finished the last of them, or at the end of the `with` block. Only process 0
-    traces: the others run the same program.
+    The trace ends when the device has finished the last of them, or at the end of the `with` block. Then lines say
+    where the time went, and `SUMMARY` in `directory` has them too. Only process 0 traces: the others run the same
+    program.
 
     Args:
-        directory: where traces go; each gets a subdirectory named after its time.
-        start: updates done before the first call. The trace names each update by its number in the run.
+        directory: of the trace. An earlier trace there is deleted.
+        start: updates done before the first call.
+        updates: their numbers. Those that were done before are not traced.
+        print_line: prints a line about the trace.
     """
-    if not count or jax.process_index():
+    updates = range(max(updates.start, start + 1), updates.stop)
+    if not updates:
         yield update
         return
-    calls, tracing = 0, False
+    number, first, program = start, 0, ""
 
     def traced_update(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        nonlocal calls, tracing
-        calls += 1
-        if calls == FIRST:
+        nonlocal number, first, program
+        number += 1
+        if number == updates.start:
+            # In every process, because compilers of several processes may exchange what they measured.
+            program = update.lower(*jax.tree.map(_abstract, (state, tokens))).compile().as_text() or ""
             jax.block_until_ready(state)
-            jax.profiler.start_trace(directory)
-            tracing = True
-        if not tracing:
+            if not jax.process_index():
+                shutil.rmtree(directory, ignore_errors=True)
+                jax.profiler.start_trace(directory)
+                first = number
+        if not first:
             return update(state, tokens)
-        with jax.profiler.StepTraceAnnotation("train", step_num=start + calls):
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = update(state, tokens)
-        if calls == FIRST + count - 1:
-            stop(state)
+        if number == updates.stop - 1:
+            jax.block_until_ready(state)
+            stop()
         return state, metrics
 
-    def stop(state: TrainState | None = None) -> None:
-        nonlocal tracing
-        jax.block_until_ready(state)
+    def stop() -> None:
+        nonlocal first
         jax.profiler.stop_trace()
-        tracing = False
+        traced_updates, first = range(first, number + 1), 0
+        for line in _summary(directory, program, traced_updates):
+            print_line(line)
 
     try:
         yield traced_update
     finally:
-        if tracing:
+        if first:
             stop()
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _summary(directory: Path, program: str, updates: range) -> list[str]:
+    """Lines about a trace, which are also written beside it."""
+    try:
+        text, *table = read_profile(directory, program, len(updates)).lines()
+        lines = [f"profile: updates {updates[0]} to {updates[-1]}, {text}", *table]
+        (directory / SUMMARY).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    except Exception as error:  # of another version's trace, or of a full disk; the run continues
+        lines = [f"profile: the trace cannot be summarized: {one_line(error)}"]
+    return [*lines, f"type xprof --logdir {directory}, or open its .trace.json.gz with https://ui.perfetto.dev"]
