@@ -1,11 +1,10 @@
 """Kills, signals, damaged checkpoints, full disks and long runs: what is lost, and what the protection costs.
 
-    python bench/faults.py [--pieces kills signals damages storage commands processes …] [--before CHECKOUT]
+    python bench/faults.py [--pieces kills signals damages storage commands processes …]
 
 Real processes of `python -m gpt2_jax.train` train a tiny model on real files: accumulation, a batch ramp, evaluations
 and saves. Each is compared with an undisturbed run by the fingerprint of the final state and by all rows without their
-speeds. A piece that is done is kept in the file, so the command resumes. `overhead` compares the speed with that of an
-older checkout, in turns.
+speeds. A piece that is done is kept in the file, so the command resumes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -31,10 +29,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import fault_overhead
 from fault_disks import commands, storage
-from fault_runs import ROOT, TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
+from fault_runs import TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
 from record import Figures, Rows, arguments, write
-from turns import describe, speeds_in_turns
 
 from gpt2_jax.checkpoint_info import complete_checkpoints
 
@@ -298,30 +296,9 @@ def soak(runs: Runs, repeat: int) -> Figures:
     return {"samples": samples, "growth_mb": samples[-1]["resident_mb"] - samples[0]["resident_mb"]}
 
 
-def overhead(runs: Runs, repeat: int, before: Path, after: Path) -> Figures:
-    """The speed of two checkouts, in `repeat` rounds for each case. In a round, the quickstart has one evaluation and
-    one save."""
-    endless = ["--steps", "1000000", "--log.every", "1", "--eval.sample_tokens", "0",
-               "--compilation_cache", str(runs.directory / "programs")]  # fmt: skip
-    cases = {
-        "quickstart": (500, ["--config", "quickstart", *endless, "--eval.every", "500", "--eval.tokens", "4096",
-                             "--checkpoint.every", "500"]),
-        "124M": (16, ["--config", "gpt2-124m", *endless, "--batch_size", "2", "--micro_batch_size", "2",
-                      "--model.block_size", "128", "--data.train", "", "--data.val", "", "--data.text",
-                      str(runs.directory / "text.txt"), "--data.tokenizer", "bytes", "--eval.every", "0",
-                      "--checkpoint.every", "0"]),
-    }  # fmt: skip
-
-    def start(flags: list[str], checkout: Path, out: Path) -> subprocess.Popen[str]:
-        process = runs.start(out, *flags, checkout=checkout)
-        threading.Thread(target=process.communicate, daemon=True).start()  # reads what it prints
-        return process
-
-    figures: Figures = {}
-    for name, (updates, flags) in cases.items():
-        sides = {side: functools.partial(start, flags, where) for side, where in (("before", before), ("now", after))}
-        figures[name] = speeds_in_turns(sides, updates, repeat)
-    return figures
+def overhead(runs: Runs, repeat: int) -> Figures:
+    """The cost in an update, of `repeat` × 100 pairs of updates for the quickstart, and `repeat` × 10 for 124M."""
+    return fault_overhead.overhead({"quickstart": 100 * repeat, "124M": 10 * repeat})
 
 
 def rows(figures: Figures) -> Rows:
@@ -369,7 +346,7 @@ def rows(figures: Figures) -> Rows:
             f"{columns['open_files']}, threads {columns['threads']}",
         )
     for name, case in figures.get("overhead", {}).items():
-        results[f"speed over that without the protection, {name}"] = case["now_over_before"], describe(case)
+        results[f"percent of an update for the protection, {name}"] = fault_overhead.describe(case)
     return results
 
 
@@ -377,12 +354,10 @@ def main() -> None:
     """Runs the pieces that are not done yet, and writes the file after each."""
     pieces: dict[str, tuple[Callable[..., Figures], int]] = {
         "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
-        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 15),
+        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 20),
     }  # fmt: skip
     parser = arguments(__doc__, repeat=0)
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")
-    parser.add_argument("--before", type=Path, help="checkout that `overhead` compares with")
-    parser.add_argument("--after", type=Path, default=ROOT, help="checkout that it compares; by default this one")
     parser.add_argument("--again", action="store_true", help="also those that are done")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -393,12 +368,11 @@ def main() -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     figures = {piece: known[piece] for piece in pieces if piece in known}
     for piece in args.pieces:
-        if (piece in figures and not args.again) or (piece == "overhead" and not args.before):
+        if piece in figures and not args.again:
             continue
         function, default = pieces[piece]
-        extra = (args.before.absolute(), args.after.absolute()) if piece == "overhead" else ()
         with tempfile.TemporaryDirectory() as directory:
-            figures[piece] = function(Runs(Path(directory)), args.repeat or default, *extra)
+            figures[piece] = function(Runs(Path(directory)), args.repeat or default)
         undisturbed_run.cache_clear()
         write("faults", figures, rows(figures), args.results, "cpu")
 

@@ -20,7 +20,9 @@ LEFT = 36  # characters for a key and its value
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
-class _Key(NamedTuple):
+class Key(NamedTuple):
+    """A key of a config."""
+
     default: Any  # dataclasses.MISSING if it has to be given
     hint: Any
     text: str  # sentences; the first one says what the key is
@@ -37,7 +39,7 @@ def help_lines(config: TrainConfig | None, topic: str, width: int) -> list[str]:
         UserError: there is no such section or key.
     """
     values = flatten(config) if config else {}
-    keys = dict(_keys(TrainConfig))
+    keys = dict(keys_of(TrainConfig))
     sections = {name.split(".")[0]: None for name in keys if "." in name}
     name = topic.replace("-", "_")
     if name in keys:
@@ -55,7 +57,7 @@ def help_lines(config: TrainConfig | None, topic: str, width: int) -> list[str]:
     raise UserError(f"--help {topic}: no key and no section; {nearest_key(name, [*sections, *keys])}")
 
 
-def _keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, _Key]]:
+def keys_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Key]]:
     """The keys of a config's dataclass by name, in the order of the fields."""
     hints = get_type_hints(kind)
     texts = {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(kind).params}
@@ -63,9 +65,9 @@ def _keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, _Key]]:
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from _keys(hint, f"{prefix}{field.name}.")
+            yield from keys_of(hint, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, _Key(field.default, hint, texts[field.name])
+            yield prefix + field.name, Key(field.default, hint, texts[field.name])
 
 
 def _row(left: str, text: str | None, column: int, width: int, max_lines: int) -> list[str]:
@@ -76,13 +78,13 @@ def _row(left: str, text: str | None, column: int, width: int, max_lines: int) -
     return [f"  {beside:{column}} {line}" for beside, line in itertools.zip_longest([left], right, fillvalue="")]
 
 
-def _explain(name: str, key: _Key, values: Mapping[str, Any], width: int) -> list[str]:
-    kind = _kind(key.hint) + ("" if key.default is dataclasses.MISSING else f"; by default {_shown(key.default)}")
+def _explain(name: str, key: Key, values: Mapping[str, Any], width: int) -> list[str]:
+    kind = kind_of(key.hint) + ("" if key.default is dataclasses.MISSING else f"; by default {_shown(key.default)}")
     paragraphs = [_with_value(name, key, values), kind, "", *key.text.split("\n")]
     return [line for each in paragraphs for line in textwrap.wrap(each.strip(), width) or [""]]
 
 
-def _with_value(name: str, key: _Key, values: Mapping[str, Any]) -> str:
+def _with_value(name: str, key: Key, values: Mapping[str, Any]) -> str:
     flag = "[[data.sources]]" if name == "data.sources" else f"--{name}"  # tables of a file, not a flag
     return f"{flag} {_shown(values.get(name, key.default))}"
 
@@ -94,9 +96,10 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value else toml_value(value)
 
 
-def _kind(hint: Any) -> str:
+def kind_of(hint: Any) -> str:
+    """The values of a type, in words."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_kind, get_args(hint)))
+        return " or ".join(map(kind_of, get_args(hint)))
     return KINDS.get(hint, "a list")

@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt2_jax.display import si
 from gpt2_jax.metrics import thinned
 from gpt2_jax.reports.records import RunRecord, smoothed
+from gpt2_jax.reports.reference_runs import TOKENS_PER_UPDATE, reference_run
 
 POINTS = 1000  # of a curve, at most
 
@@ -26,6 +27,10 @@ def write_picture(runs: Sequence[RunRecord], path: Path) -> None:
         if curve := run.curves.get("val_loss"):
             label = f"{run.name} validation, {curve.value[-1]:.4f} at the end"
             axes.plot(curve.tokens, curve.value, color=tone, marker="o", markersize=4, linestyle=":", label=label)
+    for reference in filter(None, dict.fromkeys(reference_run(run.config) for run in runs)):
+        tokens = [TOKENS_PER_UPDATE * update for update in reference.losses]
+        axes.plot(tokens, [*reference.losses.values()], color="gray", marker="x", markersize=4, linestyle="--", linewidth=1,
+                  label=f"{reference.name}, validation")  # fmt: skip
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: si(value))
     axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ import pytest
 from gpt2_jax import report
 from gpt2_jax.errors import UserError
 from gpt2_jax.metrics import thinned
+from gpt2_jax.reports.figures import loss_figure
 from gpt2_jax.reports.records import read_runs, smoothed
 
 
@@ -30,6 +31,23 @@ def test_a_smaller_model_has_no_published_figure(make_run):
     assert run.reference("hellaswag/acc") is None
     (run,) = read_runs([make_run("short", block_size=512)])
     assert run.reference("hellaswag/acc") is None
+
+
+@pytest.mark.parametrize(
+    ("val", "sizes", "drawn"),
+    [("data/fineweb10B/fineweb_val_*.bin", {}, True), ("data/mine/val_*.bin", {}, False),
+     ("fineweb_val_000000.bin", {"n_layer": 2}, False)],
+)  # fmt: skip
+def test_a_run_on_the_data_of_a_published_run_is_drawn_over_it(make_run, val, sizes, drawn):
+    directory = make_run("run", **sizes)
+    config = (directory / "config.toml").read_text()
+    (directory / "config.toml").write_text(config.replace('\nval = ""', f'\nval = "{val}"'))
+    runs = read_runs([directory])
+    names = [trace.name for trace in loss_figure([*runs, *runs]).data]
+    assert names.count("llm.c, 124M, validation") == drawn
+    if drawn:
+        last = loss_figure(runs).data[-1]
+        assert (last.x[-1], last.y[-1]) == (19560 * 524288, 3.2722)  # that llm.c reports, after 10.26 B tokens
 
 
 def test_smoothing_and_thinning_are_means():
