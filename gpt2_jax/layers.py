@@ -46,5 +46,22 @@ def unstack_layers(tree: Any) -> Any:
     return jax.tree.map(lambda node: unstack(node) if _is_params(node) else node, tree, is_leaf=_is_params)
 
 
+def norms_by_layer(params: dict[str, Any]) -> jax.Array:
+    """The norms of parameters, gradients or updates in the order of `layer_names`: float32 [n_layer + 3]."""
+
+    def squares(tree: Any) -> jax.Array:
+        return sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), jnp.zeros(()))
+
+    blocks = [squares(params[name]) for name in params if name.startswith("h_")]
+    if STACKED in params:
+        blocks = [*jax.vmap(squares)(params[STACKED])]
+    return jnp.sqrt(jnp.stack([squares(params["wte"]), squares(params["wpe"]), *blocks, squares(params["ln_f"])]))
+
+
+def layer_names(n_layer: int) -> list[str]:
+    """The names of all layers in the order of the forward pass."""
+    return ["wte", "wpe", *(f"h_{layer}" for layer in range(n_layer)), "ln_f"]
+
+
 def _is_params(node: Any) -> bool:
     return isinstance(node, dict) and "wte" in node

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.attention import BACKENDS
 from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import IGNORE, OptimizerConfig
-from gpt2_jax.layers import STACKED
+from gpt2_jax.layers import STACKED, norms_by_layer
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.loss_scale import current_scale, value_and_grad
 from gpt2_jax.model import GPT2, Params, abstract_params, init_params
@@ -56,6 +56,8 @@ class Metrics(NamedTuple):
     loss_scale: jax.Array | None = None  # of this update; None but for float16
     overflows: jax.Array | None = None  # int32, updates so far whose gradients were not finite, this one included
     micro_grad_norm: jax.Array | None = None  # root mean square of the norms of the gradients that `grad_norm` averages
+    # By name of the statistic, each [n_layer] or as `layers.norms_by_layer`; None unless they are wanted.
+    layers: dict[str, jax.Array] | None = None
 
 
 class TrainStep(Protocol):
@@ -116,12 +118,14 @@ def make_train_step(
     seed: int,
     options: Options | None = None,
     noise_scale: bool = False,
+    layers: bool = False,
 ) -> TrainStep:
     """The jitted step: (state, tokens) -> (state, metrics). The state is donated.
 
     `tokens` is int32 [micro_batches, sequences, block_size + 1], sequences sharded over the mesh. Each pair of
     `micro_batches` and `sequences` compiles once. `options` are those of XLA. `noise_scale` adds `micro_grad_norm` to
-    the metrics, over the micro-batches of all devices on `data`.
+    the metrics, over the micro-batches of all devices on `data`. `layers` adds the norms of each layer's gradient, and
+    of its update over its weights.
     """
     data = mesh_axis(mesh, "data")
     chain, schedule = make_optimizer(optimizer, model.dtype), learning_rate_schedule(optimizer)
@@ -141,6 +145,7 @@ def make_train_step(
             updates, opt_state = chain.update(grads, state.opt_state, state.params, loss=loss)
             new_params = optax.apply_updates(state.params, updates)
             norms = optax.tree.norm(grads), optax.tree.norm(new_params)
+            ratio = norms_by_layer(updates) / norms_by_layer(state.params) if layers else None
         outlier, overflows = (optax.tree.get(opt_state, name) for name in ("outlier", "overflows"))
         metrics = Metrics(
             loss,
@@ -151,6 +156,7 @@ def make_train_step(
             jnp.asarray(scale.scale) if scale else None,
             overflows,
             None if square is None else jnp.sqrt(square),
+            None if ratio is None else {"grad_norm": norms_by_layer(grads), "update_ratio": ratio},
         )
         return TrainState(state.step + 1, new_params, opt_state), metrics
 

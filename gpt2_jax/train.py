@@ -49,6 +49,7 @@ from gpt2_jax.run.evaluating import open_tasks, validation_loss
 from gpt2_jax.run.fitting import explaining_memory, fitted
 from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
+from gpt2_jax.run.layer_statistics import make_add_activations
 from gpt2_jax.run.noise_scale import check_several_gradients
 from gpt2_jax.run.panel import Activity
 from gpt2_jax.run.profiling import parse_updates, traced
@@ -161,7 +162,9 @@ def _train(
 
     model = build_model(config, attention)
     options = compiler_options(config, hardware)
-    train_step = make_train_step(model, config.optimizer, mesh, config.seed, options, config.log.noise_scale)
+    measured = config.log.noise_scale, config.log.layers > 0
+    train_step = make_train_step(model, config.optimizer, mesh, config.seed, options, *measured)
+    add_activations = make_add_activations(model, mesh) if config.log.layers else None
     evaluate = functools.partial(validation_loss, make_eval_step(model, mesh, options), data.val, config, mesh)
     tasks = open_tasks(config, model, data.tokenizer, mesh, options)
     continue_prompts = Samples(config, model, data.tokenizer) if config.eval.prompts else None
@@ -223,8 +226,13 @@ def _train(
                     if step + 1 in config.skip_updates:
                         state, metrics = skip_update(state), None
                     else:
-                        state, metrics = update(state, put_batch(batch, sharding))
+                        tokens = put_batch(batch, sharding)
+                        state, metrics = update(state, tokens)
                         clock.dispatched(metrics.loss)
+                        if add_activations and is_due(step + 1, config.log.layers):
+                            metrics = add_activations(metrics, state.params, tokens)
+                        elif add_activations:
+                            metrics = metrics._replace(layers=None)
                 reporter.update(pending)  # fetched only now, when the device already has its next work
                 watch.step = step
                 step, evaluations = step + 1, {}

@@ -194,6 +194,9 @@ class LogConfig:
     noise_scale: bool = False
     """Measure the norms of the gradients of micro-batches and devices too.
     gpt2_jax.report estimates from them the batch size above which more sequences help little."""
+    layers: int = 0
+    """Updates between rows about each layer; 0 for none.
+    They have norms of gradients, updates and activations, saturated GELUs and the entropy of attention."""
     profile: str = ""
     """START:COUNT traces COUNT updates from update START on into OUT/profile, and prints where their time went."""
     check_replicas: int = 0

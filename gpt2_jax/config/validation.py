@@ -81,6 +81,7 @@ _RANGES: dict[str, _Range] = {
     "eval.tasks_every": _COUNT_OR_0,
     "eval.tasks_limit": _COUNT_OR_0,
     "log.every": _COUNT,
+    "log.layers": _COUNT_OR_0,
     "log.profile": (
         "START:COUNT, such as 100:5",
         lambda text: bool(re.fullmatch(r"|[1-9]\d{0,8}:[1-9]\d{0,8}", text, re.A)),

@@ -182,7 +182,8 @@ def compile_step(config: TrainConfig, devices: Sequence[jax.Device], available: 
     state = abstract_state(model, config.optimizer, mesh)
     with jax.default_matmul_precision(matmul_precision(config.dtype)):
         options = compiler_options(config, hardware_of(devices[0]))
-        step = make_train_step(model, config.optimizer, mesh, config.seed, options, config.log.noise_scale)
+        measured = config.log.noise_scale, config.log.layers > 0
+        step = make_train_step(model, config.optimizer, mesh, config.seed, options, *measured)
         traced = step.trace(state, tokens)
         state_bytes = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)

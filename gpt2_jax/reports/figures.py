@@ -13,11 +13,13 @@ from gpt2_jax.metrics import thinned
 from gpt2_jax.reports.records import TRAINING, Curve, RunRecord, evaluation_keys, smoothed
 from gpt2_jax.reports.reference_runs import TOKENS_PER_UPDATE, reference_run
 from gpt2_jax.run.goodput import PHASES
+from gpt2_jax.run.layer_statistics import STATISTICS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 POINTS = 2000  # of a curve, at most
+LAYER_POINTS = 300  # of a statistic of layers, at most
 COLUMNS = 3  # of panels with tasks
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 LAYOUT: dict[str, Any] = {
@@ -164,6 +166,28 @@ def evaluation_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
             figure.add_hline(one.value, line_dash="dash", line_color="gray", row=row, col=column,
                              annotation_text=f"OpenAI {one.value:.4g}", annotation_font_size=11)  # fmt: skip
     figure.update_layout(**LAYOUT, height=100 + 260 * n_rows)
+    return figure
+
+
+def layers_figure(run: RunRecord) -> go.Figure | None:
+    """What happens inside the layers: a panel for each statistic, layers over tokens; None if the run measured none."""
+    if not run.layers:
+        return None
+    n_rows = len(run.layers)
+    figure = _plotly("subplots").make_subplots(
+        rows=n_rows, shared_xaxes=True, subplot_titles=[html.escape(STATISTICS.get(name, name)) for name in run.layers],
+        vertical_spacing=0.25 / n_rows,
+    )  # fmt: skip
+    for row, (tokens, layers, values) in enumerate(run.layers.values(), 1):
+        x, *z = thinned([tokens, *values], LAYER_POINTS)
+        figure.add_heatmap(
+            x=x, y=[*layers], z=z, row=row, col=1, colorscale="Viridis",
+            colorbar={"len": 0.8 / n_rows, "y": 1 - (row - 0.5) / n_rows, "thickness": 12},
+            hovertemplate="%{z:.4g} in %{y} at %{x}<extra></extra>",
+        )  # fmt: skip
+        figure.update_yaxes(autorange="reversed", row=row, col=1)
+    figure.update_layout(**LAYOUT, height=80 + 260 * n_rows)
+    figure.update_xaxes(title_text="Tokens", row=n_rows, col=1)
     return figure
 
 

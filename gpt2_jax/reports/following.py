@@ -79,8 +79,10 @@ class Follower:
 
 
 def _values(row: Row) -> Values:
-    """What trackers get of a row: its numbers and its fingerprint."""
+    """What trackers get of a row: its numbers, those of layers by name, and its fingerprint."""
     values = {key: value for key, value in row.items() if key != "step" and type(value) in (int, float)}
+    for name, layers in row.get("layers", {}).items():
+        values |= {f"{name}/{layer}": value for layer, value in layers.items() if value is not None}
     return values | {key: row[key] for key in ("fingerprint", "skipped") if isinstance(row.get(key), str)}
 
 

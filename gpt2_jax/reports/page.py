@@ -41,6 +41,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
     sections = [
         ("Loss", _figure(figures.loss_figure(runs), first=True)),
         ("Training", _figure(figures.training_figure(runs))),
+        *((f"Layers of {html.escape(run.name)}", _figure(figures.layers_figure(run))) for run in runs),
         ("Evaluations", _evaluations(runs)),
         ("Where the time went", _time(runs)),
         ("Samples", _samples(runs)),

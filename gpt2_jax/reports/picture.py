@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt2_jax.display import si
 from gpt2_jax.metrics import thinned
@@ -29,8 +30,8 @@ def write_picture(runs: Sequence[RunRecord], path: Path) -> None:
             axes.plot(curve.tokens, curve.value, color=tone, marker="o", markersize=4, linestyle=":", label=label)
     for reference in filter(None, dict.fromkeys(reference_run(run.config) for run in runs)):
         tokens = [TOKENS_PER_UPDATE * update for update in reference.losses]
-        axes.plot(tokens, [*reference.losses.values()], color="gray", marker="x", markersize=4, linestyle="--", linewidth=1,
-                  label=f"{reference.name}, validation")  # fmt: skip
+        style: dict[str, Any] = {"color": "gray", "marker": "x", "markersize": 4, "linestyle": "--", "linewidth": 1}
+        axes.plot(tokens, [*reference.losses.values()], label=f"{reference.name}, validation", **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: si(value))
     axes.grid(alpha=0.3)

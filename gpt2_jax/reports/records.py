@@ -29,6 +29,7 @@ TRAINING = {
     "learning_rate": "Learning rate",
     "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOPs utilization",
+    "loss_scale": "Loss scale of float16",
 }
 NOISE = ("micro_grad_norm", "sequences", "micro_sequences")  # columns of runs that measure the noise scale
 
@@ -56,6 +57,8 @@ class RunRecord:
     """Updates that were passed over, with the reason."""
     samples: Sequence[Row]
     """The rows of samples.jsonl."""
+    layers: Mapping[str, tuple[np.ndarray, Sequence[str], np.ndarray]]
+    """Statistics of layers by name: tokens [rows], names of the layers, and values [layers, rows]."""
     seconds: Mapping[str, float]
     """Where the time went, by phase; empty if the run has no time.jsonl."""
     hours: tuple[Sequence[int], Sequence[float]]
@@ -134,9 +137,12 @@ def read_run(path: Path, name: str) -> RunRecord:
     rows = read_rows(path / "metrics.jsonl")
     columns: dict[str, list[tuple[float, float, float]]] = {}
     skipped: list[tuple[int, str]] = []
+    with_layers: list[Row] = []
     for row in rows:
         if reason := row.get("skipped"):
             skipped.append((row["step"], str(reason)))
+        if isinstance(row.get("layers"), dict) and is_count(row.get("tokens")):
+            with_layers.append(row)
         for key, value in row.items():
             if (key in (*TRAINING, *NOISE, "val_loss") or "/" in key) and (type(value) is float or is_count(value)):
                 if not is_count(row.get("tokens")):
@@ -154,11 +160,21 @@ def read_run(path: Path, name: str) -> RunRecord:
         config=config,
         curves={key: Curve(*np.array(values, np.float64).T) for key, values in columns.items()},
         skipped=skipped,
+        layers=_layers(with_layers),
         samples=[row for row in read_rows(path / "samples.jsonl") if {"prompt", "text"} <= row.keys()],
         seconds=goodput(processes),
         hours=hours_by_step(processes),
         facts=_newest_facts(path / "checkpoints"),
     )
+
+
+def _layers(rows: Sequence[Row]) -> dict[str, tuple[np.ndarray, Sequence[str], np.ndarray]]:
+    found: dict[str, tuple[np.ndarray, Sequence[str], np.ndarray]] = {}
+    for name, first in rows[0]["layers"].items() if rows else ():
+        layers = [*first]
+        values = [[row["layers"].get(name, {}).get(layer) for row in rows] for layer in layers]
+        found[name] = np.array([row["tokens"] for row in rows]), layers, np.array(values, np.float64)
+    return found
 
 
 def _newest_facts(directory: Path) -> Mapping[str, Any]:

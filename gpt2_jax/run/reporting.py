@@ -22,6 +22,7 @@ from gpt2_jax.evaluation.table import number
 from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot, read_rows
 from gpt2_jax.run.checkpoints import RunCheckpoints
+from gpt2_jax.run.layer_statistics import to_row
 from gpt2_jax.run.noise_scale import noise_columns
 from gpt2_jax.run.panel import Panel
 from gpt2_jax.sharding import num_micro_batches
@@ -90,7 +91,7 @@ class Reporter:
         if metrics is None:
             self._skipped(step, "by skip_updates")
             return
-        *values, outlier, loss_scale, overflows, micro_grad_norm = jax.device_get(metrics)
+        *values, outlier, loss_scale, overflows, micro_grad_norm, layers = jax.device_get(metrics)
         loss, grad_norm, learning_rate, param_norm = map(float, values)
         scaling = {} if loss_scale is None else {"loss_scale": float(loss_scale), "overflows": int(overflows)}
         found = f"loss {loss}, gradient norm {grad_norm}"
@@ -106,6 +107,8 @@ class Reporter:
         self._check_finite(step, loss + grad_norm + param_norm, f"{found} and parameters of norm {param_norm}")
         self._outliers = 0
         tokens = self._tokens_after(step)
+        if layers is not None:
+            self._write({"step": step, "tokens": tokens, "layers": to_row(layers)})
         if not is_due(step, self._config.log.every) and step != self._config.steps:
             self._meter.start(tokens)
             return

@@ -103,8 +103,8 @@ def test_the_help_of_a_key_says_all_about_it(capsys, monkeypatch):
     assert "\nauto or none or dots or full; by default none\n" in help_of(capsys, "--help", "model.remat")
     text = help_of(capsys, "--help", "model.vocab_size")
     assert "0 takes it from the tokenizer.\nThe model pads it to a multiple of 128 internally.\n" in text
-    with pytest.raises(UserError, match=r"--help model.layers: no key and no section; did you mean model.n_layer\?"):
-        parse("--help", "model.layers")
+    with pytest.raises(UserError, match=r"--help model.layer: no key and no section; did you mean model.n_layer\?"):
+        parse("--help", "model.layer")
 
 
 def test_help_breaks_lines_between_sentences_only():

@@ -250,22 +250,22 @@ def test_two_processes_train_as_one(start, spawn, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_either_process_killed(start, directory, victim):
+def test_either_process_killed(start, directory):
     codes, _, errors = finish(start(directory, "--out", "whole"))
     assert (codes, errors) == ([0, 0], [[], []])
-    both = start(directory, "--out", "parts")
-    wait_for(lambda: 6 in rows(directory / "parts", "loss"), both)
-    both[victim].kill()
-    codes, _, errors = finish(both)
-    assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] not in (0, 2)
-    assert len(errors[1 - victim]) == 1
-    codes, _, errors = finish(start(directory, "--out", "parts"))
-    assert (codes, errors) == ([0, 0], [[], []])
-    for key in ("loss", "grad_norm", "val_loss"):
-        assert rows(directory / "parts", key) == rows(directory / "whole", key), key
-    jax.tree.map(np.testing.assert_array_equal, *(state_after(12, directory / out) for out in ("parts", "whole")))
+    for victim, parts in enumerate(("first", "second")):
+        both = start(directory, "--out", parts)
+        wait_for(lambda parts=parts: 6 in rows(directory / parts, "loss"), both)
+        both[victim].kill()
+        codes, _, errors = finish(both)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] not in (0, 2)
+        assert len(errors[1 - victim]) == 1
+        codes, _, errors = finish(start(directory, "--out", parts))
+        assert (codes, errors) == ([0, 0], [[], []])
+        for key in ("loss", "grad_norm", "val_loss"):
+            assert rows(directory / parts, key) == rows(directory / "whole", key), key
+        jax.tree.map(np.testing.assert_array_equal, *(state_after(12, directory / out) for out in (parts, "whole")))
 
 
 # --- where sequences go, and errors ----------------------------------------------------------------------
