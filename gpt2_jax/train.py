@@ -29,7 +29,7 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, read_ahead
-from gpt2_jax.display import status_line
+from gpt2_jax.display import Display, status_line
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
@@ -83,8 +83,9 @@ def main(args: Sequence[str]) -> int:
         with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []
             config = parse_args(summary.TRAIN, DESCRIPTION, args, notes.append)
+            display = Display(0, 0, "", file=sys.stderr if config.log.format == "json" else sys.stdout)
             for line in notes if is_primary() else []:
-                print(line, file=sys.stderr if config.log.format == "json" else sys.stdout)
+                display.print(line, indent=0)
             return train(config, started=STARTED)
     except (DivergedError, SaveError, ReplicaError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -276,7 +277,7 @@ def _train(
             final = fingerprint.state, count_overflows(state.opt_state)
             reporter.display.draw(functools.partial(draw_losses, out / "metrics.jsonl"))
             for line in summary.closing(config, data, out, loss_sum, n_targets, sample, best, *final):
-                print_line(line)
+                reporter.display.print(line, summary.indent(line))
     return 0
 
 

@@ -51,7 +51,7 @@ def newcomer(tmp_path_factory):
     work.mkdir()
     (work / "tinyshakespeare.txt").write_text(TEXT)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+    environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def run(*words):
         finished = subprocess.run(
@@ -98,7 +98,9 @@ def test_a_trained_model_is_evaluated_exported_and_loaded_by_transformers(newcom
     flags = ["--steps", "30", "--model.n_layer", "1", "--model.n_embd", "32", "--model.n_head", "2"]
     trained = newcomer("gpt2-train", "--config", "quickstart", "--data.text", "tinyshakespeare.txt", *flags)
     assert "update 30/30: loss" in trained
-    evaluated = newcomer("gpt2-evaluate", "--model", "runs/quickstart", "--data", "tinyshakespeare.txt")
+    evaluated = newcomer(
+        "gpt2-evaluate", "--model", "runs/quickstart", "--tasks", "loss", "--data", "tinyshakespeare.txt"
+    )
     assert "loss" in evaluated
     newcomer("gpt2-convert", "--from", "runs/quickstart", "--to", "huggingface", "--out", "exports/quickstart")
     code = (

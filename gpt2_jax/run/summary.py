@@ -108,6 +108,11 @@ def closing(
     return lines
 
 
+def indent(line: str) -> int | None:
+    """The indent of what follows where a line is broken; None for a sample and a command, to copy as they are."""
+    return None if line.startswith("next") or "\n" in line else INDENT
+
+
 def _next_command(config: TrainConfig, out: Path) -> str:
     """The quickstart on the user's own text; otherwise the same model, trained twice as long."""
     if config.data.text == STDLIB:
