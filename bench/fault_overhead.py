@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from record import Figures
-from scipy.stats import t as student_t
+from record import Figures, mean_and_interval
 
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.flags import parse_args
@@ -83,15 +82,15 @@ def _case(flags: list[str], pairs: int) -> Figures:
             states["with"], states["without"] = states["without"], states["with"]
     logs = np.log(seconds["with"]) - np.log(seconds["without"])
     blocks = [float(np.median(block)) for block in np.array_split(logs, BLOCKS)]
-    half = float(student_t.ppf(0.975, BLOCKS - 1)) * statistics.stdev(blocks) / math.sqrt(BLOCKS)
+    share, interval = mean_and_interval(blocks)
     fingerprint = make_state_fingerprint(mesh, abstract_state(model, optimizer, mesh))
     norms = iter([metrics.param_norm + number for number in range(REPEAT + 1)])  # a fetched array stays on the host
     update = statistics.median(seconds["with"])
     return {
         "pairs": pairs,
         "update_seconds": update,
-        "norm_share": statistics.mean(blocks),
-        "norm_interval_95": [statistics.mean(blocks) - half, statistics.mean(blocks) + half],
+        "norm_share": share,
+        "norm_interval_95": [*interval],
         "host_share": _median(lambda: _host_work(next(norms))) / update,
         "fingerprint_share": _median(lambda: fingerprint(states["with"])) / update / config.eval.every,
         "evaluations_every": config.eval.every,

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from scipy.stats import t as student_t
 
 from gpt2_jax.files import replace_text
 
@@ -64,6 +67,13 @@ def take_turns(actions: Mapping[str, Callable[[], Result]], repeat: int) -> dict
 def median_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     """The median of a figure over repetitions."""
     return statistics.median(run[key] for run in runs)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The mean of independent values, and its 95% interval (Student's t)."""
+    mean = statistics.mean(values)
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, (mean - half, mean + half)
 
 
 def duration(seconds: float) -> str:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fault_runs import wait_for
-from record import Figures
-from scipy.stats import t as student_t
+from record import Figures, mean_and_interval
 
 TURN_SECONDS = 0.5  # at least
 POLL_SECONDS = 0.004
@@ -35,13 +34,17 @@ class _Training:
     def __init__(self, start: Callable[[Path], subprocess.Popen[str]], out: Path) -> None:
         self._process = start(out)
         wait_for(self._process, out, WARMUP, 0.0)
-        self._rows = open(out / "metrics.jsonl", "rb")  # noqa: SIM115 (closed in `kill`)
+        self._rows, self._offset = out / "metrics.jsonl", 0
         self.updates, self.seconds = 0, 0.0
         self._run_to_next_row()  # so that the first turn starts where an update has ended
         self.updates, self.seconds = 0, 0.0
 
     def _new_rows(self) -> int:
-        return self._rows.read().count(b'"tokens_per_second"')
+        with self._rows.open("rb") as file:
+            file.seek(self._offset)
+            lines, _, _ = file.read().rpartition(b"\n")  # without a row that is being written
+        self._offset += len(lines) + bool(lines)
+        return lines.count(b'"tokens_per_second"')
 
     def _run_to_next_row(self, least: float = 0.0) -> None:
         self._process.send_signal(signal.SIGCONT)
@@ -63,7 +66,6 @@ class _Training:
         """Ends it."""
         self._process.kill()
         self._process.wait()
-        self._rows.close()
 
 
 def speeds_in_turns(start: Mapping[str, Callable[[Path], subprocess.Popen[str]]], updates: int, rounds: int) -> Figures:
@@ -87,13 +89,12 @@ def speeds_in_turns(start: Mapping[str, Callable[[Path], subprocess.Popen[str]]]
                 milliseconds[name].append(1000 * training.seconds / training.updates)
         print({name: round(times[-1], 3) for name, times in milliseconds.items()}, flush=True)
     logs = [math.log(before / now) for before, now in zip(milliseconds["before"], milliseconds["now"], strict=True)]
-    mean = statistics.mean(logs)
-    half = student_t.ppf(0.975, rounds - 1) * statistics.stdev(logs) / math.sqrt(rounds)
+    mean, interval = mean_and_interval(logs)
     return {
         "milliseconds_per_update": milliseconds,
         "updates_per_round": updates,
         "now_over_before": math.exp(mean),
-        "interval_95": [math.exp(mean - half), math.exp(mean + half)],
+        "interval_95": [*map(math.exp, interval)],
     }
 
 

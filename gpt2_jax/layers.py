@@ -52,9 +52,10 @@ def norms_by_layer(params: dict[str, Any]) -> jax.Array:
     def squares(tree: Any) -> jax.Array:
         return sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), jnp.zeros(()))
 
-    blocks = [squares(params[name]) for name in params if name.startswith("h_")]
     if STACKED in params:
         blocks = [*jax.vmap(squares)(params[STACKED])]
+    else:
+        blocks = [squares(params[f"h_{layer}"]) for layer in range(len(params) - 3)]  # JAX sorts h_10 before h_2
     return jnp.sqrt(jnp.stack([squares(params["wte"]), squares(params["wpe"]), *blocks, squares(params["ln_f"])]))
 
 

@@ -26,14 +26,18 @@ def preset_names() -> dict[str, str]:
     }
 
 
+REMOVED = ("log.profile_steps",)  # keys of earlier versions, none of which changed the mathematics
+
+
 def read_config(name: str, note: Callable[[str], object] | None = None) -> TrainConfig:
     """Reads a config from a preset or a TOML file.
 
     The programs in a cache are executed, so a file that someone else may have written cannot choose its directory.
 
     Args:
-        note: called with a line for the user if `compilation_cache` is a directory. It is then read as "auto", as the
-            config.toml of a run that was made before this rule has to be. Without `note` it is an error.
+        note: called with a line for the user about what a run of an earlier version may have, and is not read as it is
+            written: `compilation_cache` is a directory, which is read as "auto"; a key of `REMOVED`, which is left out.
+            Without `note` these are errors.
 
     Raises:
         UserError: there is no such preset or file, it is not TOML, or a key is unknown, missing or of the wrong type.
@@ -41,6 +45,8 @@ def read_config(name: str, note: Callable[[str], object] | None = None) -> Train
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
     presets = f"give a .toml file or a preset: {', '.join(preset_names())}"
     table = _read_toml(path, f"--config {name}", presets)
+    if note:
+        _leave_out_removed_keys(table, lambda key: note(f"{path}: {key} is no longer a key, and is left out"))
     config: TrainConfig = _from_table(TrainConfig, table, str(path))
     if config.compilation_cache in CACHES_IN_FILES:
         return config
@@ -51,6 +57,13 @@ def read_config(name: str, note: Callable[[str], object] | None = None) -> Train
         )
     note(f'{found} is read as "auto"; to use the directory, type it as --compilation_cache')
     return dataclasses.replace(config, compilation_cache="auto")
+
+
+def _leave_out_removed_keys(table: dict[str, Any], note: Callable[[str], object]) -> None:
+    for key in REMOVED:
+        section, _, name = key.partition(".")
+        if isinstance(of := table.get(section), dict) and of.pop(name, None) is not None:
+            note(key)
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -141,7 +141,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     for row in rows:
         if reason := row.get("skipped"):
             skipped.append((row["step"], str(reason)))
-        if isinstance(row.get("layers"), dict) and is_count(row.get("tokens")):
+        if _has_layers(row):
             with_layers.append(row)
         for key, value in row.items():
             if (key in (*TRAINING, *NOISE, "val_loss") or "/" in key) and (type(value) is float or is_count(value)):
@@ -165,6 +165,17 @@ def read_run(path: Path, name: str) -> RunRecord:
         seconds=goodput(processes),
         hours=hours_by_step(processes),
         facts=_newest_facts(path / "checkpoints"),
+    )
+
+
+def _has_layers(row: Row) -> bool:
+    """True for a row with statistics of layers: numbers by statistic and layer, null for one that is not finite."""
+    layers = row.get("layers")
+    if not isinstance(layers, dict) or not is_count(row.get("tokens")):
+        return False
+    return all(
+        isinstance(values, dict) and all(value is None or type(value) in (int, float) for value in values.values())
+        for values in layers.values()
     )
 
 

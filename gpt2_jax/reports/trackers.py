@@ -199,5 +199,5 @@ def import_trackers(names: Sequence[str]) -> None:
                 raise UserError(
                     f"{name} needs {error.name}, which is not installed; type pip install -e '.[{name}]'"
                 ) from error
-            except Exception as error:  # of a package that does not fit the others
+            except Exception as error:  # importing runs the package's code, which may raise anything
                 raise UserError(f"{module} cannot be imported: {one_line(error)}; leave {name} out") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gpt2_jax.planning.hlo import COLLECTIVES
+from gpt2_jax.planning.hlo import COLLECTIVES, INSTRUCTION
 
 N_LONGEST = 10
 GAPS, COLLECTIVE, OTHER = "gaps", "collectives", "other"
@@ -30,7 +30,6 @@ PARTS = {
 }
 # Their events last as long as those of the instructions that they call.
 _CALLERS = ("while", "call", "conditional", "async-start", "async-update", "async-done")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONTROL_FLOW = {"while", "body", "cond", "closed_call", "shard_map", "checkpoint", "rematted_computation"}
 
@@ -76,23 +75,23 @@ class Profile:
 
 
 def read_profile(directory: Path, program: str, updates: int) -> Profile:
-    """Reads the trace in a directory.
+    """Reads the newest trace in a directory.
 
     Args:
-        directory: that was given to `jax.profiler.start_trace`, with one trace.
+        directory: that was given to `jax.profiler.start_trace`.
         program: HLO text of the compiled update.
         updates: the number of traced updates.
 
     Raises:
-        ValueError: there is not one trace, or none of its events belongs to the program.
+        ValueError: there is no trace, or none of its events belongs to the program.
     """
-    files = list(directory.rglob("*.xplane.pb"))
-    if len(files) != 1:
-        raise ValueError(f"{directory}: {len(files)} traces; expected one")
+    file = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
+    if file is None:
+        raise ValueError(f"{directory}: no trace")
     module, instructions = _read_program(program)
-    devices = _read_events(files[0], module)
+    devices = _read_events(file, module)
     if not devices:
-        raise ValueError(f"{files[0]}: no event of the program {module}")
+        raise ValueError(f"{file}: no event of the program {module}")
     seconds, part_seconds = 0.0, defaultdict[str, float](float)
     operation_seconds, calls = defaultdict[str, float](float), defaultdict[str, float](float)
     per_update = 1 / (len(devices) * updates)
@@ -122,9 +121,9 @@ def _read_program(text: str) -> tuple[str, dict[str, tuple[str, str]]]:
     """The name of the module, and the opcode and source of every instruction."""
     instructions = {}
     for line in text.splitlines():
-        if found := _INSTRUCTION.match(line):
+        if found := INSTRUCTION.match(line):
             source = _OP_NAME.search(line)
-            instructions[found[1]] = found[2], source[1] if source else ""
+            instructions[found[1]] = found[3], source[1] if source else ""
     return re.sub(r"HloModule ([\w.\-]+).*", r"\1", text.partition("\n")[0]), instructions
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ def traced(
     program.
 
     Args:
-        directory: of the trace. An earlier trace there is deleted.
+        directory: of traces. Each gets a subdirectory named after its time.
         start: updates done before the first call.
         updates: their numbers. Those that were done before are not traced.
         print_line: prints a line about the trace.
@@ -54,9 +53,11 @@ def traced(
             program = update.lower(*jax.tree.map(_abstract, (state, tokens))).compile().as_text() or ""
             jax.block_until_ready(state)
             if not jax.process_index():
-                shutil.rmtree(directory, ignore_errors=True)
-                jax.profiler.start_trace(directory)
-                first = number
+                try:
+                    jax.profiler.start_trace(directory)
+                    first = number
+                except Exception as error:  # the profiler may raise anything; the run continues without a trace
+                    print_line(f"profile: the trace cannot be started: {one_line(error)}")
         if not first:
             return update(state, tokens)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -68,9 +69,8 @@ def traced(
 
     def stop() -> None:
         nonlocal first
-        jax.profiler.stop_trace()
         traced_updates, first = range(first, number + 1), 0
-        for line in _summary(directory, program, traced_updates):
+        for line in _write_trace(directory, program, traced_updates):
             print_line(line)
 
     try:
@@ -84,12 +84,13 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _summary(directory: Path, program: str, updates: range) -> list[str]:
-    """Lines about a trace, which are also written beside it."""
+def _write_trace(directory: Path, program: str, updates: range) -> list[str]:
+    """Ends and writes the trace. Returns lines about it, which are also written beside it."""
     try:
+        jax.profiler.stop_trace()
         text, *table = read_profile(directory, program, len(updates)).lines()
         lines = [f"profile: updates {updates[0]} to {updates[-1]}, {text}", *table]
         (directory / SUMMARY).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    except Exception as error:  # of another version's trace, or of a full disk; the run continues
-        lines = [f"profile: the trace cannot be summarized: {one_line(error)}"]
+    except Exception as error:  # a full disk, a trace of an unknown form: the run continues
+        lines = [f"profile: the trace cannot be written or read: {one_line(error)}"]
     return [*lines, f"type xprof --logdir {directory}, or open its .trace.json.gz with https://ui.perfetto.dev"]

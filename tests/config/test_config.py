@@ -328,6 +328,16 @@ def test_mistakes_with_several_sources_are_one_clear_line(weight, flags, message
         parse(*args)
 
 
+def test_a_key_that_an_earlier_version_wrote_is_left_out_and_named(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("out='x'\nsteps=1\nbatch_size=1\n[data]\ntext='stdlib'\n[log]\nevery=3\nprofile_steps=0\n")
+    notes = []
+    assert read_config(str(path), note=notes.append).log.every == 3
+    assert notes == [f"{path}: log.profile_steps is no longer a key, and is left out"]
+    with pytest.raises(UserError, match=r"unknown key log.profile_steps; did you mean log.profile\?"):
+        read_config(str(path))
+
+
 RUN = "out='x'\nsteps=1000\nbatch_size=1\ncompilation_cache='{}'\n[data]\ntext='stdlib'\n"
 
 

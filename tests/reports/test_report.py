@@ -119,6 +119,8 @@ def test_a_run_with_nothing_but_losses(make_run, tmp_path):
     [
         ('{"step": 41, "tokens": "x", "grad_norm": 1.0}', "has a row with 'grad_norm' and without a count 'tokens'"),
         ('{"step": 41, "tokens": 5, "grad_norm": ' + "9" * 400 + "}", None),
+        ('{"step": 41, "tokens": 5, "layers": {"grad_norm": 3}}', None),
+        ('{"step": 41, "tokens": 5, "layers": {"grad_norm": {"h_0": "x"}}}', None),
         ('{"step": "x"}', "does not hold the row of a run"),
     ],
 )

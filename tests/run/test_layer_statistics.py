@@ -114,7 +114,8 @@ def test_norms_are_those_of_plain_gradients_and_of_the_change_of_the_weights(dat
 
 
 def test_stacked_layers_have_the_same_norms():
-    params = {name: {"a": jnp.arange(4.0) + number} for number, name in enumerate(layer_names(12))}
+    named = {name: {"a": jnp.arange(4.0) + number} for number, name in enumerate(layer_names(12))}
+    params = jax.tree.map(lambda leaf: leaf, named)  # as in a program: sorted by name, h_10 before h_2
     expected = [np.linalg.norm(np.arange(4.0) + number) for number in range(15)]
     np.testing.assert_allclose(norms_by_layer(params), expected, rtol=1e-6)
     np.testing.assert_allclose(norms_by_layer(stack_layers(params)), expected, rtol=1e-6)

@@ -107,12 +107,13 @@ def test_the_busy_time_is_that_of_the_other_file_of_the_trace(tmp_path):
     assert profile.longest[0].calls == 8
 
 
-PROGRAM = """HloModule jit_update, is_scheduled=true
-  %all-reduce-start.1 = f32[8]{0} all-reduce-start(%p), metadata={op_name="jit(update)/psum"}
-  %fusion.1 = f32[8]{0} fusion(%p), metadata={op_name="jit(update)/transpose(jvp(GPT2.hidden))/GPT2._backbone/h_11/attn/mul"}
-  %fusion.2 = f32[8]{0} fusion(%p), metadata={op_name="jit(update)/optimizer/add"}
-  ROOT %while.1 = f32[8]{0} while(%p), body=%body
-"""  # noqa: E501
+BACKWARD = "jit(update)/transpose(jvp(GPT2.hidden))/GPT2._backbone/h_11/attn/mul"
+PROGRAM = f"""HloModule jit_update, is_scheduled=true
+  %all-reduce-start.1 = f32[8]{{0}} all-reduce-start(%p), metadata={{op_name="jit(update)/psum"}}
+  %fusion.1 = f32[8]{{0}} fusion(%p), metadata={{op_name="{BACKWARD}"}}
+  %fusion.2 = f32[8]{{0}} fusion(%p), metadata={{op_name="jit(update)/optimizer/add"}}
+  ROOT %while.1 = f32[8]{{0}} while(%p), body=%body
+"""
 
 
 @pytest.mark.parametrize("kind", ["gpu", "tpu"])
@@ -144,12 +145,28 @@ def test_traces_of_gpus_and_tpus(monkeypatch, tmp_path, kind):
     assert set(names[1:]) == {("optimizer/add", 1), ("all-reduce-start psum", 1)}
 
 
+@pytest.mark.parametrize("method", ["start_trace", "stop_trace"])
+def test_a_profiler_that_fails_does_not_stop_the_run(monkeypatch, tmp_path, method):
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    if method == "stop_trace":
+        monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: None)
+    monkeypatch.setattr(jax.profiler, method, fail)
+    lines = []
+    with traced(jax.jit(lambda state, tokens: (state + 1, None)), tmp_path, 0, range(1, 3), lines.append) as update:
+        assert update(jnp.int32(1), jnp.int32(0))[0] == 2
+        assert update(jnp.int32(2), jnp.int32(0))[0] == 3
+    assert [line for line in lines if line.startswith("profile: ") and line.endswith("No space left on device")]
+    assert len(lines) <= 2
+
+
 def test_a_trace_that_cannot_be_read_does_not_stop_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(operations, "_read_events", lambda *args: {})
     lines = []
     with traced(jax.jit(lambda state, tokens: (state + 1, None)), tmp_path, 0, range(1, 2), lines.append) as update:
         assert update(jnp.int32(1), jnp.int32(0))[0] == 2
-    assert lines[0].startswith("profile: the trace cannot be summarized: ")
+    assert lines[0].startswith("profile: the trace cannot be written or read: ")
     assert "no event of the program jit__lambda" in lines[0]
     assert lines[1].startswith("type xprof --logdir ")
 
