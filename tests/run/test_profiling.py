@@ -61,7 +61,11 @@ def test_a_traced_run_has_the_same_losses(run):
     assert not (plain / "profile").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--model.scan_layers", "true", "--model.remat", "full"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [[], pytest.param(["--model.scan_layers", "true", "--model.remat", "full"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_the_time_of_an_update_is_split_among_the_parts_of_the_model(run, capsys, flags):
     out = run("run", "--log.profile", "6:3", *flags, devices=2)
     lines = (out / "profile" / SUMMARY).read_text().splitlines()
@@ -103,8 +107,9 @@ def test_the_busy_time_is_that_of_the_other_file_of_the_trace(tmp_path):
     assert 2e6 * profile.seconds == pytest.approx(until - min(event["ts"] for event in events), rel=1e-3)
     assert profile.shares["MLP"] > 0.5
     assert sum(profile.shares.values()) == pytest.approx(1)
-    assert profile.longest[0].name == "mlp/dot_general"
-    assert profile.longest[0].calls == 8
+    # Which of the two takes longer depends on the machine and on what else it does.
+    assert {operation.name: operation.calls for operation in profile.longest} == {"mlp/dot_general": 8, "mlp/tanh": 8}
+    assert profile.longest == sorted(profile.longest, key=lambda operation: -operation.seconds)
 
 
 BACKWARD = "jit(update)/transpose(jvp(GPT2.hidden))/GPT2._backbone/h_11/attn/mul"
