@@ -20,9 +20,10 @@ import pytest
 pyte = pytest.importorskip("pyte")
 
 GOLDEN = Path(__file__).parent / "golden"
-FLAGS = ["--config", "quickstart", "--steps", "60", "--model.n_layer", "1", "--model.n_embd", "16",
-         "--model.n_head", "2", "--model.block_size", "16", "--data.text", "text.txt", "--eval.every", "20",
-         "--checkpoint.every", "20", "--eval.sample_tokens", "0", "--log.every", "1", "--out", "run"]  # fmt: skip
+# Two to four seconds of training, with two pictures a second, and several rows after each evaluation.
+FLAGS = ["--config", "quickstart", "--steps", "200", "--model.n_layer", "1", "--model.n_embd", "64",
+         "--model.n_head", "2", "--model.block_size", "64", "--data.text", "text.txt", "--eval.every", "50",
+         "--checkpoint.every", "50", "--eval.sample_tokens", "0", "--log.every", "1", "--out", "run"]  # fmt: skip
 TIMEOUT = 300.0
 
 
@@ -59,6 +60,7 @@ def masked(lines):
     text = re.sub(r"\b[\da-f]{8}\b", "#", text)
     text = re.sub(r"[+-]?\d[\d.,:]*(e[+-]?\d+)?(?:[kMGT]?B|[kM])?", "#", text)
     text = re.sub(r"^time .*?(?=^state)", "time PHASES\n", text, flags=re.MULTILINE | re.DOTALL)  # in their order
+    text = re.sub(r"^(training · )?last checkpoint #$", "", text, flags=re.MULTILINE)  # a save may still be written
     entries = re.sub(r"\n {2,}(?=\S)", " ", text).splitlines()  # continued lines are indented
     lines = (re.sub("#( #)+", "#", " ".join(entry.split())) for entry in entries if entry.strip(" #"))
     return "\n".join(lines) + "\n"
@@ -72,9 +74,9 @@ def test_a_training_on_a_terminal(tmp_path, columns):
     assert max(map(len, lines)) <= columns
     live = [screen for screen in screens if any("next evaluation at" in line for line in screen)]
     assert live, "the lines under the bar never appeared"
-    shown = "\n".join(live[-1])
-    for words in (r" \d+/60 ", r"loss \d\.\d{4} [▁-█]+", r"validation \d\.\d{4} at \d+", r"gradient norm \d",
-                  r"learning rate \d", r"tok/s", r"next evaluation at \d+", r"last checkpoint \d+"):  # fmt: skip
+    shown = "\n".join(line for screen in live for line in screen)  # each has what is known by then
+    for words in (r" \d+/200 ", r"loss \d\.\d{4} [▁-█]+", r"validation \d\.\d{4} at \d+", r"gradient norm \d",
+                  r"learning rate \d", r"tok/s", r"next evaluation at \d+", r"next save at \d+"):  # fmt: skip
         assert re.search(words, shown), words
 
 
