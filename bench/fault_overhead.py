@@ -122,4 +122,4 @@ def describe(case: Figures) -> tuple[float, str]:
         f"{case['evaluations_every']} updates {parts['fingerprint']:.3f}%; an update takes "
         f"{1000 * case['update_seconds']:.1f} ms"
     )
-    return sum(parts.values()), details
+    return math.fsum(parts.values()), details  # Python 3.12 changed `sum`
