@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,22 +21,12 @@ TEXT = "".join(f"ROMEO:\nWhat light, number {number}, through yonder window brea
 def newcomer(tmp_path_factory):
     """Runs a command line in the fresh environment and directory, and returns what it prints."""
     home = tmp_path_factory.mktemp("newcomer")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            home,
-            ROOT,
-        ],
-        check=True,
-        capture_output=True,
-    )
+    source = home / "source"  # a copy, as building leaves files of its own
+    shutil.copytree(ROOT / "gpt2_jax", source / "gpt2_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", home]
+    subprocess.run([*build, source], check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
     binaries = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
     # The dependencies are those of this environment: pip would take minutes. Of gpt2_jax it has only a link, which
