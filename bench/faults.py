@@ -34,6 +34,7 @@ from fault_disks import commands, storage
 from fault_runs import TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
 from record import Figures, Rows, arguments, write
 
+from gpt2_jax import runtime
 from gpt2_jax.checkpoint_info import complete_checkpoints
 
 
@@ -298,6 +299,7 @@ def soak(runs: Runs, repeat: int) -> Figures:
 
 def overhead(runs: Runs, repeat: int) -> Figures:
     """The cost in an update, of `repeat` × 100 pairs of updates for the quickstart, and `repeat` × 10 for 124M."""
+    runtime.use_single_malloc_arena()
     return fault_overhead.overhead({"quickstart": 100 * repeat, "124M": 10 * repeat})
 
 
@@ -354,7 +356,7 @@ def main() -> None:
     """Runs the pieces that are not done yet, and writes the file after each."""
     pieces: dict[str, tuple[Callable[..., Figures], int]] = {
         "kills": (kills, 50), "signals": (signals, 20), "damages": (damages, 400), "storage": (storage, 1),
-        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 20),
+        "commands": (commands, 1), "processes": (processes, 10), "soak": (soak, 1), "overhead": (overhead, 50),
     }  # fmt: skip
     parser = arguments(__doc__, repeat=0)
     parser.add_argument("--pieces", nargs="+", choices=pieces, default=list(pieces), metavar="PIECE")

@@ -15,12 +15,13 @@ from typing import Annotated, Literal
 import tyro
 from safetensors import SafetensorError
 
+from gpt2_jax.activity import activity_line
 from gpt2_jax.cli import run_command
 from gpt2_jax.config.flags import parse_flags
 from gpt2_jax.data.tokenizer import tokenizer_name
 from gpt2_jax.errors import UserError, one_line, strip_controls
 from gpt2_jax.files import replace_text, user_path
-from gpt2_jax.interop import MODEL_KINDS, use_model
+from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.gguf import write_gguf
 from gpt2_jax.interop.huggingface import write_huggingface
 from gpt2_jax.interop.llmc import write_llmc
@@ -114,7 +115,8 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         raise UserError(f"--dtype {dtype} is for huggingface, llmc and gguf; {to} is always float32: leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
-    return use_model(source, lambda model: _convert(model.with_fingerprint(), source, to, out, dtype))
+    with activity_line(quiet=not is_on_disk(source)):  # downloads show bars of their own
+        return use_model(source, lambda model: _convert(model.with_fingerprint(), source, to, out, dtype))
 
 
 def _convert(model: StoredModel, source: str, to: Format, out: Path, dtype: ExportDtype) -> Path:

@@ -15,6 +15,7 @@ import tyro
 from jax.sharding import Mesh
 
 from gpt2_jax import runtime
+from gpt2_jax.activity import activity_line
 from gpt2_jax.cli import run_command
 from gpt2_jax.config import Dtype, MeshConfig
 from gpt2_jax.config.flags import parse_flags, take_flags
@@ -29,7 +30,7 @@ from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
 from gpt2_jax.generation import LanguageModel
 from gpt2_jax.hardware import current_hardware
-from gpt2_jax.interop import MODEL_KINDS, use_model
+from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
 from gpt2_jax.resolve import matmul_dtype
@@ -173,7 +174,9 @@ def _evaluate_model(name: str, flags: Flags, tasks: _Tasks, mesh: Mesh, dtype: j
         )
         return evaluator, stored.load(mesh, dtype)
 
-    evaluator, gpt2 = use_model(name, load)
+    downloads = not flags.data or not is_on_disk(name)  # these show bars of their own
+    with activity_line(quiet=downloads or not is_primary()):
+        evaluator, gpt2 = use_model(name, load)
     results = _run(evaluator, gpt2, name) if evaluator else {}
     if tasks.harness:
         from gpt2_jax.evaluation.harness import run_harness

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import tyro
 
 from gpt2_jax import runtime
+from gpt2_jax.activity import activity_line
 from gpt2_jax.cli import run_command, warn
 from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
@@ -18,7 +20,7 @@ from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import LanguageModel, Sampling
 from gpt2_jax.hardware import current_hardware
-from gpt2_jax.interop import MODEL_KINDS, use_model
+from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.resolve import matmul_dtype, slow_generation
 
@@ -81,10 +83,12 @@ def main(args: Sequence[str]) -> int:
 
     texts = [prompt] * flags.samples
     with runtime.advising_on_memory(_smaller(flags, dtype)):
-        gpt2 = use_model(flags.model, load)
-        pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
+        with activity_line(quiet=not is_on_disk(flags.model)):  # downloads show bars of their own
+            gpt2 = use_model(flags.model, load)
+            pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
+            first = next(pieces, [""] * flags.samples)
         _show(prompt)
-        for new in pieces:
+        for new in itertools.chain([first], pieces):
             texts = [text + more for text, more in zip(texts, new, strict=True)]
             _show(new[0])
     _show("\n")

@@ -225,7 +225,11 @@ def loss_figure(rows: Iterable[Row], title: str, references: Mapping[str, float]
 
     tasks = [key for key in curves if "/" in key]
     n_rows = -(-len(tasks) // PANELS)
-    figure = Figure(figsize=(8, 4.5 + 2.2 * n_rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5 + 2.2 * n_rows), dpi=120)
+    if n_rows:
+        figure.set_layout_engine("constrained")  # takes as long as drawing
+    else:
+        figure.subplots_adjust(left=0.1, right=0.97, bottom=0.11, top=0.92)
     grid = figure.add_gridspec(1 + n_rows, PANELS, height_ratios=[4.5] + [2.2] * n_rows)
     axes = figure.add_subplot(grid[0, :])
     if training := curves.get("loss"):

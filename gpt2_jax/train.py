@@ -11,6 +11,7 @@ Anything else is a crash, and the same command resumes from the last checkpoint.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import TextIO
 import jax
 
 from gpt2_jax import runtime
+from gpt2_jax.activity import activity_line
 from gpt2_jax.cli import STARTED, run_command
 from gpt2_jax.compiler_options import compiler_options
 from gpt2_jax.config import TrainConfig
@@ -29,7 +31,7 @@ from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data import open_data
 from gpt2_jax.data.order import BatchSchedule
 from gpt2_jax.data.pipeline import BatchSource, read_ahead
-from gpt2_jax.display import Display, status_line
+from gpt2_jax.display import Display
 from gpt2_jax.distributed.agreement import assert_equal, is_primary, stop_signals
 from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
@@ -51,7 +53,6 @@ from gpt2_jax.run.goodput import Clock
 from gpt2_jax.run.initial import keep_initial_tokenizer, open_initial
 from gpt2_jax.run.layer_statistics import make_add_activations
 from gpt2_jax.run.noise_scale import check_several_gradients
-from gpt2_jax.run.panel import Activity
 from gpt2_jax.run.profiling import parse_updates, traced
 from gpt2_jax.run.provenance import check_same_software
 from gpt2_jax.run.reporting import Reporter, is_due
@@ -79,6 +80,7 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     runtime.use_most_of_gpu_memory()
+    gc.freeze()  # what was imported: to search it for garbage again and again takes a tenth of a second each time
     try:
         with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []
@@ -123,7 +125,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
                     ExitStack() as start_line,
                 ):
                     quiet = not is_primary() or _downloads(config)
-                    start_line.enter_context(status_line(Activity().line, quiet))
+                    start_line.enter_context(activity_line(quiet))
                     return _train(config, devices, rows_to, clock, start_line)
             except RewindError as error:  # resumes in this process, as the same command would
                 config, restored = rewound(config, error, restored)
@@ -269,8 +271,9 @@ def _train(
             if step < config.steps:
                 print_line(f"stopped after update {step} of {config.steps}; the same command resumes it")
                 return 128 + signal_number
-        loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
-        sample = sample_text(model, state.params, data, config)
+        with activity_line(quiet=not is_primary()):
+            loss_sum, n_targets = evaluate(state.params, 0 if data.val_text else config.eval.tokens)
+            sample = sample_text(model, state.params, data, config)
         clock.record(step)
         if is_primary():
             best = checkpoints.best()

@@ -1,22 +1,29 @@
-"""The commands of the guides in docs/, one after the other, with small models and files in place of the large ones."""
+"""The commands of the README and of docs/, one after the other, with small models and files in place of large ones."""
 
 import dataclasses
 import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from token_files import write_llmc
 from torch_gpt2 import torch_gpt2
 
+from gpt2_jax import train
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.convert import convert
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("reproduce", "finetune", "coming-from", "symptoms", "extend")
+ROOT = Path(__file__).parents[1]
+# tests/test_newcomer.py runs docs/start.md. docs/launching.md is for several hosts: tests/distributed.
+PAGES = ("README.md", *(f"docs/{page}.md" for page in (
+    "reproduce", "finetune", "coming-from", "symptoms", "extend", "architecture", "data", "evaluation", "generation",
+    "serving", "training",
+)))  # fmt: skip
 SMALL = GPT2Config(vocab_size=50257, block_size=16, n_layer=1, n_head=2, n_embd=16, attention="xla")
 MODEL = {f"--model.{key}": str(getattr(SMALL, key)) for key in ("block_size", "n_layer", "n_head", "n_embd")}
 TRAINING = {
@@ -34,12 +41,19 @@ LEFT_OUT = {
     "prepare fineweb-10b-tokenized": "downloads 20 GB; tests/data/test_prepare.py reads a hub of its own",
     "--topology h100:8": "needs JAX's CUDA plugin",
     "--topology rtx-4090:1": "needs JAX's CUDA plugin",
+    "lm-eval:": "downloads its examples; tests/evaluation/test_lm_eval.py has some",
+    "lm_eval ": "the same",
+    "data runs/quickstart --update": "reads a run; tests/data/test_batches.py",
+    "--from runs/quickstart --to gguf": "tests/interop/test_gguf.py",
 }
+# A model that is too large, or a checkpoint of a real run.
+SMALLER = {"gpt2": "small", "gpt2-xl": "small", "runs/mine/checkpoints/500": "small"}
+RUNS = ("gpt2-124m", "quickstart", "mine", "small", "large")
 
 
 def commands(page):
     """The commands of a page as lists of words: the name, and its arguments."""
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("python -m gpt2_jax.")]
     kept = [line for line in lines if not any(words in line for words in LEFT_OUT)]
@@ -60,12 +74,19 @@ def files(tmp_path, monkeypatch, gpt2_vocabulary):
     Path("mine/one.txt").write_text(text)
     documents = [json.dumps({"text": f"document {number} " * 20}) for number in range(300)]
     Path("mine/one.jsonl").write_text("\n".join(documents) + "\n")
+    bodies = "".join(json.dumps({"body": f"document {number} " * 20}) + "\n" for number in range(300))
+    Path("mine/more.jsonl.zst").write_bytes(zstandard.compress(bodies.encode()))
     torch_gpt2(SMALL).save_pretrained("small")
     torch_gpt2(dataclasses.replace(SMALL, gelu="exact")).save_pretrained("exact")
     for model, to, out in (("exact", "nanogpt", "ckpt.pt"), ("small", "llmc", "model_00019560.bin")):
         (written,) = [path for path in convert(model, to, f"written/{to}").iterdir() if path.suffix == Path(out).suffix]
         written.rename(out)
     convert("exact", "orbax", "runs/shakespeare-char")
+    Path("notes").mkdir()
+    Path("notes/one.txt").write_text(text)
+    Path("notes/two.md").write_text(text)
+    Path("letter.txt").write_text("Dear")
+    Path("prompts.txt").write_text("One day\n")
     Path("tasks").mkdir()
     Path("tasks/lambada_test.jsonl").write_text('{"text": "one two"}\n' * 2)
     row = json.dumps({"query": "a", "endings": ["b", "c", "d", "e"], "label": 0})
@@ -77,14 +98,19 @@ def files(tmp_path, monkeypatch, gpt2_vocabulary):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_guide_works(page, files, capsys):
+    flags = [word for flag, value in TRAINING.items() for word in (flag, value)]
+    assert train.main(["--config", "gpt2-124m", "--out", "first", *flags]) == 0
+    trained = [args[args.index("--config") + 1] for name, *args in commands(page) if name == "train"]
+    for run in RUNS:
+        if run not in trained:
+            shutil.copytree("first", f"runs/{run}")
     for name, *args in commands(page):
         more = {flag: value for flag, value in FLAGS[name].items() if flag not in args}
         if name == "train" and args[args.index("--config") + 1] == "finetune":
             more["--init_from"] = "small"
         if "--max-new-tokens" in args:
             args[args.index("--max-new-tokens") + 1] = "4"
-        if name in ("generate", "evaluate"):
-            args = ["small" if word == "gpt2" else word for word in args]
+        args = [SMALLER.get(word, word) for word in args]
         args += [word for flag, value in more.items() for word in (flag, value)]
         module = importlib.import_module("gpt2_jax.data.__main__" if name == "data" else f"gpt2_jax.{name}")
         assert module.main(args) == 0, (name, args)

@@ -206,7 +206,7 @@ class LogConfig:
     """Action if the copies differ: end the run with exit code 1, or continue from the newest checkpoint."""
     stall_seconds: float = 0.0
     """Seconds without progress after which a process prints what it waits for and the stacks of its threads.
-    Take more than the longest compilation, evaluation or save lasts. 0 for never."""
+    Take more than the longest compilation, save or batch of an evaluation lasts. 0 for never."""
     stall_exit: bool = False
     """End all processes with exit code 1 at such a stall, so that a launcher restarts them."""
 

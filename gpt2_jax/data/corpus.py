@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.config import DataConfig
 from gpt2_jax.data.encode import encode_document
 from gpt2_jax.data.tokenizer import Tokenizer, end_of_text, get_tokenizer
@@ -205,13 +206,16 @@ def tokenize(corpus: Corpus, config: DataConfig) -> TokenizedCorpus:
         characters = "".join(sorted(used))
     tokenizer = get_tokenizer(config.tokenizer, characters)
 
-    def parts(documents: Sequence[Document]) -> list[np.ndarray]:
-        return [encode_document(tokenizer, document.content, document.name) for document in documents]
-
     val_text = b"".join(document.content for document in corpus.val)
     if end_of_text(tokenizer) is None:  # nothing precedes the first character, so it is not predicted
         val_text = val_text.decode("utf-8", "replace")[1:].encode()
-    train, val = parts(corpus.train), parts(corpus.val)
+    texts = [*corpus.train, *corpus.val]
+    total = sum(len(document.content) for document in texts)
+    tokens = [
+        encode_document(tokenizer, document.content, document.name)
+        for document in tracked(texts, total, lambda document: len(document.content))
+    ]
+    train, val = tokens[: len(corpus.train)], tokens[len(corpus.train) :]
     names = [document.name for document in corpus.train]
     documents = tuple(zip(names, itertools.accumulate(map(len, train), initial=0), strict=False))
     return TokenizedCorpus(np.concatenate(train), np.concatenate(val), val_text, tokenizer, documents)

@@ -81,7 +81,7 @@ class _Meter:
     """
 
     def __init__(self, writer: ShardWriter, total: int, limit: int) -> None:
-        self.display = Display(0, 1 if total or limit else 0, "starting", counts=False)
+        self.display = Display(0, 1 if total or limit else 0, "starting the workers", counts=False)
         self._writer, self._total, self._limit = writer, total, limit
         self._start, self._start_bytes = time.perf_counter(), writer.text_bytes
         self._start_share: float | None = None  # done after the first block

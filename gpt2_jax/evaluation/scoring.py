@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.attention import choose
 from gpt2_jax.attention.backend import Problem
 from gpt2_jax.attention.packed import Packed
@@ -79,7 +80,8 @@ class Scorer:
         # One program for all batches: which rows share one depends on the number of devices.
         single = length <= self.model.config.block_size and all(len(row) == 1 == len(row[0].slots) for row in rows)
         waiting: tuple[Any, list[list[tuple[Slot, int]]]] | None = None
-        for start in range(0, len(rows), at_once):
+        starts = range(0, len(rows), at_once)
+        for start in tracked(starts, len(starts)):
             part = rows[start : start + at_once]
             arrays, scored = layout(part + [[]] * (at_once - len(part)), length)
             # One is computed and one waits. With many that wait, collectives on CPUs can block each other forever.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,6 +78,13 @@ def _open_directory(name: str, path: Path) -> StoredModel:
     raise UserError(
         f"{name} is a directory without config.json, checkpoints, ckpt.pt or model_*.bin; expected {MODEL_KINDS}"
     )
+
+
+def is_on_disk(name: str) -> bool:
+    """True if a MODEL is a file or a directory, so that opening it downloads nothing."""
+    with suppress(OSError, ValueError):  # no path at all
+        return Path(name).exists()
+    return False
 
 
 def use_model(name: str, use: Callable[[StoredModel], T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.config.validation import MODEL_LIMITS
 from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
@@ -144,7 +146,9 @@ class StoredModel:
         Raises:
             DamagedError: after the last one, if they do not have the expected fingerprint.
         """
-        for name in parameter_shapes(self.config):
+        shapes = parameter_shapes(self.config)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        for name in tracked(sizes, sum(sizes.values()), lambda name: sizes[name]):
             yield name, self.parameter(name)
         self._check_fingerprint()
 
@@ -182,8 +186,11 @@ class StoredModel:
                 array[...] = self.parameter("/".join([first, *rest]))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
-        params: Params = jax.tree_util.tree_map_with_path(fill, abstract)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+        total = sum(leaf.size for _, leaf in leaves)
+        arrays = [fill(path, leaf) for path, leaf in tracked(leaves, total, lambda item: item[1].size)]
         self._check_fingerprint()
+        params: Params = jax.tree.unflatten(structure, arrays)
         return params
 
 

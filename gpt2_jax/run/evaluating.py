@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.pipeline import TokenWindows, eval_batches
@@ -29,8 +30,9 @@ def validation_loss(
     batch_size = mesh.size * micro_batch_size(config.batch_size, config.micro_batch_limit, mesh.size)
     sharding, rows = batch_sharding(mesh, leading_axis=False), functools.partial(local_rows, mesh)
     batches = eval_batches(windows, batch_size, limit, rows)
+    targets = windows.n_tokens - len(windows.streams)
     sums: list[tuple[jax.Array, jax.Array]] = []
-    for batch in batches:
+    for batch in tracked(batches, min(limit or targets, targets), lambda _: batch_size * windows.block_size):
         sums.append(eval_step(params, put_batch(batch, sharding)))
         # One is computed and one waits. With 32 that wait, collectives on CPUs can block each other forever.
         jax.block_until_ready(sums[-2:-1])

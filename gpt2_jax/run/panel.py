@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
+from gpt2_jax.activity import DEVICE, Stopwatch
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.display import duration, si
 from gpt2_jax.metrics import Row
-from gpt2_jax.run.stalls import DEVICE, describe
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND = 16  # blocks of the loss, at most
@@ -38,7 +35,7 @@ class Panel:
         self._best: tuple[int, float] | None = None
         self.checkpoint = 0
         """The newest checkpoint."""
-        self._activity = Activity()
+        self._stopwatch = Stopwatch()
 
     def resume(self, rows: Iterable[Row]) -> None:
         """Takes note of the rows before the process started."""
@@ -85,36 +82,17 @@ class Panel:
         return [Text(part) for part in parts]
 
     def _work(self) -> list[Text]:
-        doing, seconds = self._activity.current()
-        is_training = doing == DEVICE or seconds < LONG_SECONDS
+        activity, seconds = self._stopwatch.read()
+        is_training = activity.doing == DEVICE or seconds < LONG_SECONDS
         parts = [Text("training")] if self.step < self._config.steps else []
         if not is_training:
-            parts = [Text(f"{doing}, {duration(seconds)}", "yellow")]
+            parts = [Text(f"{activity}, {duration(seconds)}", "yellow")]
         for noun, every in (("evaluation", self._config.eval.every), ("save", self._config.checkpoint.every)):
             if every and (due := self.step - self.step % every + every) <= self._config.steps:
                 parts.append(Text(f"next {noun} at {due:,}"))
         if self.checkpoint:
             parts.append(Text(f"last checkpoint {self.checkpoint:,}"))
         return parts
-
-
-class Activity:
-    """What the thread that creates it does, for another thread that asks now and then."""
-
-    def __init__(self) -> None:
-        self._thread, self._doing, self._since = threading.get_ident(), "", time.perf_counter()
-
-    def current(self) -> tuple[str, float]:
-        """What the thread does, in words, and for how many seconds the answer has been the same."""
-        doing, now = describe(sys._current_frames().get(self._thread)), time.perf_counter()
-        if doing != self._doing:
-            self._doing, self._since = doing, now
-        return doing, now - self._since
-
-    def line(self) -> str:
-        """`current` as text."""
-        doing, seconds = self.current()
-        return f"{doing}, {duration(seconds)}"
 
 
 def flow(parts: Sequence[Text], width: int) -> Iterator[Text]:

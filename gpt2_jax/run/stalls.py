@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any
 
 import jax
 
+from gpt2_jax.activity import DEVICE, Activity, activity_of
 from gpt2_jax.config import LogConfig
 from gpt2_jax.distributed.agreement import coordination_client
 from gpt2_jax.distributed.session import RESTART, end_all
@@ -28,57 +28,7 @@ EXIT_CODE = 1  # launchers restart on it
 POLL_SECONDS = 1.0  # at most, between two looks at the training thread
 ANSWER_SECONDS = 10.0  # at most, for the other processes to report the same stall
 
-DEVICE = "waiting for the device"
-# What the training thread is doing while a module, or one function of it, is on its stack. The outermost one counts.
-_DOING = {
-    "gpt2_jax.data.open_data": "reading the data",
-    "gpt2_jax.run.fitting": "searching for the largest micro-batch that fits",
-    "gpt2_jax.run.initial": "loading the initial model",
-    "gpt2_jax.run.evaluating": "evaluating",
-    "gpt2_jax.evaluation.results": "evaluating",
-    "gpt2_jax.run.checkpoints.restore_or_init": "restoring a checkpoint or creating the initial state",
-    "gpt2_jax.run.checkpoints.fingerprint": "comparing the copies of the training state",
-    "gpt2_jax.run.checkpoints": "saving a checkpoint",
-    "gpt2_jax.checkpoint": "waiting for checkpoints on disk",
-    "gpt2_jax.run.directory": "opening the run directory",
-    "gpt2_jax.reports.following": "waiting for trackers",
-    "gpt2_jax.run.samples": "writing text with the model",
-    "gpt2_jax.run.summary": "writing the summary",
-    "gpt2_jax.run.reporting": "writing a report to the terminal, metrics.jsonl or loss.png",
-    "gpt2_jax.display": "writing to the terminal",
-    "gpt2_jax.distributed.agreement": "waiting for another process",
-    "grain": "reading a batch of training data",
-}
-_COMPILING = {"jax._src.compiler", "jax._src.interpreters.mlir", "jax._src.interpreters.partial_eval"}
-# A compiled program has no frame of its own: it is called from one of these.
-_CALLS_DEVICE = ("jax", "gpt2_jax.train", "gpt2_jax.step", "gpt2_jax.sharding", "gpt2_jax.run.profiling")
-
 _HOSTS, _STALLS = "gpt2_jax/stalls/host/", "gpt2_jax/stalls/at/"  # directories of the key-value store
-
-
-def describe(frame: FrameType | None) -> str:
-    """What a thread is doing, in words.
-
-    Args:
-        frame: its innermost frame.
-    """
-    places: list[tuple[str, str]] = []  # module and function, from the innermost frame outwards
-    while frame:
-        spec = frame.f_globals.get("__spec__")  # knows the name of a module that runs as __main__
-        module = spec.name if spec else frame.f_globals.get("__name__", "?")
-        places.append((module, frame.f_code.co_name))
-        frame = frame.f_back
-    if any(module in _COMPILING for module, _ in places):
-        return "compiling"
-    for module, function in reversed(places):
-        found = _DOING.get(f"{module}.{function}") or _DOING.get(module) or _DOING.get(module.partition(".")[0])
-        if found and module == "gpt2_jax.run.reporting" and any(inner.startswith("jax.") for inner, _ in places):
-            return DEVICE  # it fetches the metrics of an update
-        if found:
-            return found
-    module, function = places[0] if places else ("?", "?")
-    calls_device = any(module == name or module.startswith(f"{name}.") for name in _CALLS_DEVICE)
-    return DEVICE if calls_device else f"in {module}.{function}"
 
 
 class Watch:
@@ -88,7 +38,7 @@ class Watch:
 
     Args:
         seconds: without progress, until a stall is reported. Progress is a completed update, or a change of what the
-            thread is doing.
+            thread is doing or of how much of it is done.
         ends_run: a stall also ends all processes, with exit code 1.
         peers: the other processes; None if there are none.
     """
@@ -110,8 +60,8 @@ class Watch:
         self._stop.set()
         self._thread.join(timeout=1.0)  # not forever: it may wait for a process 0 that hangs
 
-    def _look(self) -> tuple[int, str]:
-        return self.step, describe(sys._current_frames().get(self._watched))
+    def _look(self) -> tuple[int, Activity]:
+        return self.step, activity_of(self._watched)
 
     def _run(self) -> None:
         seen, since, polls, reported = self._look(), time.monotonic(), 0, False
@@ -119,7 +69,8 @@ class Watch:
             now = self._look()
             if now != seen:
                 if reported:
-                    _print(f"{self._name()}goes on after {time.monotonic() - since:.0f} s, {now[1]}{_after(now[0])}")
+                    moves = f"goes on after {time.monotonic() - since:.0f} s, {now[1].doing}{_after(now[0])}"
+                    _print(f"{self._name()}{moves}")
                     if self._peers:
                         self._peers.withdraw()
                 seen, since, polls, reported = now, time.monotonic(), 0, False
@@ -132,14 +83,15 @@ class Watch:
     def _name(self) -> str:
         return f"{self._peers.name()}: " if self._peers else ""
 
-    def _report(self, step: int, doing: str) -> None:
+    def _report(self, step: int, activity: Activity) -> None:
         waited = f"no progress for {self._seconds:g} s{_after(step)}"
-        _print(f"{self._name()}{waited}, {doing}; the stacks of all threads:")
+        _print(f"{self._name()}{waited}, {activity}; the stacks of all threads:")
         with suppress(OSError, ValueError, RuntimeError, AttributeError):  # stderr is closed, or no file
             faulthandler.dump_traceback(all_threads=True)
-        if self._peers and (line := self._peers.ask(step, doing, min(self._seconds, ANSWER_SECONDS), self._stop)):
+        answer_seconds = min(self._seconds, ANSWER_SECONDS)
+        if self._peers and (line := self._peers.ask(step, activity.doing, answer_seconds, self._stop)):
             _print(line)
-        if self._ends_run and not self._stop.is_set() and self._look() == (step, doing):
+        if self._ends_run and not self._stop.is_set() and self._look() == (step, activity):
             restart = RESTART if self._peers else "the same command resumes from the last checkpoint"
             _print(f"{self._name()}ending the run with exit code {EXIT_CODE}; {restart}")
             end_all(EXIT_CODE)
@@ -171,7 +123,7 @@ class Peers:
 
         Args:
             step: the last completed update of this process.
-            doing: what it does, from `describe`.
+            doing: what it does, in words.
             seconds: to wait at most, or until `stop` is set.
 
         Returns:

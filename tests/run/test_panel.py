@@ -2,17 +2,15 @@
 
 import json
 import re
-import threading
-import time
 
 import pytest
 from rich.text import Text
 
+from gpt2_jax import activity
+from gpt2_jax.activity import DEVICE, Activity
 from gpt2_jax.config import CheckpointConfig, EvalConfig, GPT2Config, TrainConfig
-from gpt2_jax.run import panel as panels
 from gpt2_jax.run.curve import draw_losses
-from gpt2_jax.run.panel import BLOCKS, TREND, Activity, Panel, Trend, flow
-from gpt2_jax.run.stalls import DEVICE
+from gpt2_jax.run.panel import BLOCKS, TREND, Panel, Trend, flow
 
 ROW = {"step": 120, "tokens": 30_720, "loss": 2.34567, "grad_norm": 0.51234, "learning_rate": 6e-4,
        "tokens_per_second": 12345.6, "mfu": 0.512}  # fmt: skip
@@ -20,13 +18,13 @@ ROW = {"step": 120, "tokens": 30_720, "loss": 2.34567, "grad_norm": 0.51234, "le
 
 @pytest.fixture
 def panel(monkeypatch):
-    monkeypatch.setattr(panels, "describe", lambda frame: panel.doing)
+    monkeypatch.setattr(activity, "activity_of", lambda thread: Activity(panel.doing, panel.share))
     config = TrainConfig(
         out="run", steps=1000, batch_size=4, model=GPT2Config(), eval=EvalConfig(every=250),
         checkpoint=CheckpointConfig(every=500),
     )  # fmt: skip
     panel = Panel(config, start=0)
-    panel.doing = DEVICE
+    panel.doing, panel.share = DEVICE, None
     return panel
 
 
@@ -75,31 +73,15 @@ def test_a_resumed_run_knows_what_was_best(panel):
 
 def test_work_that_takes_long_is_named(panel, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(panels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(activity.time, "perf_counter", lambda: now[0])
     panel.doing = "compiling"
     assert shown(panel)[-1].startswith("training")  # it began just now
     now[0] += 65
     assert shown(panel)[-1].startswith("compiling, 1:05 · ")
+    panel.share = 0.425
+    assert shown(panel)[-1].startswith("compiling, 42%, 1:05 · ")
     panel.doing = DEVICE
     assert shown(panel)[-1].startswith("training · ")
-
-
-def test_what_another_thread_does():
-    started, end = threading.Event(), threading.Event()
-    found: list[Activity] = []
-
-    def work():
-        found.append(Activity())
-        started.set()
-        end.wait()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    started.wait()
-    while found[0].line() != "in threading.wait, 0:00":  # it is on its way there
-        time.sleep(0.001)
-    end.set()
-    thread.join()
 
 
 def test_a_trend_keeps_means_of_equally_many_values():

@@ -1,6 +1,5 @@
 """Stalls: when one is reported, what it says the run waits for, and which process is named."""
 
-import importlib
 import json
 import os
 import re
@@ -8,22 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-import types
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import pytest
 from xla_flags import FAST_COMPILE
 
 from gpt2_jax import train as training
+from gpt2_jax.activity import DEVICE, Activity
 from gpt2_jax.config import LogConfig, differences
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.validation import validate
-from gpt2_jax.data.pipeline import read_ahead
 from gpt2_jax.errors import UserError
 from gpt2_jax.run import stalls
-from gpt2_jax.run.stalls import DEVICE, Peers, Watch, compare, describe, watched
+from gpt2_jax.run.stalls import Peers, Watch, compare, watched
 
 TINY = ["--config", "quickstart", "--batch_size", "2", "--model.n_layer", "1", "--model.n_embd", "8",
         "--model.n_head", "1", "--model.block_size", "8", "--optimizer.warmup_steps", "1", "--eval.tokens", "8",
@@ -60,7 +56,7 @@ class Script:
 def lines_of(monkeypatch, capfd):
     """The lines of a watch over 1 s that looks at these updates and phases, every quarter of a second."""
     doing = ["waiting"]
-    monkeypatch.setattr(stalls, "describe", lambda frame: doing[0])
+    monkeypatch.setattr(stalls, "activity_of", lambda thread: Activity(*doing[0].split(":")))
 
     def lines_of(*acts, **keywords):
         watch = Watch(1.0, **keywords)
@@ -77,6 +73,10 @@ def test_slow_updates_are_no_stall(lines_of):
 
 def test_another_phase_is_progress(lines_of):
     assert lines_of(*((3, phase) for phase in ("waiting", "evaluating", "saving", "waiting") for _ in range(4))) == []
+
+
+def test_more_that_is_done_is_progress(lines_of):
+    assert lines_of(*((3, f"evaluating:{count}") for count in range(4) for _ in range(4))) == []
 
 
 def test_a_stall_is_reported_once_and_again_after_progress(lines_of):
@@ -131,95 +131,6 @@ def test_keys_are_checked_and_change_no_mathematics():
         validate(parse_args("train", "", [*TINY, "--log.stall_seconds", "-1"]))
     with pytest.raises(UserError, match=r"needs log.stall_seconds above 0; type --log.stall_seconds 600"):
         validate(parse_args("train", "", [*TINY, "--log.stall_exit", "true"]))
-
-
-# --- what a thread does ----------------------------------------------------------------------------------
-
-
-def what_it_does(work):
-    """What `describe` says of a thread in the middle of `work`, which gets a function to wait in."""
-    inside, leave = threading.Event(), threading.Event()
-
-    def wait(*_):
-        inside.set()
-        assert leave.wait(20)
-
-    thread = threading.Thread(target=work, args=(wait,))
-    thread.start()
-    assert inside.wait(20)
-    time.sleep(0.05)  # until those that wait for it do
-    said = describe(sys._current_frames()[thread.ident])
-    leave.set()
-    thread.join()
-    return said
-
-
-def test_names_a_batch():
-    class Source:
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            return self.wait() or index
-
-    def work(wait):
-        Source.wait = staticmethod(wait)
-        list(read_ahead(Source(), 0, 4))
-
-    assert what_it_does(work) == "reading a batch of training data"
-
-
-def test_names_compilation():
-    def work(wait):
-        jax.jit(lambda x: wait() or x + 1).lower(jnp.zeros(3))
-
-    assert what_it_does(work) == "compiling"
-
-
-def test_names_the_place_it_does_not_know():
-    assert what_it_does(lambda wait: wait()) == "in threading.wait"
-
-
-@pytest.mark.parametrize(
-    ("modules", "expected"),
-    [
-        ({"gpt2_jax.train": "train"}, DEVICE),  # a compiled program has no frame
-        ({"gpt2_jax.train": "train", "jax._src.api": "block_until_ready"}, DEVICE),
-        ({"gpt2_jax.train": "train", "gpt2_jax.run.reporting": "update", "jax._src.array": "_value"}, DEVICE),
-        ({"gpt2_jax.run.reporting": "update", "rich.console": "print"}, stalls._DOING["gpt2_jax.run.reporting"]),
-        ({"gpt2_jax.run.evaluating": "validation_loss", "jax._src.array": "_value"}, "evaluating"),
-        ({"gpt2_jax.run.checkpoints": "save", "gpt2_jax.distributed.agreement": "barrier"}, "saving a checkpoint"),
-        ({"gpt2_jax.run.checkpoints": "restore_or_init"}, stalls._DOING["gpt2_jax.run.checkpoints.restore_or_init"]),
-        ({"gpt2_jax.distributed.agreement": "stop_requested", "jax.experimental": "f"}, "waiting for another process"),
-    ],
-)
-def test_names_the_outermost_phase(modules, expected):
-    frame = None
-    for module, function in modules.items():  # each calls the next
-        frame = Frame({"__name__": module}, types.SimpleNamespace(co_name=function), frame)
-    assert describe(frame) == expected
-
-
-class Frame(NamedTuple):
-    """What `describe` reads of a frame."""
-
-    f_globals: dict[str, str]
-    f_code: types.SimpleNamespace
-    f_back: "Frame | None"
-
-
-def test_every_place_exists():
-    """A module or method that is renamed would lose its words."""
-    for place in stalls._DOING:
-        module, _, method = place.rpartition(".")
-        if method in ("restore_or_init", "fingerprint"):
-            assert hasattr(importlib.import_module(module).RunCheckpoints, method)
-        elif method == "open_data":
-            assert hasattr(importlib.import_module(module), method)
-        else:
-            importlib.import_module(place)
-    for module in (*stalls._COMPILING, *stalls._CALLS_DEVICE):
-        importlib.import_module(module)
 
 
 # --- several processes -----------------------------------------------------------------------------------
