@@ -61,6 +61,7 @@ class Row(NamedTuple):
 
 # In the order of the table. tests/planning compares its own compiles with four of them.
 ROWS = [
+    Row("gpt2-124m", "v5e:1x1", "v5e-1"),
     Row("gpt2-124m", "v5e:2x4", "v5e-8"),
     Row("gpt2-124m", "v5e:4x8", "v5e-32"),
     Row("gpt2-124m", "v5e:16x16", "v5e-256"),
@@ -70,6 +71,7 @@ ROWS = [
     Row("gpt2-124m", "v6e:2x4", "v6e-8"),
     Row("gpt2-124m", "h100:8", "8 × H100"),
     Row("gpt2-124m", "h100:64", "64 × H100"),
+    Row("gpt2-355m", "v5e:1x1", "v5e-1"),
     Row("gpt2-355m", "v5e:2x4", "v5e-8"),
     Row("gpt2-355m", "v5e:8x8", "v5e-64"),
     Row("gpt2-355m", "v5p:4x4x4", "v5p-128"),

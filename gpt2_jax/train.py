@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     runtime.use_most_of_gpu_memory()
-    gc.freeze()  # what was imported: to search it for garbage again and again takes a tenth of a second each time
+    gc.freeze()  # A search for garbage takes a tenth of a second if it includes all that was imported.
     try:
         with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []
