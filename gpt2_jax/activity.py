@@ -130,7 +130,9 @@ class Stopwatch:
         return activity, now - self._since
 
     def line(self) -> str:
-        """`read` as text."""
+        """`read` as text; "" if the thread asks itself, as it does where it begins to show the line."""
+        if threading.get_ident() == self._thread:
+            return ""
         activity, seconds = self.read()
         return f"{activity}, {duration(seconds)}"
 

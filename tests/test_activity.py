@@ -160,6 +160,7 @@ def test_what_another_thread_does():
     end.set()
     thread.join()
     assert str(Activity("evaluating")) == "evaluating"
+    assert Stopwatch().line() == ""
 
 
 def test_reading_and_evaluating_have_a_share(tmp_path, monkeypatch):
