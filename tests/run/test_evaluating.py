@@ -27,8 +27,9 @@ def test_two_batches_are_in_flight_at_most(monkeypatch):
 
     monkeypatch.setattr(evaluating, "eval_batches", lambda *_: iter(batches))
     monkeypatch.setattr(evaluating.jax, "block_until_ready", wait)
+    windows = SimpleNamespace(n_tokens=57, streams=[None], block_size=4)
     config = TrainConfig(out="", steps=1, batch_size=2)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    loss = functools.partial(evaluating.validation_loss, eval_step, SimpleNamespace(), config, mesh)
+    loss = functools.partial(evaluating.validation_loss, eval_step, windows, config, mesh)
     assert loss({}, 0) == (8.0 * sum(range(7)), 8 * 7)
     assert len(started) == 7
