@@ -38,7 +38,7 @@ FLAGS = {
 }  # fmt: skip
 # A command that cannot run here, and why. All of them are parsed by tests/test_readme.py.
 LEFT_OUT = {
-    "prepare fineweb-10b-tokenized": "downloads 20 GB; tests/data/test_prepare.py reads a hub of its own",
+    "prepare fineweb-": "downloads up to 20 GB; tests/data/test_prepare.py reads a hub of its own",
     "--topology h100:8": "needs JAX's CUDA plugin",
     "--topology rtx-4090:1": "needs JAX's CUDA plugin",
     "lm-eval:": "downloads its examples; tests/evaluation/test_lm_eval.py has some",
@@ -100,14 +100,19 @@ def files(tmp_path, monkeypatch, gpt2_vocabulary):
 def test_every_command_of_a_guide_works(page, files, capsys):
     flags = [word for flag, value in TRAINING.items() for word in (flag, value)]
     assert train.main(["--config", "gpt2-124m", "--out", "first", *flags]) == 0
-    trained = [args[args.index("--config") + 1] for name, *args in commands(page) if name == "train"]
-    for run in RUNS:
-        if run not in trained:
-            shutil.copytree("first", f"runs/{run}")
+    copies = [f"runs/{run}" for run in RUNS]
+    for run in copies:
+        shutil.copytree("first", run)
     for name, *args in commands(page):
         more = {flag: value for flag, value in FLAGS[name].items() if flag not in args}
-        if name == "train" and args[args.index("--config") + 1] == "finetune":
-            more["--init_from"] = "small"
+        if name == "train":
+            config = args[args.index("--config") + 1]
+            if config == "finetune":
+                more["--init_from"] = "small"
+            out = args[args.index("--out") + 1] if "--out" in args else f"runs/{config}"
+            if out in copies:  # the page trains it itself
+                copies.remove(out)
+                shutil.rmtree(out)
         if "--max-new-tokens" in args:
             args[args.index("--max-new-tokens") + 1] = "4"
         args = [SMALLER.get(word, word) for word in args]

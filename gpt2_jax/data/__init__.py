@@ -101,8 +101,8 @@ def _open_files(config: TrainConfig) -> tuple[Data, TrainConfig]:
     config = dataclasses.replace(config, data=data, model=model)
     train = [_windows(config, open_token_files(paths), paths, data.document_starts) for paths in files]
     val = _windows(config, open_token_files(val_files), val_files)
-    # Only samples and tasks need the tokenizer, and loading it may download it.
-    needed = config.eval.sample_tokens or config.eval.tasks
+    # Only samples, prompts and tasks need the tokenizer, and loading it may download it.
+    needed = config.eval.sample_tokens or config.eval.prompts or config.eval.tasks
     tokenizer = get_tokenizer(data.tokenizer, data.characters) if needed else None
     crc = 0
     for windows in (*train, val):

@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from gpt2_jax import load
@@ -62,6 +63,16 @@ def test_the_run_is_the_same_with_prompts_and_resumes_with_the_same_samples(run,
         file.write(json.dumps({"step": 5, "tokens": 1, "prompt": "", "text": ""}) + "\n")
     assert run("c", *flags) == whole
     assert rows_of(tmp_path / "c" / "samples.jsonl") == samples
+
+
+def test_token_files_are_enough(run, tmp_path):
+    """Without anything else that needs a tokenizer."""
+    for name in ("train", "val"):
+        np.arange(2000, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    files = ["--data.train", tmp_path / "train.bin", "--data.val", tmp_path / "val.bin"]
+    run("d", "--data.text", "", *files, "--data.tokenizer", "bytes", "--model.vocab_size", 2000, "--eval.prompts", "1",
+        "--steps", 2)  # fmt: skip
+    assert [row["prompt"] for row in rows_of(tmp_path / "d" / "samples.jsonl")] == ["1"]
 
 
 @pytest.mark.parametrize(
