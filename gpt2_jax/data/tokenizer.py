@@ -273,7 +273,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
         raise UserError(
             f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); without network, set "
             "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another machine (training on token files needs it "
-            "only for eval.sample_tokens and eval.tasks)"
+            "only for eval.sample_tokens, eval.prompts and eval.tasks)"
         ) from error
 
 
