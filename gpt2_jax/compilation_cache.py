@@ -86,7 +86,7 @@ class ProgramCache:
     def _evict(self, max_bytes: int) -> int:
         """Removes the least recently used files until `max_bytes` or less are left, and returns their size.
 
-        If it removes any, it goes on to 7/8 of that: a full cache is not counted for each new program.
+        If it removes any, it removes down to 7/8 of that: a full cache is not counted for each new program.
         """
         files: list[tuple[float, int, str]] = []
         for entry in os.scandir(self._path):

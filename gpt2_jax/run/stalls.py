@@ -69,7 +69,7 @@ class Watch:
             now = self._look()
             if now != seen:
                 if reported:
-                    moves = f"goes on after {time.monotonic() - since:.0f} s, {now[1].doing}{_after(now[0])}"
+                    moves = f"resumes after {time.monotonic() - since:.0f} s, {now[1].doing}{_after(now[0])}"
                     _print(f"{self._name()}{moves}")
                     if self._peers:
                         self._peers.withdraw()

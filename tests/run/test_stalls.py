@@ -82,7 +82,7 @@ def test_more_that_is_done_is_progress(lines_of):
 def test_a_stall_is_reported_once_and_again_after_progress(lines_of):
     assert lines_of(*[(7, "waiting")] * 20, *[(8, "saving")] * 9) == [
         "stall: no progress for 1 s after update 7, waiting; the stacks of all threads:",
-        "stall: goes on after 0 s, saving after update 8",
+        "stall: resumes after 0 s, saving after update 8",
         "stall: no progress for 1 s after update 8, saving; the stacks of all threads:",
     ]
     assert lines_of(*[(0, "compiling")] * 9) == [
