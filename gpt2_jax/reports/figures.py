@@ -85,22 +85,23 @@ def loss_figure(runs: Sequence[RunRecord]) -> go.Figure:
             )  # fmt: skip
     has_hours = all(run.hours[0] for run in runs)
     titles = [title for title in AXES if title != "Hours" or has_hours]
-    menus = [
-        [{"label": title, "method": "update", "args": [{"x": xs[title]}, {"xaxis.title.text": title}]}
-         for title in titles],
-        [{"label": scale, "method": "relayout", "args": [{"yaxis.type": scale}]} for scale in ("linear", "log")],
-    ]  # fmt: skip
+    axis_buttons = [
+        {"label": title, "method": "update", "args": [{"x": xs[title]}, {"xaxis.title.text": title}]}
+        for title in titles
+    ]
+    scales: list[Any] = [[{"yaxis.type": scale}] for scale in ("log", "linear")]  # by clicks in turn
+    scale_button = {"label": "log", "method": "relayout", "args": scales[0], "args2": scales[1]}
+    menu = {"type": "buttons", "direction": "right", "y": 1.02, "yanchor": "bottom", "font": {"size": 11}}
     figure.update_layout(
         **LAYOUT,
         height=560,
         yaxis={"title": TRAINING["loss"]},
         xaxis={"title": {"text": "Tokens"}},
         updatemenus=[
-            {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": anchor, "y": 1.02,
-             "yanchor": "bottom", "showactive": True}
-            for buttons, x, anchor in zip(menus, (0, 1), ("left", "right"), strict=True)
+            {**menu, "buttons": axis_buttons, "x": 0, "xanchor": "left"},
+            {**menu, "buttons": [scale_button], "x": 1, "xanchor": "right", "active": -1},
         ],
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -111,7 +112,7 @@ def training_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
         return None
     titles = [TRAINING[key] for key in keys]
     noise = [(number, run, found) for number, run in enumerate(runs) if (found := run.noise_scale())]
-    titles += ["Noise scale, and batch size dotted (sequences)"] * bool(noise)
+    titles += ["Noise scale; batch size dotted"] * bool(noise)
     n_rows = len(titles)
     subplots = _plotly("subplots").make_subplots(
         rows=n_rows, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.25 / n_rows
@@ -204,7 +205,8 @@ def time_figure(runs: Sequence[RunRecord]) -> go.Figure | None:
                 x=minutes, y=[html.escape(run.name) for run in timed], orientation="h", name=phase,
                 marker_color=color(number), hovertemplate=f"%{{x:.2f}} minutes {phase}<extra></extra>",
             )  # fmt: skip
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "traceorder": "normal"}
-    layout = {**LAYOUT, "legend": legend, "height": 160 + 45 * len(timed)}
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "traceorder": "normal", "entrywidth": 90,
+              "font": {"size": 11}}  # fmt: skip
+    layout = {**LAYOUT, "legend": legend, "height": 180 + 45 * len(timed)}
     figure.update_layout(**layout, barmode="stack", xaxis_title="Minutes", yaxis={"autorange": "reversed"})
     return figure

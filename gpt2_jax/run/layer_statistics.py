@@ -24,11 +24,11 @@ from gpt2_jax.step import Metrics
 SATURATED = 0.01  # a GELU whose derivative is smaller passes nearly no gradient
 NORMS = ("grad_norm", "update_ratio")  # of embeddings and the last norm too
 STATISTICS = {
-    "grad_norm": "norm of the gradient",
-    "update_ratio": "norm of the update over that of the weights",
-    "residual_rms": "root mean square of the residual stream after the block",
-    "saturated_gelu": f"share of GELUs with a derivative below {SATURATED}",
-    "attention_entropy": "entropy of attention (nats)",
+    "grad_norm": "gradient norm",
+    "update_ratio": "update norm / weight norm",
+    "residual_rms": "RMS of the residual stream",
+    "saturated_gelu": f"GELUs with a derivative < {SATURATED}",
+    "attention_entropy": "attention entropy (nats)",
 }
 
 AddActivations = Callable[[Metrics, Params, jax.Array], Metrics]

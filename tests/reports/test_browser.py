@@ -1,11 +1,13 @@
 """The report in Chromium: it loads nothing, nothing overlaps, legends hide runs, and tooltips show values."""
 
+import json
 import shutil
 from itertools import combinations
 
 import pytest
 
 from gpt2_jax import report
+from gpt2_jax.run.layer_statistics import STATISTICS
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +18,7 @@ BOXES = """() => [...document.querySelectorAll('main > :is(h1, h2, div, details,
 })"""
 LABELS = """() => [...document.querySelectorAll('.plotly-graph-div')].map(plot =>
     [...plot.querySelectorAll(
-        '.gtitle, .xtitle, .ytitle, .legendtext, .updatemenu-button, .annotation-text'
+        '.gtitle, .xtitle, .ytitle, .legendtext, .updatemenu-button, .annotation-text, .cbaxis text'
     )].map(label => {
         const box = label.getBoundingClientRect();
         return [label.textContent, box.left, box.top, box.right, box.bottom];
@@ -36,10 +38,22 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(params=[(1280, 900, 2), (480, 800, 2), (480, 800, 1)], ids=["wide", "narrow", "one run"])
+def add_details(run):
+    """Adds statistics of layers and noise scales to a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[:]:
+        if "loss" in row:
+            row |= {"micro_grad_norm": 3.0, "sequences": 4, "micro_sequences": 2}
+            layers = {f"h_{number}": 1.0 / (row["step"] + number) for number in range(12)}
+            rows.append({"step": row["step"], "tokens": row["tokens"], "layers": dict.fromkeys(STATISTICS, layers)})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(params=[(1280, 900, 2), (480, 800, 2), (420, 800, 1)], ids=["wide", "narrow", "one run"])
 def page(request, browser, runs, tmp_path):
     """The report about one or two runs in a window, with what it logs and asks for."""
     out = tmp_path / "report.html"
+    add_details(runs[0])
     width, height, count = request.param
     assert report.main([*map(str, runs[:count]), "--out", str(out)]) == 0
     page = browser.new_page(viewport={"width": width, "height": height})
@@ -68,6 +82,7 @@ def test_nothing_is_loaded_and_nothing_overlaps(page):
     assert max(box[3] for box in boxes) <= width
     assert [pair for pair in combinations(boxes, 2) if overlaps(*pair)] == []
     for labels in page.evaluate(LABELS):
+        assert [label for label in labels if label[1] < 0 or label[3] > width] == []
         assert [pair for pair in combinations(labels, 2) if overlaps(*pair)] == []
 
 
@@ -97,7 +112,9 @@ def test_tooltips_show_values(page):
 
 def test_buttons_change_the_axes(page):
     plot = page.locator(".plotly-graph-div").first
-    for label, path, value in (("log", "yaxis.type", "log"), ("Updates", "xaxis.title.text", "Updates")):
+    for label, path, value in (
+        ("log", "yaxis.type", "log"), ("log", "yaxis.type", "linear"), ("Updates", "xaxis.title.text", "Updates")
+    ):  # fmt: skip
         plot.locator(".updatemenu-button", has_text=label).click()
         page.wait_for_timeout(300)
         layout = "document.querySelector('.plotly-graph-div').layout"
