@@ -167,4 +167,4 @@ def test_rows_of_a_run_and_what_is_shown_of_them(run, tmp_path):
     page = out.read_text(encoding="utf-8")
     assert page.count("<h2>Layers of layers</h2>") == 1
     assert "Layers of plain" not in page
-    assert json.dumps("entropy of attention (nats)") in page
+    assert json.dumps("attention entropy (nats)") in page
