@@ -39,7 +39,7 @@ from gpt2_jax.sharding import make_mesh
 from gpt2_jax.step import Metrics, init_state, make_train_step
 
 SIZE = (24, 80)  # lines and columns of the terminal
-UPDATES = 50  # in a turn, about three redraws
+UPDATES = 50  # in a turn, about four redraws
 FLAGS = ("--config", "quickstart", "--steps", "1000000", "--optimizer.decay_steps", "1000000", "--model.vocab_size",
          "257")  # fmt: skip
 PLOTS = 5

@@ -1,8 +1,8 @@
 """What the protection costs in an update, piece by piece, in one process. A part of bench/faults.py.
 
 - The step computes the norm of the new parameters, which shows whether all are finite. Updates with and without it take
-  turns. Their gradients cost nothing (a thousandth of the parameters), because those of the model vary by more from one
-  update to the next than the norm takes. The difference is divided by the time of a whole update.
+  turns. In place of the model's gradients they have a thousandth of the parameters, because the time for the model
+  varies by more than the norm takes. The difference is divided by the time of a whole update.
 - The host fetches this norm with the other metrics, compares it and writes it into the row.
 - A fingerprint of the state is computed at each evaluation and at each save. It counts twice where both fall on one
   update, although a run computes it once there. A save also seals what it records beside the arrays.
@@ -62,7 +62,7 @@ def _without_the_norm_of_parameters() -> Iterator[None]:
 
 
 def _free_gradients(model: GPT2, mesh: Mesh) -> Callable[..., tuple[jax.Array, Params]]:
-    """In place of the gradients of the model."""
+    """A function in place of the one that computes the model's loss and gradients."""
     return lambda scale, params, tokens, key: (jnp.ones(1), jax.tree.map(lambda leaf: leaf / 1000, params))
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import fault_overhead
 from fault_disks import commands, storage
 from fault_runs import TIMEOUT, Runs, ended, outcome, rows_of, undisturbed_run, wait_for
-from record import Figures, Rows, arguments, write
+from record import Figures, Rows, arguments, circumstances, write
 
 from gpt2_jax import runtime
 from gpt2_jax.checkpoint_info import complete_checkpoints
@@ -368,13 +368,16 @@ def main() -> None:
         return
     path = args.results / "faults-cpu.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    figures = {piece: known[piece] for piece in pieces if piece in known}
+    figures = {key: known[key] for key in (*pieces, "measured") if key in known}
+    figures.setdefault("measured", {})
     for piece in args.pieces:
         if piece in figures and not args.again:
             continue
         function, default = pieces[piece]
         with tempfile.TemporaryDirectory() as directory:
             figures[piece] = function(Runs(Path(directory)), args.repeat or default)
+        now = circumstances("cpu")
+        figures["measured"][piece] = {key: now[key] for key in ("date", "commit", "uncommitted")}
         undisturbed_run.cache_clear()
         write("faults", figures, rows(figures), args.results, "cpu")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from gpt2_jax.display import duration, status_line
 
-DEVICE = "waiting for the device"
+DEVICE, COMPILING = "waiting for the device", "compiling"
 # What a thread is doing while a module, or one function of it, is on its stack. The outermost one counts.
 _DOING = {
     "gpt2_jax.convert._convert": "converting the model",
@@ -41,7 +41,7 @@ _DOING = {
     "gpt2_jax.distributed.agreement": "waiting for another process",
     "grain": "reading a batch of training data",
 }
-_COMPILING = {"jax._src.compiler", "jax._src.interpreters.mlir", "jax._src.interpreters.partial_eval"}
+_COMPILERS = {"jax._src.compiler", "jax._src.interpreters.mlir", "jax._src.interpreters.partial_eval"}
 # A compiled program has no frame of its own: it is called from one of these.
 _CALLS_DEVICE = ("jax", "gpt2_jax.train", "gpt2_jax.step", "gpt2_jax.sharding", "gpt2_jax.run.profiling")
 
@@ -88,7 +88,8 @@ def activity_of(thread: int) -> Activity:
     Args:
         thread: its identifier.
     """
-    return Activity(describe(sys._current_frames().get(thread)), _SHARES.get(thread))
+    doing = describe(sys._current_frames().get(thread))
+    return Activity(doing, None if doing == COMPILING else _SHARES.get(thread))
 
 
 def describe(frame: FrameType | None) -> str:
@@ -103,8 +104,8 @@ def describe(frame: FrameType | None) -> str:
         module = spec.name if spec else frame.f_globals.get("__name__", "?")
         places.append((module, frame.f_code.co_name))
         frame = frame.f_back
-    if any(module in _COMPILING for module, _ in places):
-        return "compiling"
+    if any(module in _COMPILERS for module, _ in places):
+        return COMPILING
     for module, function in reversed(places):
         found = _DOING.get(f"{module}.{function}") or _DOING.get(module) or _DOING.get(module.partition(".")[0])
         if found and module == "gpt2_jax.run.reporting" and any(inner.startswith("jax.") for inner, _ in places):

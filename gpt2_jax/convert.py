@@ -54,7 +54,8 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     flags = parse_flags(Flags, args, prog=PROG, description="Convert a model to another format.")
-    out = convert(flags.source, flags.to, flags.out, flags.dtype)
+    with activity_line(quiet=not is_on_disk(flags.source)):  # downloads show bars of their own
+        out = convert(flags.source, flags.to, flags.out, flags.dtype)
     files = sorted(path.name for path in out.iterdir())
     print(strip_controls(f"wrote     {out}: {', '.join(files)}"))
     print(strip_controls(f"next      {_next_command(flags, out, files)}"))
@@ -115,8 +116,7 @@ def convert(source: str, to: Format, out: str | Path, dtype: ExportDtype = "floa
         raise UserError(f"--dtype {dtype} is for huggingface, llmc and gguf; {to} is always float32: leave --dtype out")
     if exists:
         raise UserError(f"{out} exists; give another --out, or move it away")
-    with activity_line(quiet=not is_on_disk(source)):  # downloads show bars of their own
-        return use_model(source, lambda model: _convert(model.with_fingerprint(), source, to, out, dtype))
+    return use_model(source, lambda model: _convert(model.with_fingerprint(), source, to, out, dtype))
 
 
 def _convert(model: StoredModel, source: str, to: Format, out: Path, dtype: ExportDtype) -> Path:

@@ -85,7 +85,7 @@ def main(args: Sequence[str]) -> int:
     with runtime.advising_on_memory(_smaller(flags, dtype)):
         with activity_line(quiet=not is_on_disk(flags.model)):  # downloads show bars of their own
             gpt2 = use_model(flags.model, load)
-            pieces = iter(gpt2.stream([prompt], flags.max_new_tokens or None, sampling))
+            pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
             first = next(pieces, [""] * flags.samples)
         _show(prompt)
         for new in itertools.chain([first], pieces):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -262,3 +263,4 @@ def plot(metrics: Path, image: Path, references: Mapping[str, float] | None = No
     title = metrics.absolute().parent.name
     loss_figure(read_rows(metrics), title, references).savefig(partial, format="png")
     partial.replace(image)
+    gc.collect()  # a figure is a cycle, and Python's own collections are rare: 16 MB of figures waited for one

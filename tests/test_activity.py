@@ -1,6 +1,7 @@
 """What another thread is doing, in words, and how much of it is done."""
 
 import importlib
+import inspect
 import sys
 import threading
 import time
@@ -62,6 +63,16 @@ def test_names_compilation():
     assert what_it_does(work) == "compiling"
 
 
+def test_compilation_has_no_share():
+    def work(wait):
+        for _ in tracked("ab", total=2):
+            jax.jit(lambda x: wait(activity_of(threading.get_ident())) or x + 1).lower(jnp.zeros(3))
+
+    seen = []
+    work(seen.append)
+    assert seen == [Activity("compiling")] * 2
+
+
 def test_names_the_place_it_does_not_know():
     assert what_it_does(lambda wait: wait()) == "in threading.wait"
 
@@ -102,9 +113,9 @@ def test_every_place_exists():
         except ModuleNotFoundError:
             name, _, function = place.rpartition(".")
             module = importlib.import_module(name)
-            classes = [value for value in vars(module).values() if isinstance(value, type)]
-            assert any(function in vars(holder) for holder in (module, *classes)), place
-    for module in (*activity._COMPILING, *activity._CALLS_DEVICE):
+            classes = [value for value in vars(module).values() if getattr(value, "__module__", "") == name]
+            assert any(function in vars(holder) for holder in (module, *filter(inspect.isclass, classes))), place
+    for module in (*activity._COMPILERS, *activity._CALLS_DEVICE):
         importlib.import_module(module)
 
 

@@ -1,6 +1,7 @@
 """Fingerprints: equal on any mesh and in any layout, different for any change."""
 
 import dataclasses
+import re
 import zlib
 
 import jax
@@ -125,3 +126,27 @@ def test_zeros_do_not_count(tiny_config):
     assert array_hash("wte", array) == 0
     array[:2] = 1.0
     assert array_hash("wte", array) == array_hash("wte", array[:2].copy())
+
+
+def test_the_only_collective_gathers_16_bytes_of_each_device(state, tiny_config, monkeypatch):
+    """Read from the compiled programs, with arrays that are sharded and arrays that are not."""
+    jit, programs = jax.jit, []
+
+    def recorded(function, **options):
+        jitted = jit(function, **options)
+
+        def call(*args):
+            programs.append(jitted.lower(*args).compile().as_text())
+            return jitted(*args)
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", recorded)
+    placed, fingerprint = place(state, tiny_config, 2, 4)
+    programs.clear()  # those that placed the state
+    fingerprint(placed)
+    assert len(programs) > 5
+    collectives = re.findall(
+        r"= (\S+) (?:all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", "\n".join(programs), re.MULTILINE
+    )
+    assert [re.sub(r"\{.*", "", shape) for shape in collectives] == ["u32[8,2,2]"]

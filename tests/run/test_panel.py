@@ -78,8 +78,10 @@ def test_work_that_takes_long_is_named(panel, monkeypatch):
     assert shown(panel)[-1].startswith("training")  # it began just now
     now[0] += 65
     assert shown(panel)[-1].startswith("compiling, 1:05 · ")
-    panel.share = 0.425
-    assert shown(panel)[-1].startswith("compiling, 42%, 1:05 · ")
+    panel.doing, panel.share = "evaluating", 0.425
+    assert shown(panel)[-1].startswith("training")
+    now[0] += 65
+    assert shown(panel)[-1].startswith("evaluating, 42%, 1:05 · ")
     panel.doing = DEVICE
     assert shown(panel)[-1].startswith("training · ")
 

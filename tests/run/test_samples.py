@@ -11,6 +11,7 @@ from gpt2_jax import load
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint_info import read_info
 from gpt2_jax.config.flags import parse_args
+from gpt2_jax.data import open_data
 from gpt2_jax.errors import UserError
 
 TINY = """--config quickstart --steps 6 --batch_size 4 --optimizer.warmup_steps 2 --optimizer.decay_steps 6
@@ -65,14 +66,13 @@ def test_the_run_is_the_same_with_prompts_and_resumes_with_the_same_samples(run,
     assert rows_of(tmp_path / "c" / "samples.jsonl") == samples
 
 
-def test_token_files_are_enough(run, tmp_path):
-    """Without anything else that needs a tokenizer."""
+def test_token_files_have_a_tokenizer_for_prompts_alone(tmp_path):
     for name in ("train", "val"):
         np.arange(2000, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
-    files = ["--data.train", tmp_path / "train.bin", "--data.val", tmp_path / "val.bin"]
-    run("d", "--data.text", "", *files, "--data.tokenizer", "bytes", "--model.vocab_size", 2000, "--eval.prompts", "1",
-        "--steps", 2)  # fmt: skip
-    assert [row["prompt"] for row in rows_of(tmp_path / "d" / "samples.jsonl")] == ["1"]
+    flags = [*TINY.split(), "--data.text", "", "--data.train", str(tmp_path / "train.bin"), "--data.val",
+             str(tmp_path / "val.bin"), "--data.tokenizer", "bytes", "--model.vocab_size", "2000"]  # fmt: skip
+    assert open_data(parse_args("train", "", flags))[0].tokenizer is None
+    assert open_data(parse_args("train", "", [*flags, "--eval.prompts", "1"]))[0].tokenizer is not None
 
 
 @pytest.mark.parametrize(
