@@ -10,7 +10,6 @@ plot, one after the other, are a check.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import statistics
@@ -201,7 +200,6 @@ def main() -> None:
     """Measures, and writes display-cpu.json."""
     args = arguments(__doc__, repeat=100).parse_args()
     runtime.use_single_malloc_arena()
-    gc.freeze()
     figures = measure(args.repeat)
     write("display", figures, rows(figures), args.results, "cpu")
 

@@ -11,7 +11,6 @@ Anything else is a crash, and the same command resumes from the last checkpoint.
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import sys
 import time
@@ -80,7 +79,6 @@ def main(args: Sequence[str]) -> int:
     cluster = detect_cluster(flags, os.environ)
     runtime.use_single_malloc_arena()
     runtime.use_most_of_gpu_memory()
-    gc.freeze()  # A search for garbage takes a tenth of a second if it includes all that was imported.
     try:
         with distributed_session(cluster, flags, EXIT_CODES):
             notes: list[str] = []
