@@ -88,33 +88,40 @@ def make_state_fingerprint(mesh: Mesh, abstract_state: Any) -> Callable[[Any], S
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_state)
     by_device, replicated = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-
-    # A program per shape, not one for all arrays, which would take 10 s to compile for 124M on CPU.
-    @functools.cache
-    def adder(shape: tuple[int, ...], spec: P, stacked: bool) -> Callable[..., jax.Array]:
-        def add(table: jax.Array, leaf: jax.Array, salts: jax.Array, cell: jax.Array) -> jax.Array:
-            place = _places(shape, spec, leaf.shape, stacked)
-            salts = salts.reshape(-1, *(1,) * (leaf.ndim - 1)) if stacked else salts[0]
-            total = jnp.sum(_hash(_bits(leaf), place, salts), dtype=jnp.uint32)
-            return table.at[0, cell[0], cell[1]].add(total)
-
-        # check_vma would demand that replicas are equal, which is the question here.
-        specs = (by_device.spec, spec, P(), P())
-        added = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=by_device.spec, check_vma=False)
-        return jax.jit(added, donate_argnums=0)
-
+    zeros = jax.jit(lambda: jnp.zeros((mesh.size, 2, 2), jnp.uint32), out_shardings=by_device)
     gather = jax.jit(lambda table: table, out_shardings=replicated)
+    salts = [_salts(path, leaf.shape) for path, leaf in leaves]
+    cells = [np.array([path[0].name != "params", "fsdp" not in leaf.sharding.spec], np.int32) for path, leaf in leaves]
+    placed = list(zip(*jax.device_put((salts, cells), replicated), strict=True))  # once: it takes longer than hashing
 
     def fingerprint(state: Any) -> StateFingerprint:
-        table = jax.jit(lambda: jnp.zeros((mesh.size, 2, 2), jnp.uint32), out_shardings=by_device)()
-        for (path, leaf), array in zip(leaves, jax.tree.leaves(state), strict=True):
-            spec = leaf.sharding.spec
-            cell = np.array([path[0].name != "params", "fsdp" not in spec], np.int32)
-            add = adder(leaf.shape, spec, is_stacked(path))
-            table = add(table, array, *jax.device_put((_salts(path, leaf.shape), cell), replicated))
+        table = zeros()
+        for (path, leaf), array, (salt, cell) in zip(leaves, jax.tree.leaves(state), placed, strict=True):
+            table = _add(table, array, salt, cell, leaf.sharding, is_stacked(path))
         return StateFingerprint(np.asarray(gather(table)).reshape(*mesh.devices.shape, 2, 2))
 
     return fingerprint
+
+
+# A program per shape, not one for all arrays, which would take 10 s to compile for 124M on CPU.
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
+def _add(
+    table: jax.Array, array: jax.Array, salts: jax.Array, cell: jax.Array, sharding: NamedSharding, stacked: bool
+) -> jax.Array:
+    """Adds the hash of each device's shard of an array to a cell of the device's row: `table` is [devices, 2, 2]."""
+    mesh, spec = sharding.mesh, sharding.spec
+    by_device = P(mesh.axis_names)
+
+    def add(table: jax.Array, shard: jax.Array, salts: jax.Array, cell: jax.Array) -> jax.Array:
+        place = _places(array.shape, spec, shard.shape, stacked)
+        salts = salts.reshape(-1, *(1,) * (shard.ndim - 1)) if stacked else salts[0]
+        total = jnp.sum(_hash(_bits(shard), place, salts), dtype=jnp.uint32)
+        return table.at[0, cell[0], cell[1]].add(total)
+
+    # check_vma would demand that replicas are equal, which is the question here.
+    specs = (by_device, spec, P(), P())
+    added = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=by_device, check_vma=False)
+    return added(table, array, salts, cell)
 
 
 def array_hash(name: str, array: np.ndarray) -> int:

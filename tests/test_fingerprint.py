@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from gpt2_jax import fingerprint as fingerprints
 from gpt2_jax.config import MeshConfig, OptimizerConfig
 from gpt2_jax.fingerprint import array_hash, make_state_fingerprint, to_hex
 from gpt2_jax.layers import stack_layers, unstack_layers
@@ -132,16 +133,15 @@ def test_the_only_collective_gathers_16_bytes_of_each_device(state, tiny_config,
     """Read from the compiled programs, with arrays that are sharded and arrays that are not."""
     jit, programs = jax.jit, []
 
-    def recorded(function, **options):
-        jitted = jit(function, **options)
-
+    def recorded(jitted):
         def call(*args):
             programs.append(jitted.lower(*args).compile().as_text())
             return jitted(*args)
 
         return call
 
-    monkeypatch.setattr(jax, "jit", recorded)
+    monkeypatch.setattr(jax, "jit", lambda function, **options: recorded(jit(function, **options)))
+    monkeypatch.setattr(fingerprints, "_add", recorded(fingerprints._add))
     placed, fingerprint = place(state, tiny_config, 2, 4)
     programs.clear()  # those that placed the state
     fingerprint(placed)
