@@ -172,9 +172,9 @@ def test_a_sequence_beyond_block_size_is_an_error(tiny):
 def test_16_bit_logits_are_summed_in_float32(tiny, dtype, bits):
     model, params = tiny
     tokens = tokens_for(model.config, 2, 32)
-    exact = model.apply({"params": params}, tokens)
+    exact = jax.jit(model.apply)({"params": params}, tokens)
     with jax.numpy_dtype_promotion("standard"):  # Flax's layer norm mixes 16-bit values and float32 statistics
-        rounded = model.clone(dtype=dtype).apply({"params": params}, tokens)
+        rounded = jax.jit(model.clone(dtype=dtype).apply)({"params": params}, tokens)
     assert rounded.dtype == jnp.float32
     # Not rounded to 16 bits at the end: more distinct values than their mantissa can hold in this range.
     assert len(np.unique(rounded)) > 3000

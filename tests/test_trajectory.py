@@ -16,7 +16,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import batch_sharding, make_mesh, put_batch
 from gpt2_jax.step import init_state, make_train_step
 
-CONFIG = GPT2Config(vocab_size=257, block_size=64, n_layer=3, n_head=4, n_embd=64, attention="xla")
+CONFIG = GPT2Config(vocab_size=257, block_size=64, n_layer=2, n_head=4, n_embd=64, attention="xla")
 UPDATES, ACCUMULATION, SEQUENCES = 100, 2, 4
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=10, decay_steps=UPDATES, weight_decay=0.1, clip_norm=1.0

@@ -19,7 +19,7 @@ from gpt2_jax.layers import stack_layers
 from gpt2_jax.model import GPT2, init_cache, init_params
 from gpt2_jax.sharding import make_mesh, state_sharding
 
-CONFIG = GPT2Config(vocab_size=300, block_size=256, n_layer=3, n_head=4, n_embd=64, attention="xla")
+CONFIG = GPT2Config(vocab_size=300, block_size=256, n_layer=2, n_head=4, n_embd=64, attention="xla")
 
 
 @pytest.fixture(scope="module")

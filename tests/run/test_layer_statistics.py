@@ -98,7 +98,7 @@ def test_norms_are_those_of_plain_gradients_and_of_the_change_of_the_weights(dat
     def norms(tree):
         return {name: float(optax.tree.norm(tree[name])) for name in layer_names(3) if name in tree}
 
-    grads = jax.device_get(jax.grad(loss)(before))
+    grads = jax.device_get(jax.jit(jax.grad(loss))(before))
     change = jax.tree.map(lambda new, old: new - old, jax.device_get(state.params), before)
     if scan_layers:
         grads, change, before = (
