@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import NamedTuple, TypeVar
 
 from gpt2_jax.display import duration, status_line
@@ -45,7 +45,22 @@ _COMPILERS = {"jax._src.compiler", "jax._src.interpreters.mlir", "jax._src.inter
 # A compiled program has no frame of its own: it is called from one of these.
 _CALLS_DEVICE = ("jax", "gpt2_jax.train", "gpt2_jax.step", "gpt2_jax.sharding", "gpt2_jax.run.profiling")
 
-_SHARES: dict[int, float] = {}  # of the work that is done, by the identifier of the thread
+
+class _Share(NamedTuple):
+    """How much of the work of a thread is done.
+
+    Attributes:
+        done: the share of it that is finished.
+        item: the share of it that the current item is.
+        worker: the code of the function that works. Without it on the stack the work was given up.
+    """
+
+    done: float
+    item: float
+    worker: CodeType
+
+
+_SHARES: dict[int, _Share] = {}  # by the identifier of the thread
 
 Item = TypeVar("Item")
 
@@ -53,23 +68,39 @@ Item = TypeVar("Item")
 def tracked(items: Iterable[Item], total: float, size: Callable[[Item], float] = lambda item: 1.0) -> Iterator[Item]:
     """Passes items on, and keeps the share of them that the calling thread has finished for `activity_of`.
 
+    Within an item of other tracked work, it is a share of that item.
+
     Args:
         items: the work.
         total: the size of all items.
         size: of one item.
     """
-    thread, done = threading.get_ident(), 0.0
-    outer = _SHARES.get(thread)
+    thread, worker = threading.get_ident(), sys._getframe(1)
+    outer = _share(thread, worker)
+    done, whole = (outer.done, outer.item) if outer else (0.0, 1.0)
+    code, share = worker.f_code, None
+    del worker  # it holds this generator
     try:
         for item in items:
-            _SHARES[thread] = min(done / total, 1.0) if total else 0.0
+            part = whole * size(item) / total if total else 0.0
+            share = _SHARES[thread] = _Share(min(done, 1.0), part, code)
             yield item
-            done += size(item)
-    finally:
-        if outer is None:
+            done += part
+    finally:  # it may come late, when the generator is collected
+        if _SHARES.get(thread) is share:
             _SHARES.pop(thread, None)
-        else:
-            _SHARES[thread] = outer
+            if outer:
+                _SHARES[thread] = outer
+
+
+def _share(thread: int, frame: FrameType | None) -> _Share | None:
+    """The share of the work of a thread, if one of the frames from this one outwards works on it."""
+    share = _SHARES.get(thread)
+    while frame and share:
+        if frame.f_code is share.worker:
+            return share
+        frame = frame.f_back
+    return None
 
 
 class Activity(NamedTuple):
@@ -88,8 +119,9 @@ def activity_of(thread: int) -> Activity:
     Args:
         thread: its identifier.
     """
-    doing = describe(sys._current_frames().get(thread))
-    return Activity(doing, None if doing == COMPILING else _SHARES.get(thread))
+    frame = sys._current_frames().get(thread)
+    doing, share = describe(frame), _share(thread, frame)
+    return Activity(doing, None if doing == COMPILING or share is None else share.done)
 
 
 def describe(frame: FrameType | None) -> str:

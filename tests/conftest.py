@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays alive: scanning it in every garbage collection takes a tenth of the tests' time."""
+    """Fewer garbage collections, without what was imported: at Python's pace they take a third of the tests' time."""
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:

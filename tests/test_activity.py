@@ -17,8 +17,9 @@ from gpt2_jax import activity
 from gpt2_jax.activity import DEVICE, Activity, Stopwatch, activity_of, describe, tracked
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.flags import parse_args
-from gpt2_jax.data import corpus, open_data
+from gpt2_jax.data import corpus, encode, open_data
 from gpt2_jax.data.pipeline import read_ahead
+from gpt2_jax.data.tokenizer import gpt2_encoding
 from gpt2_jax.run.evaluating import validation_loss
 from gpt2_jax.sharding import make_mesh
 
@@ -134,13 +135,13 @@ def test_the_share_of_the_items_that_are_finished():
     assert share_here() is None
 
 
-def test_work_within_work_has_its_own_share():
+def test_work_within_work_is_a_part_of_its_share():
     shares = []
     for _ in tracked("ab", total=2):
         for _ in tracked("cd", total=2):
             shares.append(share_here())
         shares.append(share_here())
-    assert shares == [0.0, 0.5, 0.0, 0.0, 0.5, 0.5]
+    assert shares == [0.0, 0.25, 0.0, 0.5, 0.75, 0.5]
 
 
 def test_an_error_ends_the_share():
@@ -148,9 +149,25 @@ def test_an_error_ends_the_share():
         for _ in tracked("ab", total=0):
             raise ValueError(share_here())
 
-    with pytest.raises(ValueError, match=r"0\.0"):
+    with pytest.raises(ValueError, match=r"0\.0") as kept:
         fail()
     assert share_here() is None
+    for _ in tracked("ab", total=2):
+        shares = [share_here()]
+        kept = None  # what was given up ends now
+        shares.append(share_here())
+        assert shares[0] == shares[1] is not None
+    assert kept is share_here() is None
+
+
+def test_a_long_text_has_a_share(gpt2_vocabulary, monkeypatch):
+    monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: None)  # no gigatoken
+    monkeypatch.setattr(encode, "PIECE_BYTES", 100)
+    shares = []
+    encode_piece = encode.encode_byte_pairs
+    monkeypatch.setattr(encode, "encode_byte_pairs", lambda *args: shares.append(share_here()) or encode_piece(*args))
+    encode.encode_document(gpt2_encoding(), b"word " * 100)
+    np.testing.assert_allclose(shares, [0.0, 0.198, 0.388, 0.578, 0.768, 0.958])  # cuts are before spaces: 99, 95, …
 
 
 def test_what_another_thread_does():
@@ -179,8 +196,8 @@ def test_reading_and_evaluating_have_a_share(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text("some words " * 40)
     shares = []
-    encode = corpus.encode_document
-    monkeypatch.setattr(corpus, "encode_document", lambda *args: shares.append(share_here()) or encode(*args))
+    encode_document = corpus.encode_document
+    monkeypatch.setattr(corpus, "encode_document", lambda *args: shares.append(share_here()) or encode_document(*args))
     flags = ["--config", "quickstart", "--data.text", str(tmp_path / "*.txt"), "--model.block_size", "16",
              "--batch_size", "2", "--micro_batch_size", "2"]  # fmt: skip
     data, config = open_data(parse_args("train", "", flags))

@@ -183,7 +183,7 @@ def test_killed_at_random_moments(tiny_run, tmp_path):
 def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     out = tmp_path / "run"
     args = ["--config", "quickstart", "--out", out, "--steps", "24", "--optimizer.warmup_steps", "5"]
-    args += ["--log.every", "1", "--eval.sample_tokens", "60", "--data.val_fraction", "0.003"]
+    args += ["--log.every", "1", "--eval.sample_tokens", "60", "--data.val_fraction", "0.01"]
     code, output = finish(command(args, cwd=tmp_path))
     assert code == 0, output
     losses = list(rows(out, "loss").values())

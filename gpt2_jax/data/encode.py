@@ -8,15 +8,17 @@ import importlib.util
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.data.tokenizer import Tokenizer, encode_byte_pairs, end_of_text
 from gpt2_jax.errors import UserError
 
+PIECE_BYTES = 1 << 20  # of a text, encoded at once
 SPACES = re.compile(r"\s*")
 BEFORE_SPACE = re.compile(rb"[^ \t\n\r\x0b\x0c\x1c-\x1f](?=[ \t\n\r])")
 
@@ -32,8 +34,10 @@ def encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray]:
     if tokenizer.name == "bytes":  # as fast as a copy
         return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     if uses_gigatoken(tokenizer.name):
-        return _gigatoken(tokenizer)
-    return lambda text: encode_byte_pairs(tokenizer, text.decode("utf-8")).astype(np.uint16)
+        return functools.partial(_encode_in_pieces, _gigatoken(tokenizer), _Gigatoken.PIECE_BYTES)
+    return functools.partial(
+        _encode_in_pieces, lambda piece: encode_byte_pairs(tokenizer, piece).astype(np.uint16), PIECE_BYTES
+    )
 
 
 def flaw(error: ValueError) -> str:
@@ -113,6 +117,29 @@ def last_safe_cut(data: bytes) -> int:
         size *= 8
 
 
+def _encode_in_pieces(encode: Callable[[str], np.ndarray], size: int, text: bytes) -> np.ndarray:
+    """Encodes a text in pieces of about `size` bytes, between safe cuts; `tracked` tells how far it is."""
+    parts = [np.empty(0, np.uint16)]
+    for start, piece in tracked(_pieces(text, size), len(text), lambda item: len(item[1])):
+        try:
+            decoded = piece.decode("utf-8")
+        except UnicodeDecodeError as error:  # the offset in the text, not in the piece
+            raise UnicodeDecodeError("utf-8", text, start + error.start, start + error.end, error.reason) from None
+        parts.append(encode(decoded))
+    return np.concatenate(parts)
+
+
+def _pieces(text: bytes, size: int) -> Iterator[tuple[int, bytes]]:
+    """Cuts a text at safe cuts: each piece with its offset. Where a piece has no safe cut, it is all that is left."""
+    start = 0
+    while start < len(text):
+        piece = text[start : start + size]
+        if start + len(piece) < len(text):
+            piece = piece[: last_safe_cut(piece)] or text[start:]
+        yield start, piece
+        start += len(piece)
+
+
 class SpaceCounter:
     """Counts white-space characters in a row, over the blocks of a text."""
 
@@ -148,8 +175,8 @@ def _spaces_before(text: str, end: int) -> int:
 class _Gigatoken:
     """gigatoken's tokenizer with GPT-2's byte pairs. It gets no special tokens, because it would find them in text."""
 
-    CHUNK_BYTES = 1 << 16  # With longer texts gigatoken is slower and holds a hundred megabytes.
-    RENEW_BYTES = 1 << 29  # gigatoken caches every word: a new tokenizer after this much text bounds its memory.
+    PIECE_BYTES = 1 << 16  # With longer texts gigatoken is slower and holds a hundred megabytes.
+    RENEW_CHARACTERS = 1 << 29  # gigatoken caches every word: a new tokenizer after this much text bounds its memory.
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -163,22 +190,12 @@ class _Gigatoken:
         with tempfile.TemporaryDirectory() as directory:  # Windows would not open a temporary file again
             path = Path(directory, "gpt2.tiktoken")
             path.write_bytes(b"".join(self._lines))
-            self._tokenizer, self._bytes = gigatoken.Tokenizer.from_tiktoken(str(path), "gpt2", {}), 0
+            self._tokenizer, self._characters = gigatoken.Tokenizer.from_tiktoken(str(path), "gpt2", {}), 0
 
-    def __call__(self, text: bytes) -> np.ndarray:
-        if self._bytes > self.RENEW_BYTES:
+    def __call__(self, text: str) -> np.ndarray:
+        if self._characters > self.RENEW_CHARACTERS:
             self._renew()
-        self._bytes += len(text)
-        parts, start = [], 0
-        while start < len(text):
-            chunk = text[start : start + self.CHUNK_BYTES]
-            end = last_safe_cut(chunk) if start + len(chunk) < len(text) else len(chunk)
-            chunk = chunk[:end] if end else text[start:]
-            parts.append(self._encode(chunk.decode("utf-8")))
-            start += len(chunk)
-        return np.concatenate([np.empty(0, np.uint16), *parts])
-
-    def _encode(self, text: str) -> np.ndarray:
+        self._characters += len(text)
         # gigatoken and tiktoken know different versions of Unicode, both newer than Python's. They can disagree only
         # about code points that Python's Unicode does not assign.
         if not text.isascii() and _unassigned()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any():

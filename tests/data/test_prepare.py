@@ -298,6 +298,9 @@ def test_encoders_give_the_ids_of_tiktoken(gpt2_vocabulary, shared_data, fast, m
         tokens = encode(text.encode())
         assert tokens.dtype == np.uint16
         np.testing.assert_array_equal(tokens, encoding.encode_ordinary(text))
+    with pytest.raises(UnicodeDecodeError) as error:
+        encode(b"word " * 300_000 + b"\xff")
+    assert error.value.start == 1_500_000
 
     @given(st.text(st.characters(codec="utf-8"), max_size=200))
     @settings(max_examples=300, deadline=None)
