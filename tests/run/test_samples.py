@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -58,10 +59,8 @@ def test_the_run_is_the_same_with_prompts_and_resumes_with_the_same_samples(run,
     expected = load(str(tmp_path / "a")).generate_batch(PROMPTS, 20, seed=1337, slide=True)
     assert [row["prompt"] + row["text"] for row in samples[-3:]] == expected
 
-    resumed = run("c", *flags, "--steps", "4", "--optimizer.decay_steps", "6")
-    assert resumed != whole
-    with (tmp_path / "c" / "samples.jsonl").open("a") as file:  # of updates that were lost
-        file.write(json.dumps({"step": 5, "tokens": 1, "prompt": "", "text": ""}) + "\n")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "checkpoints" / "6")  # what was written after the fourth update is lost
     assert run("c", *flags) == whole
     assert rows_of(tmp_path / "c" / "samples.jsonl") == samples
 
