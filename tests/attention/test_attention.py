@@ -36,7 +36,8 @@ def reference(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
-@pytest.mark.parametrize("time", [1, 7, 128, 513])  # one block of queries, two, and four of which the last is short
+# One block of queries, and four of which the last is short.
+@pytest.mark.parametrize("time", [7, 513, *(pytest.param(time, marks=pytest.mark.slow) for time in (1, 128))])
 def test_xla_equals_jax_forward_and_backward(time):
     for ours, theirs in zip(
         value_and_grads(causal_attention, *qkv(time)), value_and_grads(reference, *qkv(time)), strict=True

@@ -80,7 +80,8 @@ def test_activations_are_those_of_transformers(scan_layers):
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "scan_layers"), [(2, 2, True), pytest.param(1, 1, False, marks=pytest.mark.slow)]
+    ("data", "fsdp", "scan_layers"),
+    [(1, 2, True)] + [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 2, True), (1, 1, False)]],
 )
 def test_norms_are_those_of_plain_gradients_and_of_the_change_of_the_weights(data, fsdp, scan_layers):
     mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])

@@ -58,7 +58,7 @@ def test_the_norms_are_those_of_the_gradients_of_each_micro_batch(tiny_config, d
 
 def test_it_adds_a_scalar_to_the_reduction_and_nothing_when_off(tiny_config):
     def compiled(**noise):
-        mesh = make_mesh(MeshConfig(8, 1), jax.devices()[:8])
+        mesh = make_mesh(MeshConfig(2, 1), jax.devices()[:2])
         model = GPT2(dataclasses.replace(tiny_config, n_layer=1))
         tokens = jax.ShapeDtypeStruct((4, 16, 33), jnp.int32, sharding=batch_sharding(mesh, leading_axis=True))
         state = abstract_state(model, OPTIMIZER, mesh)
