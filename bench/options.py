@@ -69,8 +69,8 @@ class Case(NamedTuple):
 
 
 # One layer for options that change every fusion, several for what happens between layers, then whole models.
-ONE = ("124M, 1 layer", "--config gpt2-124m --model.n_layer 1")
-FOUR = ("124M, 4 layers", "v5e:16x16", "--config gpt2-124m --model.n_layer 4")
+ONE = ("124M, 1 layer", "--config gpt2-124m --micro_batch_size 16 --model.n_layer 1")
+FOUR = ("124M, 4 layers", "v5e:16x16", "--config gpt2-124m --micro_batch_size 16 --model.n_layer 4")
 BYTES = (
     "3 layers on bytes", "v5e:2x4", "--config quickstart --model.n_embd 768 --model.n_head 12 --model.n_layer 3 "
     "--model.block_size 1024 --batch_size 16 --micro_batch_size 2",
@@ -79,7 +79,7 @@ SMALL = (
     "1 layer on bytes", "v5e:2x2", "--config quickstart --model.n_embd 768 --model.n_head 12 --model.n_layer 1 "
     "--model.block_size 256 --batch_size 128 --micro_batch_size 32",
 )  # fmt: skip
-WHOLE = ("124M", "--config gpt2-124m")
+WHOLE = ("124M", "--config gpt2-124m --micro_batch_size 16")
 XL = ("1558M", "v5e:4x4", "--config gpt2-1558m --mesh.fsdp 8 --micro_batch_size 4")
 LIMITS = {"v5e:2x4": 65536, "v6e:2x4": 98304, "v5p:2x2x2": 65472}
 CASES = [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +26,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # Those that decide the bits of the result, by their names in the line about a change.
 _PROGRAM = {"code": "code of gpt2_jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax", "optax": "optax"}
-_DEVICES = {"device": "devices", "mesh": "mesh"}
+_DEVICES = {"device": "devices", "processor": "processor", "mesh": "mesh"}
 
 
 def hash_sources(package: Path) -> str:
@@ -56,20 +58,36 @@ def check_same_software() -> None:
 
 
 def made_by(mesh: Mesh) -> dict[str, str]:
-    """The entry "made_by" of a checkpoint: `software`, the kind of the devices, and the mesh with its processes."""
+    """The entry "made_by" of a checkpoint: `software`, the kind of the devices, and the mesh with its processes.
+
+    On CPU also the model of the processor: matmuls add in an order that depends on its caches.
+    """
+    device = mesh.devices.flat[0]
+    processor = {"processor": processor_name()} if device.platform == "cpu" else {}
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     several = f" over {count} processes" if (count := jax.process_count()) > 1 else ""
-    return {**software(), "device": mesh.devices.flat[0].device_kind, "mesh": shape + several}
+    return {**software(), "device": device.device_kind, **processor, "mesh": shape + several}
+
+
+@functools.cache
+def processor_name() -> str:
+    """The model of the processor by /proc/cpuinfo, as "AMD EPYC, family 25, model 17"; elsewhere by the system."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    names = [re.search(rf"^{key}\s*: (.*)$", info, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    return ", ".join(prefix + name[1] for prefix, name in zip(("", "family ", "model "), names, strict=True) if name)
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The line about what changed since a checkpoint was saved and changes the bits of the result; "" for nothing.
 
     Args:
-        before: `made_by` in the checkpoint. Keys that it does not have did not change.
-        now: `made_by` of this process.
+        before: `made_by` in the checkpoint.
+        now: `made_by` of this process. Keys that one of them does not have did not change.
     """
-    changed = [key for key in (*_PROGRAM, *_DEVICES) if before.get(key, now[key]) != now[key]]
+    changed = [key for key in (*_PROGRAM, *_DEVICES) if key in before and key in now and before[key] != now[key]]
     if not changed:
         return ""
     listed = ", ".join(f"{(_PROGRAM | _DEVICES)[key]} {before[key]} -> {now[key]}" for key in changed)

@@ -11,10 +11,12 @@ import pytest
 
 from gpt2_jax import train as training
 from gpt2_jax.checkpoint_info import seal
+from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.distributed import agreement
 from gpt2_jax.errors import UserError
 from gpt2_jax.run import provenance
+from gpt2_jax.sharding import make_mesh
 
 TINY = ["--config", "quickstart", "--batch_size", "2", "--model.n_layer", "1", "--model.n_embd", "8",
         "--model.n_head", "1", "--model.block_size", "8", "--optimizer.warmup_steps", "1", "--optimizer.decay_steps",
@@ -59,7 +61,8 @@ def test_versions_are_those_of_the_imported_libraries():
 
 
 BEFORE = {"code": "aa", "python": "3.11", "jax": "1.0", "jaxlib": "1.0", "flax": "1.0", "optax": "1.0",
-          "orbax-checkpoint": "1.0", "numpy": "1.0", "device": "cpu", "mesh": "data 1 × fsdp 1"}  # fmt: skip
+          "orbax-checkpoint": "1.0", "numpy": "1.0", "device": "cpu", "processor": "x86",
+          "mesh": "data 1 × fsdp 1"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["python", "numpy", "orbax-checkpoint"])
@@ -67,13 +70,21 @@ def test_what_changes_no_bits_is_not_mentioned(key):
     assert provenance.describe_changes(BEFORE, BEFORE | {key: "2.0"}) == ""
 
 
-@pytest.mark.parametrize("key", ["code", "jax", "jaxlib", "flax", "optax", "device"])
+@pytest.mark.parametrize("key", ["code", "jax", "jaxlib", "flax", "optax", "device", "processor"])
 def test_what_may_change_bits_is_named(key):
     line = provenance.describe_changes(BEFORE, BEFORE | {key: "new"})
     assert f"{BEFORE[key]} -> new;" in line
     assert line.endswith("need not equal an undisturbed one bit for bit")
     older = {name: version for name, version in BEFORE.items() if name != key}
     assert provenance.describe_changes(older, BEFORE) == ""
+
+
+def test_the_processor_is_recorded_where_it_computes():
+    made_by = provenance.made_by(make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert made_by["processor"] == provenance.processor_name() != ""
+    on_gpu = {key: value for key, value in BEFORE.items() if key != "processor"} | {"device": "gpu"}
+    line = provenance.describe_changes(BEFORE, on_gpu)
+    assert line.startswith("devices cpu -> gpu; ")
 
 
 def test_another_mesh_is_said_to_change_only_rounding():
