@@ -73,7 +73,7 @@ def made_by(mesh: Mesh) -> dict[str, str]:
 def processor_name() -> str:
     """The model of the processor by /proc/cpuinfo, as "AMD EPYC, family 25, model 17"; elsewhere by the system."""
     try:
-        info = Path("/proc/cpuinfo").read_text()
+        info = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
         return platform.processor()
     names = [re.search(rf"^{key}\s*: (.*)$", info, re.MULTILINE) for key in ("model name", "cpu family", "model")]
