@@ -80,7 +80,7 @@ SMALL = (
     "--model.block_size 256 --batch_size 128 --micro_batch_size 32",
 )  # fmt: skip
 WHOLE = ("124M", "--config gpt2-124m --micro_batch_size 16")
-XL = ("1558M", "v5e:4x4", "--config gpt2-1558m --mesh.fsdp 8 --micro_batch_size 4")
+XL = ("1558M", "v5e:4x4", "--config gpt2-1558m --mesh.fsdp 8 --micro_batch_size 4 --model.remat dots")
 LIMITS = {"v5e:2x4": 65536, "v6e:2x4": 98304, "v5p:2x2x2": 65472}
 CASES = [
     *(
