@@ -51,8 +51,8 @@ class _Share(NamedTuple):
 
     Attributes:
         done: the share of it that is finished.
-        item: the share of it that the current item is.
-        worker: the code of the function that works. Without it on the stack the work was given up.
+        item: the share of the current item in all of it.
+        worker: the code of the function that works. If it is not on the stack, the work was given up.
     """
 
     done: float
@@ -68,7 +68,7 @@ Item = TypeVar("Item")
 def tracked(items: Iterable[Item], total: float, size: Callable[[Item], float] = lambda item: 1.0) -> Iterator[Item]:
     """Passes items on, and keeps the share of them that the calling thread has finished for `activity_of`.
 
-    Within an item of other tracked work, it is a share of that item.
+    Work within an item of other tracked work counts as a part of that item.
 
     Args:
         items: the work.
@@ -86,7 +86,7 @@ def tracked(items: Iterable[Item], total: float, size: Callable[[Item], float] =
             share = _SHARES[thread] = _Share(min(done, 1.0), part, code)
             yield item
             done += part
-    finally:  # it may come late, when the generator is collected
+    finally:  # after an error this may run late, when the generator is collected
         if _SHARES.get(thread) is share:
             _SHARES.pop(thread, None)
             if outer:

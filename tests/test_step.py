@@ -79,6 +79,7 @@ def whole_batch(tiny_config, batches):
         pytest.param(1, 1, 16, {}, marks=pytest.mark.slow),
         pytest.param(1, 4, 4, {"scan_layers": True, "remat": "dots"}, marks=pytest.mark.slow),
         pytest.param(8, 1, 2, {}, marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
         pytest.param(4, 1, 2, {"scan_layers": True, "remat": "dots"}, marks=pytest.mark.slow),
     ],
 )
@@ -122,7 +123,9 @@ def test_twenty_losses_are_the_same_on_every_mesh(tiny_config, twenty, data, fsd
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 1), (2, 4)])]
+)
 def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch, data, fsdp):
     """Interpreted, as there is no TPU: the step's way around Pallas kernels is what is under test."""
     config = dataclasses.replace(tiny_config, block_size=128, n_layer=1)
@@ -136,7 +139,7 @@ def test_splash_in_the_sharded_step_equals_xla(tiny_config, monkeypatch, data, f
 
 
 def test_the_gradient_that_adamw_sees_has_the_clipped_norm(tiny_config, batches):
-    mesh = mesh_of(1)
+    mesh = mesh_of(2)
     model = GPT2(dataclasses.replace(tiny_config, n_layer=1))
     state = init_state(model, OPTIMIZER, mesh, seed=0)
     batch = put_batch(batches[0].reshape(2, 8, -1), batch_sharding(mesh, leading_axis=True))
@@ -348,11 +351,12 @@ def test_evaluation_counts_every_target_once(tiny, batches):
     tokens[3, 20:] = IGNORE
     tokens[7:] = IGNORE
     sums = []
-    for mesh in (mesh_of(1), mesh_of(2, 4)):
+    for mesh in (mesh_of(1), mesh_of(8), mesh_of(2, 4)):
         eval_step = make_eval_step(model, mesh)
         sums.append(jax.device_get(eval_step(params, put_batch(tokens, batch_sharding(mesh, leading_axis=False)))))
-    assert sums[0][1] == sums[1][1] == 6 * 32 + 19
+    assert sums[0][1] == sums[1][1] == sums[2][1] == 6 * 32 + 19
     assert float(sums[0][0]) == pytest.approx(float(sums[1][0]), rel=1e-6)
+    assert float(sums[0][0]) == pytest.approx(float(sums[2][0]), rel=1e-6)
     logits = jax.jit(model.apply)({"params": params}, np.maximum(tokens[:7, :-1], 0))
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), np.maximum(tokens[:7, 1:], 0)[..., None], axis=-1)[..., 0]
     assert float(sums[0][0]) == pytest.approx(float(jnp.sum(nats * (tokens[:7, 1:] >= 0))), rel=1e-6)

@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
 @pytest.mark.slow
 def test_killed_at_random_moments(tiny_run, tmp_path):
     """Saves are frequent here, so that some kills fall into the middle of one."""
-    args = [*tiny_run, *FULL, "--steps", "300", "--checkpoint.every", "3", "--eval.every", "50"]
+    args = [*tiny_run, *FULL, "--model.n_layer", "2", "--steps", "300", "--checkpoint.every", "3", "--eval.every", "50"]
     code, output = finish(command([*args, "--out", tmp_path / "whole"]))
     assert code == 0, output
     seconds = random.Random(0)
@@ -183,6 +183,7 @@ def test_killed_at_random_moments(tiny_run, tmp_path):
 def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     out = tmp_path / "run"
     args = ["--config", "quickstart", "--out", out, "--steps", "24", "--optimizer.warmup_steps", "5"]
+    args += ["--model.n_layer", "1"]  # one of two, for half of the time
     args += ["--log.every", "1", "--eval.sample_tokens", "60", "--data.val_fraction", "0.01"]
     code, output = finish(command(args, cwd=tmp_path))
     assert code == 0, output
@@ -311,10 +312,10 @@ def test_rows_on_standard_output_for_programs(tiny_run, tmp_path, capsys):
     assert printed.out == content
     assert "model     " in printed.err
     assert "update 3: validation loss " in printed.err
-    assert run_here([*args, "--steps", 4]) == 0
+    assert run_here([*args, "--steps", 4], devices=2) == 0
     printed = capsys.readouterr()
     assert content + printed.out == (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "resumed after update 3" in printed.err
+    assert "changed   mesh" in printed.err
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def last_safe_cut(data: bytes) -> int:
 
 
 def _encode_in_pieces(encode: Callable[[str], np.ndarray], size: int, text: bytes) -> np.ndarray:
-    """Encodes a text in pieces of about `size` bytes, between safe cuts; `tracked` tells how far it is."""
+    """Encodes a text in pieces of up to `size` bytes, from one safe cut to the next, as `tracked` work."""
     parts = [np.empty(0, np.uint16)]
     for start, piece in tracked(_pieces(text, size), len(text), lambda item: len(item[1])):
         try:
@@ -130,7 +130,7 @@ def _encode_in_pieces(encode: Callable[[str], np.ndarray], size: int, text: byte
 
 
 def _pieces(text: bytes, size: int) -> Iterator[tuple[int, bytes]]:
-    """Cuts a text at safe cuts: each piece with its offset. Where a piece has no safe cut, it is all that is left."""
+    """The offset and the bytes of each piece of a text. A piece without a safe cut extends to the end of the text."""
     start = 0
     while start < len(text):
         piece = text[start : start + size]

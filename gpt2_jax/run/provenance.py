@@ -60,7 +60,7 @@ def check_same_software() -> None:
 def made_by(mesh: Mesh) -> dict[str, str]:
     """The entry "made_by" of a checkpoint: `software`, the kind of the devices, and the mesh with its processes.
 
-    On CPU also the model of the processor: matmuls add in an order that depends on its caches.
+    On CPU also the model of the processor: the same program rounds differently on another one.
     """
     device = mesh.devices.flat[0]
     processor = {"processor": processor_name()} if device.platform == "cpu" else {}

@@ -138,7 +138,7 @@ def test_stacked_and_sharded_parameters_give_the_same(pair):
     expected = generate(model, params, [prompt(5)], 20, Sampling(0))[0].tolist()
     scanned = GPT2(dataclasses.replace(CONFIG, scan_layers=True, remat="full"))
     assert generate(scanned, stack_layers(params), [prompt(5)], 20, Sampling(0))[0].tolist() == expected
-    mesh = make_mesh(MeshConfig(1, 2), jax.devices()[:2])
+    mesh = make_mesh(MeshConfig(2, 2), jax.devices()[:4])
     sharded = jax.device_put(params, state_sharding(mesh, params))
     assert generate(model, sharded, [prompt(5)], 20, Sampling(0))[0].tolist() == expected
 
@@ -223,7 +223,7 @@ def test_top_k_and_top_p_by_hand():
         Sampling(1.5, top_k=7, top_p=0.9),
         *(
             pytest.param(sampling, marks=pytest.mark.slow)
-            for sampling in (Sampling(1.0, top_p=0.6), Sampling(), Sampling(0.5))
+            for sampling in (Sampling(1.5, top_k=7), Sampling(1.0, top_p=0.6), Sampling(), Sampling(0.5))
         ),
     ],
 )
