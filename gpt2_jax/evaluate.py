@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import UserError, import_optional, strip_controls
 from gpt2_jax.evaluation import TASKS, Evaluator, Result
+from gpt2_jax.evaluation.scoring import lower
 from gpt2_jax.evaluation.table import table, to_json
 from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
@@ -33,7 +36,9 @@ from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.resolve import matmul_dtype
+from gpt2_jax.planning.estimate import required_memory
+from gpt2_jax.planning.shortage import Setting, explaining_memory_of
+from gpt2_jax.resolve import matmul_dtype, not_wider
 from gpt2_jax.sharding import make_mesh
 
 PROG = "python -m gpt2_jax.evaluate"
@@ -100,8 +105,7 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
     for name in names if flags.compare else ():
         use_model(name, lambda stored: None)
     dtype = matmul_dtype(flags.dtype, current_hardware())
-    with runtime.advising_on_memory(_smaller(flags, dtype, mesh)):
-        models = {name: _evaluate_model(name, flags, tasks, mesh, jnp.dtype(dtype)) for name in names}
+    models = {name: _evaluate_model(name, flags, tasks, mesh, dtype) for name in names}
     if is_primary():
         for line in table(models):
             print(strip_controls(line))
@@ -111,15 +115,6 @@ def _evaluate(names: Sequence[str], flags: Flags) -> int:
         if flags.dump:
             replace_text(user_path(flags.dump, "--dump"), _records(models))
     return 0
-
-
-def _smaller(flags: Flags, dtype: Dtype, mesh: Mesh) -> str:
-    """What to type if memory runs out."""
-    if flags.fsdp < mesh.size:
-        return f"type --fsdp {mesh.size}"
-    if dtype == "float32" and (smaller := matmul_dtype("auto", current_hardware())) != dtype:
-        return f"type --dtype {smaller}"
-    return "take a smaller model"
 
 
 def _records(models: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
@@ -158,31 +153,57 @@ def _split_tasks(text: str) -> _Tasks:
     return tasks
 
 
-def _evaluate_model(name: str, flags: Flags, tasks: _Tasks, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Result]:
-    def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel]:
-        if not tasks.own:
-            return None, stored.load(mesh, dtype)
-        evaluator = Evaluator(  # finds what is wrong with the examples before the parameters are read
-            GPT2(stored.config.unrolled("auto"), dtype),
-            stored.tokenizer,
-            tasks.own,
-            mesh,
-            data=flags.data or None,
-            limit=flags.limit or None,
-            stride=flags.stride or None,
-            named=stored.named,
-        )
-        return evaluator, stored.load(mesh, dtype)
+def _evaluate_model(name: str, flags: Flags, tasks: _Tasks, mesh: Mesh, dtype: Dtype) -> dict[str, Result]:
+    """Loads and evaluates a model."""
+
+    def load(stored: StoredModel) -> tuple[Evaluator | None, LanguageModel, StoredModel]:
+        evaluator = None
+        if tasks.own:
+            evaluator = Evaluator(  # finds what is wrong with the examples before the parameters are read
+                GPT2(stored.config.unrolled("auto"), jnp.dtype(dtype)),
+                stored.tokenizer,
+                tasks.own,
+                mesh,
+                data=flags.data or None,
+                limit=flags.limit or None,
+                stride=flags.stride or None,
+                named=stored.named,
+            )
+        with _explaining_memory(stored, mesh, dtype):
+            return evaluator, stored.load(mesh, jnp.dtype(dtype)), stored
 
     downloads = not flags.data or not is_on_disk(name)  # these show bars of their own
     with activity_line(quiet=downloads or not is_primary()):
-        evaluator, gpt2 = use_model(name, load)
-    results = _run(evaluator, gpt2, name) if evaluator else {}
-    if tasks.harness:
-        from gpt2_jax.evaluation.harness import run_harness
+        evaluator, gpt2, stored = use_model(name, load)
+    with _explaining_memory(stored, mesh, dtype):
+        results = _run(evaluator, gpt2, name) if evaluator else {}
+        if tasks.harness:
+            from gpt2_jax.evaluation.harness import run_harness
 
-        results |= run_harness(gpt2, tasks.harness, mesh, flags.limit or None)
+            results |= run_harness(gpt2, tasks.harness, mesh, flags.limit or None)
     return results
+
+
+def _explaining_memory(stored: StoredModel, mesh: Mesh, dtype: Dtype) -> AbstractContextManager[None]:
+    """Replaces the error of a device without memory by one line with the smallest change that fits."""
+
+    def required(fsdp: int, dtype: Dtype) -> int:
+        """Bytes on each device, which compiles the step."""
+        here = make_mesh(MeshConfig(fsdp=fsdp))
+        model, params = stored.abstract(here, jnp.dtype(dtype))
+        return required_memory(lower(model, here, params), params)
+
+    now = mesh.shape["fsdp"]
+    smaller = [
+        Setting(
+            " ".join([f"--fsdp {fsdp}"] * (fsdp > now) + [f"--dtype {other}"] * (other != dtype)),
+            functools.partial(required, fsdp, other),
+        )
+        for other in not_wider(dtype, current_hardware())
+        for fsdp in range(now, mesh.size + 1)
+        if mesh.size % fsdp == 0 and (fsdp, other) != (now, dtype)
+    ]
+    return explaining_memory_of("scoring", functools.partial(required, now, dtype), smaller)
 
 
 def _run(evaluator: Evaluator, gpt2: LanguageModel, name: str) -> dict[str, Result]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import tyro
@@ -16,13 +17,18 @@ from gpt2_jax.activity import activity_line
 from gpt2_jax.cli import run_command, warn
 from gpt2_jax.config import Dtype
 from gpt2_jax.config.flags import parse_flags
+from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import LanguageModel, Sampling
+from gpt2_jax.generation.decode import lower
+from gpt2_jax.generation.text import DEFAULT_TOKENS
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
-from gpt2_jax.resolve import matmul_dtype, slow_generation
+from gpt2_jax.planning.estimate import required_memory
+from gpt2_jax.planning.shortage import Setting, explaining_memory_of
+from gpt2_jax.resolve import matmul_dtype, not_wider, slow_generation
 
 PROG = "python -m gpt2_jax.generate"
 
@@ -77,33 +83,62 @@ def main(args: Sequence[str]) -> int:
     if warning := slow_generation(dtype, hardware.platform):
         warn(warning)
 
-    def load(stored: StoredModel) -> LanguageModel:
-        stored.open_tokenizer()  # a missing tokenizer is found before the parameters are read
-        return stored.load(None, jnp.dtype(dtype))
+    def load(stored: StoredModel) -> tuple[LanguageModel, _Work]:
+        tokens = encode_prompt(stored.open_tokenizer(), prompt)  # a missing one is found before parameters are read
+        work = _Work(stored, dtype, len(tokens), flags.max_new_tokens or DEFAULT_TOKENS, sampling)
+        with work.explaining_memory():
+            return stored.load(None, jnp.dtype(dtype), compact=True), work
 
-    texts = [prompt] * flags.samples
-    with runtime.advising_on_memory(_smaller(flags, dtype)):
-        with activity_line(quiet=not is_on_disk(flags.model)):  # downloads show bars of their own
-            gpt2 = use_model(flags.model, load)
-            pieces = gpt2.stream([prompt], flags.max_new_tokens or None, sampling)
-            first = next(pieces, [""] * flags.samples)
-        _show(prompt)
-        for new in itertools.chain([first], pieces):
-            texts = [text + more for text, more in zip(texts, new, strict=True)]
-            _show(new[0])
-    _show("\n")
-    for number, text in enumerate(texts[1:], start=2):
-        _show(f"\n--- sample {number} ---\n{text}\n")
+    with activity_line(quiet=not is_on_disk(flags.model)):  # downloads show bars of their own
+        gpt2, work = use_model(flags.model, load)
+    with work.explaining_memory():
+        _write(prompt, gpt2.stream([prompt], flags.max_new_tokens or None, sampling), flags.samples)
     return 0
 
 
-def _smaller(flags: Flags, dtype: Dtype) -> str:
-    """What to type if memory runs out."""
-    if flags.samples > 1:
-        return f"type --samples {flags.samples // 2}"
-    if dtype == "float32" and (smaller := matmul_dtype("auto", current_hardware())) != dtype:
-        return f"type --dtype {smaller}"
-    return "take a smaller model"
+class _Work(NamedTuple):
+    """What is asked of a model: a continuation of `length` tokens by `new` ones."""
+
+    stored: StoredModel
+    dtype: Dtype
+    length: int
+    new: int
+    sampling: Sampling
+
+    def explaining_memory(self) -> AbstractContextManager[None]:
+        """Replaces the error of a device without memory by one line with the smallest change that fits."""
+        return explaining_memory_of("writing text", self._required, list(self._smaller()))
+
+    def _smaller(self) -> Iterator[Setting]:
+        for dtype in not_wider(self.dtype, current_hardware()):
+            samples = self.sampling.samples
+            while samples:
+                flags = [f"--samples {samples}"] * (samples < self.sampling.samples)
+                flags += [f"--dtype {dtype}"] * (dtype != self.dtype)
+                work = self._replace(dtype=dtype, sampling=dataclasses.replace(self.sampling, samples=samples))
+                if flags:
+                    yield Setting(" ".join(flags), work._required)
+                samples //= 2
+
+    def _required(self) -> int:
+        """Bytes on the device, which compiles the programs."""
+        model, params = self.stored.abstract(None, jnp.dtype(self.dtype), compact=True)
+        programs = lower(model, params, self.length, self.new, self.sampling)
+        return max(required_memory(program, params) for program in programs)
+
+
+def _write(prompt: str, pieces: Iterator[list[str]], samples: int) -> None:
+    """Shows the first continuation while it is written, and then the others."""
+    texts = [prompt] * samples
+    with activity_line():
+        first = next(pieces, [""] * samples)
+    _show(prompt)
+    for new in itertools.chain([first], pieces):
+        texts = [text + more for text, more in zip(texts, new, strict=True)]
+        _show(new[0])
+    _show("\n")
+    for number, text in enumerate(texts[1:], start=2):
+        _show(f"\n--- sample {number} ---\n{text}\n")
 
 
 def _show(text: str) -> None:

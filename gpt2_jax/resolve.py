@@ -42,6 +42,12 @@ def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
     return "float16" if platform == "cuda" and capability < 8.0 else "bfloat16"
 
 
+def not_wider(dtype: Dtype, hardware: Hardware) -> tuple[Dtype, ...]:
+    """The dtype, and after float32 the narrower one that the hardware has matrix units for, if there is one."""
+    narrow = matmul_dtype("auto", hardware)
+    return (dtype, narrow) if dtype == "float32" != narrow else (dtype,)
+
+
 def slow_generation(dtype: Dtype, platform: Platform) -> str | None:
     """A warning if the platform writes text in a dtype much slower than in float32; None otherwise.
 

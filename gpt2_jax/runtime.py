@@ -1,4 +1,4 @@
-"""Process setup: the persistent compilation cache, malloc on CPU, the memory of a GPU, and the line if none is left.
+"""Process setup: the persistent compilation cache, malloc on CPU, and the memory of a GPU.
 
 Environment variables that configure either of them win over the defaults here.
 """
@@ -9,16 +9,14 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
 from gpt2_jax.compilation_cache import ProgramCache, is_private, use_program_cache
-from gpt2_jax.errors import UserError, is_out_of_memory, one_line
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import make_directory, user_path
-from gpt2_jax.hardware import GIB, GPU_MEMORY_SHARE, available_memory
+from gpt2_jax.hardware import GPU_MEMORY_SHARE
 
 CACHE_BYTES = 8 << 30  # The least recently used programs are removed. The quickstart's take 260 KB on one CPU.
 
@@ -113,26 +111,3 @@ def _mallopt(parameter: int, value: int) -> None:
         return
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(parameter, value)
-
-
-@contextmanager
-def advising_on_memory(advice: str) -> Iterator[None]:
-    """Replaces the error of a device that has no memory left by one line.
-
-    Args:
-        advice: what to type.
-
-    Raises:
-        UserError: no memory is left.
-    """
-    device = jax.local_devices()[0]
-    available = available_memory(device)
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        had = f", of which {available / GIB:.3g} GiB were free" if available else ""
-        raise UserError(
-            f"not enough memory on {device.device_kind}{had} ({one_line(error) or 'MemoryError'}); {advice}"
-        ) from error

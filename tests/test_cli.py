@@ -18,7 +18,7 @@ from gpt2_jax.__main__ import main
 from gpt2_jax.errors import UserError
 
 ROOM = "No space left on device; make room, or write elsewhere"
-MEMORY = "RESOURCE_EXHAUSTED: Out of memory); take a smaller model, or devices with more memory"
+LESS_MEMORY = "take a smaller model, or devices with more memory"
 
 
 def test_the_commands_are_listed(capsys):
@@ -71,7 +71,15 @@ def test_a_shell_completes_flags_and_presets(capsys):
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(28, "No space left on device", "a.bin"), 2, f"error: a.bin cannot be written: {ROOM}\n"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n"), 2, f"error: not enough memory ({MEMORY}\n"),
+        *(
+            (RuntimeError(f"{text}\n"), 2, f"error: not enough memory ({text}); {LESS_MEMORY}\n")
+            for text in (
+                "RESOURCE_EXHAUSTED: Out of memory",
+                "INTERNAL: Error dispatching computation: Out of memory allocating 8 bytes.",
+                "INTERNAL: Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY",
+                "INTERNAL: failed to create cublas handle: CUBLAS_STATUS_ALLOC_FAILED",
+            )
+        ),
     ],
 )
 def test_exit_codes(result, code, stderr, monkeypatch, capsys):

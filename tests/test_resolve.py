@@ -3,7 +3,7 @@
 import pytest
 
 from gpt2_jax.hardware import Hardware
-from gpt2_jax.resolve import matmul_dtype, slow_generation
+from gpt2_jax.resolve import matmul_dtype, not_wider, slow_generation
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,16 @@ def test_a_warning_names_the_dtype_that_writes_text_slowly_on_a_cpu(dtype, platf
     warning = slow_generation(dtype, platform)
     assert bool(warning) == slow
     assert not slow or warning.startswith(f"warning: writing text in {dtype} is slow on a CPU")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hardware", "expected"),
+    [
+        ("float32", Hardware("cuda", 8.0), ("float32", "bfloat16")),
+        ("float32", Hardware("cuda", 7.5), ("float32", "float16")),
+        ("float32", Hardware("cpu"), ("float32",)),
+        ("bfloat16", Hardware("cuda", 8.0), ("bfloat16",)),
+    ],
+)
+def test_only_float32_has_a_narrower_dtype(dtype, hardware, expected):
+    assert not_wider(dtype, hardware) == expected

@@ -302,12 +302,3 @@ def test_each_update_moves_one_batch(twelve_updates):
     _, calls = twelve_updates
     # device_get: the metrics of each update, and the loss sums of four evaluations and of the summary.
     assert calls == {"put_batch": 12, "device_get": 12 + 5}
-
-
-def test_a_command_without_memory_says_how_much_there_was_and_what_to_type(monkeypatch):
-    monkeypatch.setattr(runtime, "available_memory", lambda device: 3 << 30)
-    message = r"^not enough memory on cpu, of which 3 GiB were free \(MemoryError\); type --samples 2$"
-    with pytest.raises(UserError, match=message), runtime.advising_on_memory("type --samples 2"):
-        raise MemoryError
-    with pytest.raises(ValueError, match="another"), runtime.advising_on_memory(""):
-        raise ValueError("another")

@@ -32,8 +32,6 @@ TOKENS_PER_CALL = 16384
 CPU_TOKENS_PER_CALL = 2048  # more do not speed up a CPU
 CHUNK = 256  # targets whose logits exist at the same time
 
-ScoreStep = Callable[..., tuple[jax.Array, jax.Array]]
-
 
 class Scorer:
     """Computes log-probabilities of continuations.
@@ -97,8 +95,7 @@ class Scorer:
 
         The number of devices has no influence, so that it has none on the results.
         """
-        tokens = CPU_TOKENS_PER_CALL if self._mesh.devices.flat[0].platform == "cpu" else TOKENS_PER_CALL
-        calls = -(-n_rows // max(1, tokens // length))
+        calls = -(-n_rows // max(1, _tokens_per_call(self._mesh) // length))
         return -(-n_rows // calls)
 
     def _put(self, arrays: Rows[np.ndarray]) -> Rows[jax.Array]:
@@ -120,7 +117,7 @@ def _results(outputs: Any, scored: list[list[tuple[Slot, int]]]) -> Iterator[tup
             start += n_tokens
 
 
-def make_score_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> ScoreStep:
+def make_score_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> jax.stages.Wrapped:
     """The jitted step: (params, rows, single) -> log-probabilities in nats and whether no token is more probable than
     the target, float32 and bool [rows, length], in the order of `Rows.targets`.
 
@@ -150,6 +147,24 @@ def make_score_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> 
         return shard_map(local, here, mesh, set(BATCH_AXES), (specs, P(axes)), P(axes))(params, rows)
 
     return jax.jit(step, static_argnames="single", out_shardings=(replicated, replicated), compiler_options=options)
+
+
+def lower(model: GPT2, mesh: Mesh, params: Params) -> jax.stages.Lowered:
+    """The step for the rows that take most memory, lowered to be compiled and not to be run.
+
+    Args:
+        params: shapes, dtypes and placements of the parameters.
+    """
+    length = model.config.block_size
+    n_rows = mesh.size * max(1, _tokens_per_call(mesh) // length)
+    arrays, _ = layout([[]] * n_rows, length)
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    rows = Rows(*(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in arrays))
+    return make_score_step(model, mesh).lower(params, rows, single=False)
+
+
+def _tokens_per_call(mesh: Mesh) -> int:
+    return CPU_TOKENS_PER_CALL if mesh.devices.flat[0].platform == "cpu" else TOKENS_PER_CALL
 
 
 def _score_targets(

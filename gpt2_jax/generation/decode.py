@@ -64,17 +64,46 @@ def stream(
     """
     config = model.config
     _check(prompts, max_new_tokens, config.vocab_size, config.block_size, sampling.slide)
-    params = unstack_layers(params)
-    if model.dtype != jnp.float32:  # cast once, as the model would for every token: half the bytes to read
-        params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
+    static, args = _arguments(model, sampling, len(prompts))
+    params = in_compute_dtype(unstack_layers(params), model.dtype)
+    return _stream(static, params, args, [np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens)
+
+
+def in_compute_dtype(params: Params, dtype: jnp.dtype) -> Params:
+    """Casts the matrices once, as the model would for every token: with half of the bits, half of the bytes to read."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+
+
+def lower(
+    model: GPT2, params: Params, length: int, max_new_tokens: int, sampling: Sampling = DEFAULT
+) -> list[jax.stages.Lowered]:
+    """The two programs of `stream` for one prompt, lowered to be compiled and not to be run.
+
+    Args:
+        params: shapes, dtypes and placements of the parameters, not stacked.
+        length: tokens of the prompt.
+    """
+    static, args = _arguments(model, sampling, 1)
+    block_size = model.config.block_size
+    length = min(bucket(length), block_size)
+    tokens, pad = left_padded([np.zeros(length, np.int32)], length)
+    slots = cache_slots(length, max_new_tokens, block_size)
+    rest = tokens, pad, args, jnp.int32(0), np.zeros(sampling.samples, bool)
+    state = jax.eval_shape(functools.partial(_prefill, static, slots), params, *rest)
+    return [_prefill.lower(static, slots, params, *rest), _decode.lower(static, params, state, args, jnp.int32(1))]
+
+
+def _arguments(model: GPT2, sampling: Sampling, n_prompts: int) -> tuple[_StaticArgs, _Args]:
+    """The arguments of the programs that depend on the model and on how tokens are drawn."""
+    vocab_size = model.config.vocab_size
     static = _StaticArgs(
-        model.clone(config=config.unrolled()),
-        vocab_size=min(sampling.vocab_size or config.vocab_size, config.vocab_size),
+        model.clone(config=model.config.unrolled()),
+        vocab_size=min(sampling.vocab_size or vocab_size, vocab_size),
         greedy=sampling.temperature < MIN_TEMPERATURE,
         top_k=sampling.top_k > 0,
         top_p=sampling.top_p < 1,
     )
-    sample = jnp.tile(jnp.arange(sampling.samples), len(prompts))
+    sample = jnp.tile(jnp.arange(sampling.samples), n_prompts)
     args = _Args(
         keys=jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(sample),
         temperature=jnp.float32(sampling.temperature),
@@ -82,7 +111,7 @@ def stream(
         top_p=jnp.float32(sampling.top_p),
         stop=jnp.int32(-1 if sampling.stop is None else sampling.stop),
     )
-    return _stream(static, params, args, [np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens)
+    return static, args
 
 
 def _stream(

@@ -26,6 +26,7 @@ from gpt2_jax.data.tokenizer import UNKNOWN, Boundaries, Tokenizer, boundaries
 from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.fingerprint import array_hash, to_hex
 from gpt2_jax.generation import LanguageModel
+from gpt2_jax.generation.decode import in_compute_dtype
 from gpt2_jax.interop.model_files import FindFile, no_files
 from gpt2_jax.layers import STACKED
 from gpt2_jax.model import GPT2, Params, abstract_params
@@ -152,22 +153,32 @@ class StoredModel:
             yield name, self.parameter(name)
         self._check_fingerprint()
 
-    def load(self, mesh: Mesh | None, dtype: jnp.dtype) -> LanguageModel:
-        """Loads the model: see `interop.load`."""
+    def load(self, mesh: Mesh | None, dtype: jnp.dtype, compact: bool = False) -> LanguageModel:
+        """Loads the model: see `interop.load`.
+
+        Args:
+            compact: stores matrices in `dtype`, which is enough to write text.
+        """
         self.parameter(f"h_{self.config.n_layer - 1}/ln_1/scale")  # before a model with layers that it lacks is built
+        model, abstract = self.abstract(mesh, dtype, compact)
+        return LanguageModel(model, self.place(abstract), self.open_tokenizer, self.named)
+
+    def abstract(self, mesh: Mesh | None, dtype: jnp.dtype, compact: bool = False) -> tuple[GPT2, Params]:
+        """The model that `load` returns, with the shapes, dtypes and placements of its parameters."""
         model = GPT2(self.config.unrolled("auto"), dtype)
         shapes = abstract_params(model)
+        if compact:
+            shapes = jax.eval_shape(functools.partial(in_compute_dtype, dtype=dtype), shapes)
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = state_sharding(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
-        params = self.place(with_shardings(shapes, shardings))
-        return LanguageModel(model, params, self.open_tokenizer, self.named)
+        return model, with_shardings(shapes, shardings)
 
     def place(self, abstract: Params) -> Params:
         """Loads the parameters onto devices: reads, places and frees one after the other.
 
         Args:
-            abstract: the shapes and shardings to fill. Layers may be stacked, the vocabulary padded, and the positions
-                fewer than in the file.
+            abstract: the shapes, dtypes and shardings to fill. Layers may be stacked, the vocabulary padded, and the
+                positions fewer than in the file.
 
         Raises:
             DamagedError: the parameters do not have the expected fingerprint.
@@ -175,7 +186,7 @@ class StoredModel:
 
         def fill(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             first, *rest = [key.key for key in path]
-            array = np.zeros(leaf.shape, np.float32)
+            array = np.zeros(leaf.shape, leaf.dtype)
             if first == STACKED:
                 for layer in range(self.config.n_layer):
                     array[layer] = self.parameter("/".join([f"h_{layer}", *rest]))

@@ -185,10 +185,7 @@ def compile_step(config: TrainConfig, devices: Sequence[jax.Device], available: 
         measured = config.log.noise_scale, config.log.layers > 0
         step = make_train_step(model, config.optimizer, mesh, config.seed, options, *measured)
         traced = step.trace(state, tokens)
-        state_bytes = sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-        )
-        program = _compile(traced.lower(), state_bytes)
+        program = _compile(traced.lower(), state)
     chip = chip_of(devices[0])
     memory = Memory(_required(program), available or (int(chip.memory) if chip else None))
     if not memory.fits:
@@ -239,8 +236,21 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
     )
 
 
-def _compile(lowered: jax.stages.Lowered, state_bytes: int) -> jax.stages.Compiled:
-    """Compiles a step whose state takes `state_bytes` on one device.
+def required_memory(lowered: jax.stages.Lowered, state: Any) -> int:
+    """Bytes that a program requires on one device. It is compiled for that.
+
+    Args:
+        lowered: the program.
+        state: shapes and placements of its largest arguments, which count if the compiler refuses the program.
+    """
+    try:
+        return _required(_compile(lowered, state))
+    except TooLargeError as error:
+        return error.memory.required
+
+
+def _compile(lowered: jax.stages.Lowered, state: Any) -> jax.stages.Compiled:
+    """Compiles a program with a given state among its arguments.
 
     Raises:
         TooLargeError: the compiler refuses a program that the device has no memory for.
@@ -252,7 +262,13 @@ def _compile(lowered: jax.stages.Lowered, state_bytes: int) -> jax.stages.Compil
         if numbers is None:
             raise
         temporaries, available = numbers
-        raise TooLargeError(Memory(state_bytes + temporaries, available)) from error
+        raise TooLargeError(Memory(_bytes_on_device(state) + temporaries, available)) from error
+
+
+def _bytes_on_device(tree: Any) -> int:
+    """Bytes of arrays on one device, by their shapes and placements."""
+    leaves = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves)
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int] | None:

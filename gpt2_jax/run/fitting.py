@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import jax
 from jax.sharding import Mesh
@@ -17,9 +17,10 @@ from gpt2_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig,
 from gpt2_jax.config.toml import to_toml
 from gpt2_jax.display import count
 from gpt2_jax.distributed.agreement import broadcast_from_primary, least
-from gpt2_jax.errors import DamagedError, UserError, is_out_of_memory
+from gpt2_jax.errors import DamagedError, UserError
 from gpt2_jax.files import user_path
 from gpt2_jax.hardware import available_memory
+from gpt2_jax.planning import shortage
 from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
 from gpt2_jax.planning.fit import smallest_change
 from gpt2_jax.planning.micro_batch import USABLE, Change, Fit, fit, is_open
@@ -63,7 +64,7 @@ def fitted(
     try:
         found = fit(config, devices, memory, lambda line: None)
     except TooLargeError as error:
-        raise UserError(_too_large(config, devices, error.memory)) from error
+        raise UserError(_no_memory(config, devices, error.memory)) from error
     if cache and found.compilations:
         cache.put(key, json.dumps([*found[:2], *found.memory]).encode())
     if not found.compilations:
@@ -114,37 +115,29 @@ def _ran_here(config: TrainConfig, mesh: Mesh) -> bool:
     return False
 
 
-@contextmanager
-def explaining_memory(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+def explaining_memory(config: TrainConfig, mesh: Mesh) -> AbstractContextManager[None]:
     """Replaces the error of a device that has no memory left by one line with the smallest change that fits.
 
     Args:
         config: resolved, without "auto".
         mesh: the devices.
     """
-    available = available_memory(jax.local_devices()[0])  # before the run takes its part
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        kind, size = mesh.devices.flat[0].device_kind, config.micro_batch_limit
-        if not available or jax.process_count() > 1:  # the others may not compile with this one
-            raise UserError(f"{kind} has no memory left; type a smaller --micro_batch_size than {size}") from error
-        devices = list(mesh.devices.flat)
+    devices = list(mesh.devices.flat)
+
+    def explain(available: int) -> str:
         try:
             memory = compile_step(config, devices, available).memory
-        except TooLargeError as too_large:
-            raise UserError(_too_large(config, devices, too_large.memory)) from error
-        change = smallest_change(config, devices, memory._replace(required=available + 1))
-        raise UserError(
-            f"{kind} has no memory left, though the training step needs {memory}: another program may use it too; "
-            f"stop that program{f', or type {change}' if change else ''}"
-        ) from error
+        except TooLargeError as error:
+            memory = error.memory
+        return _no_memory(config, devices, memory)
+
+    return shortage.explaining_memory(explain, f"type a smaller --micro_batch_size than {config.micro_batch_limit}")
 
 
-def _too_large(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> str:
-    """The line about a config that requires more memory than a device has."""
-    change = smallest_change(config, devices, memory)
-    advice = f"type {change}" if change else "no smaller setting fits; take a smaller model, or more devices"
-    return f"the training step needs {memory} on {devices[0].device_kind}; {advice}"
+def _no_memory(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> str:
+    """The line about a config whose training step ran out of memory, or would."""
+    lacking = memory._replace(required=memory.available + 1) if memory.fits and memory.available else memory
+    change = smallest_change(config, devices, lacking)
+    return shortage.shortage(
+        "the training step", memory, str(change or ""), otherwise="take a smaller model, or more devices"
+    )

@@ -19,8 +19,10 @@ from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import to_toml
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.scoring import Scorer
 from gpt2_jax.metrics import loss_figure, read_rows
 from gpt2_jax.model import GPT2, init_params
+from gpt2_jax.planning import shortage
 
 CONFIG = GPT2Config(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=32)
 
@@ -74,6 +76,25 @@ def test_a_table_a_json_and_every_log_probability(models, data, tmp_path, capsys
     words = [sum(record["log_probs"]) for record in records[120:]]
     perplexity = found["lambada"]["metrics"]["perplexity"]["value"]
     assert perplexity == pytest.approx(math.exp(-np.mean(words)), rel=1e-6)
+
+
+def test_without_memory_the_smallest_number_of_devices_that_fits_is_named(models, data, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def found(work, now, smaller):
+        sizes.update({"": now(), **{setting.flags: setting.required() for setting in smaller}})
+        return explaining(work, now, smaller)
+
+    sizes: dict[str, int] = {}
+    explaining = shortage.explaining_memory_of
+    monkeypatch.setattr(command, "explaining_memory_of", found)
+    monkeypatch.setattr(shortage, "available_memory", lambda device: sizes["--fsdp 4"] / shortage.USABLE)
+    monkeypatch.setattr(Scorer, "score", fail)
+    with pytest.raises(UserError, match=r"though scoring needs .* GiB: another .* or type --fsdp 4$"):
+        command.main(["--model", str(models[0]), "--tasks", "lambada", "--data", str(data)])
+    assert list(sizes) == ["", "--fsdp 2", "--fsdp 4", "--fsdp 8"]
+    assert sizes[""] > sizes["--fsdp 2"] > sizes["--fsdp 4"] > sizes["--fsdp 8"]
 
 
 def test_differences_are_over_the_same_examples(models, data, tmp_path, capsys):

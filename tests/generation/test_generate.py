@@ -1,6 +1,8 @@
 """The generate command as a user runs it, and text from tokens as they come."""
 
 import io
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +17,11 @@ from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig
 from gpt2_jax.config.toml import to_toml
 from gpt2_jax.data.tokenizer import CharTokenizer, TextStream, byte_encoding
 from gpt2_jax.errors import UserError
-from gpt2_jax.generation import Sampling, generate
+from gpt2_jax.generation import LanguageModel, Sampling, generate
+from gpt2_jax.interop import open_model
+from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2, init_params
+from gpt2_jax.planning import shortage
 
 CONFIG = GPT2Config(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 
@@ -150,6 +155,60 @@ def test_text_commands_no_terminal_and_is_raw_in_a_pipe(run, monkeypatch, capsys
     line, _, text = capsys.readouterr().out.rpartition("\x1b[2K")  # a line about what is loaded, and its removal
     assert text.startswith(shown)
     assert "\n\té" not in line
+
+
+@pytest.mark.parametrize("where", ["load", "stream"])
+def test_without_memory_the_largest_number_of_samples_that_fits_is_named(run, monkeypatch, where):
+    """The memory is such that 8 samples need it all, with the tenth part of it for what an allocator cannot use."""
+    out, _, _ = run
+
+    def required(samples):
+        work = command._Work(open_model(str(out)), "float32", 3, 40, Sampling(samples=samples))
+        return work._required()
+
+    sizes = {samples: required(samples) for samples in (2, 4, 8, 64)}
+    # Each sequence has a cache: keys and values of both layers for 64 slots, the bucket of 3 tokens and 40 new ones.
+    cache = 2 * CONFIG.n_layer * CONFIG.n_embd * 64 * 4
+    assert (sizes[64] - sizes[8]) / 56 == pytest.approx(cache, rel=0.5)
+    available = sizes[8] / 0.9
+    assert sizes[4] < sizes[8] < 0.95 * available < sizes[64]
+
+    def fail(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(StoredModel if where == "load" else LanguageModel, where, fail)
+    monkeypatch.setattr(shortage, "available_memory", lambda device: available)
+    needed = sizes[64] / 2**30, available / 2**30
+    message = f"^writing text needs {needed[0]:.3g} of {needed[1]:.3g} GiB on cpu; type --samples 8$"
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(out), "--prompt", "abc", "--max-new-tokens", "40", "--samples", "64"])
+
+
+@pytest.mark.slow
+def test_memory_that_really_runs_out_is_one_line(run):
+    """65,536 samples need 3.3 GiB beside Python and JAX, and the shell lets the process have 4 GB of addresses."""
+    args = ["--model", str(run[0]), "--prompt", "a", "--samples", "65536", "--temperature", "0"]
+    command = shlex.join([sys.executable, "-m", "gpt2_jax.generate", *args])
+    done = subprocess.run(["bash", "-c", f"ulimit -v 4000000; {command}"], capture_output=True, text=True, check=False)
+    line = r"error: .*writing text needs [\d.]+ of [\d.]+ GiB.* type --samples 32768\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
+    assert done.returncode == 2
+
+
+def test_parameters_are_read_in_the_dtype_of_the_matmuls(run, monkeypatch, capsys):
+    """gpt2-xl takes 3.1 GB of a GPU in bfloat16, instead of 6.2 GB and then 3.1 GB more."""
+    out, _, _ = run
+    dtypes = set()
+    place = StoredModel.place
+
+    def record(self, abstract):
+        params = place(self, abstract)
+        dtypes.update((leaf.ndim, str(leaf.dtype)) for leaf in jax.tree.leaves(params))
+        return params
+
+    monkeypatch.setattr(StoredModel, "place", record)
+    command.main(["--model", str(out), "--prompt", "a", "--max-new-tokens", "2", "--dtype", "bfloat16"])
+    assert dtypes == {(1, "float32"), (2, "bfloat16")}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB
-from gpt2_jax.planning import micro_batch
+from gpt2_jax.planning import micro_batch, shortage
 from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
 from gpt2_jax.run import fitting
 from gpt2_jax.sharding import make_mesh
@@ -124,7 +124,7 @@ def test_out_of_memory_is_one_line_with_the_smallest_change(monkeypatch, memory,
         assert not memory.fits
         return micro_batch.Change(8)
 
-    monkeypatch.setattr(fitting, "available_memory", lambda device: memory.available)
+    monkeypatch.setattr(shortage, "available_memory", lambda device: memory.available)
     monkeypatch.setattr(fitting, "compile_step", compiled)
     monkeypatch.setattr(fitting, "smallest_change", change)
     with pytest.raises(UserError, match=message), fitting.explaining_memory(config, mesh):
@@ -136,7 +136,7 @@ def test_out_of_memory_is_one_line_with_the_smallest_change(monkeypatch, memory,
 def test_a_device_of_unknown_memory_and_several_processes_get_a_line_without_a_search(monkeypatch):
     config = dataclasses.replace(read_config("gpt2-124m"), micro_batch_size=16)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    monkeypatch.setattr(fitting, "available_memory", lambda device: None)
+    monkeypatch.setattr(shortage, "available_memory", lambda device: None)
     message = "^cpu has no memory left; type a smaller --micro_batch_size than 16$"
     with pytest.raises(UserError, match=message), fitting.explaining_memory(config, mesh):
         raise MemoryError

@@ -1,0 +1,101 @@
+"""The line about work that has no memory left. The commands' own tests are with the commands."""
+
+import functools
+import weakref
+from operator import mul
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import GIB
+from gpt2_jax.planning import shortage
+from gpt2_jax.planning.shortage import Setting, explaining_memory, explaining_memory_of
+
+
+@pytest.fixture(autouse=True)
+def sixteen_gib(monkeypatch):
+    monkeypatch.setattr(shortage, "available_memory", lambda device: 16 * GIB)
+
+
+def unused():
+    raise AssertionError("compiled without a need")
+
+
+ERRORS = [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("now", "sizes", "message"),
+    [
+        (20, {"--fewer 8": 17, "--fewer 4": 14, "--fewer 2": None}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
+        # A device's allocator does not fill its memory without gaps: 15.5 of 16 GiB are too much.
+        (20, {"--fewer 8": 15.5, "--fewer 4": 15}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
+        (20, {"--fewer 8": 18}, "work needs 20 of 16 GiB on cpu; no smaller setting fits; take a smaller model"),
+        (
+            10,
+            {"--fewer 8": 9, "--fewer 4": None},
+            "cpu has no memory left, though work needs 10 of 16 GiB: another program may use it too; stop that "
+            "program, or type --fewer 8",
+        ),
+        (
+            10,
+            {},
+            "cpu has no memory left, though work needs 10 of 16 GiB: another program may use it too; stop that program",
+        ),
+    ],
+)
+def test_the_first_smaller_setting_that_fits_is_named(error, now, sizes, message):
+    needs = {flags: unused if size is None else functools.partial(mul, size, GIB) for flags, size in sizes.items()}
+    smaller = [Setting(*setting) for setting in needs.items()]
+    with pytest.raises(UserError) as raised, explaining_memory_of("work", lambda: now * GIB, smaller):
+        raise error
+    assert str(raised.value) == message
+    assert raised.value.__cause__ is error
+
+
+def test_another_error_passes():
+    with pytest.raises(ValueError, match="another"), explaining_memory_of("work", unused, []):
+        raise ValueError("another")
+
+
+@pytest.mark.parametrize(("smaller", "advice"), [([Setting("--fewer 8", unused)], "type --fewer 8"), ([], "take a ")])
+def test_without_a_figure_or_with_several_processes_nothing_is_compiled(monkeypatch, smaller, advice):
+    message = f"^cpu has no memory left; {advice}"
+    with monkeypatch.context() as patch:
+        patch.setattr(shortage, "available_memory", lambda device: None)
+        with pytest.raises(UserError, match=message), explaining_memory_of("work", unused, smaller):
+            raise MemoryError
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=message), explaining_memory_of("work", unused, smaller):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_compiler_without_memory_leaves_the_plain_line(error):
+    def explain(available: int) -> str:
+        raise error
+
+    with (
+        pytest.raises(UserError, match=r"^cpu has no memory left; type less$"),
+        explaining_memory(explain, "type less"),
+    ):
+        raise MemoryError
+
+
+def test_the_arrays_of_the_work_are_free_when_programs_are_compiled():
+    arrays: list[weakref.ref[jax.Array]] = []
+
+    def work() -> None:
+        array = jnp.ones(8)
+        arrays.append(weakref.ref(array))
+        raise MemoryError
+
+    def explain(available: int) -> str:
+        assert arrays[0]() is None
+        return "explained"
+
+    with pytest.raises(UserError, match=r"^explained$"), explaining_memory(explain, ""):
+        work()
