@@ -27,12 +27,13 @@ LABELS = """() => [...document.querySelectorAll('.plotly-graph-div')].map(plot =
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     if not CHROMIUM:
         pytest.skip("needs apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
-    with playwright.sync_playwright() as library:
+    with sync_playwright() as library:
         browser = library.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()
