@@ -16,7 +16,7 @@ COMMANDS = {
     "prepare": "write token files from text, or download them",
     "data": "show and check token files, or show the sequences of an update",
     "plan": "memory, time and collectives of a config on chips that need not be here",
-    "report": "say where two runs differ",
+    "report": "pages and plots about runs, and where two of them part",
 }
 
 

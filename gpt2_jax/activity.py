@@ -138,6 +138,8 @@ def describe(frame: FrameType | None) -> str:
         frame = frame.f_back
     if any(module in _COMPILERS for module, _ in places):
         return COMPILING
+    if ("gpt2_jax.data.contents", "_hash") in places:  # within a longer phase
+        return "hashing the token files"
     for module, function in reversed(places):
         found = _DOING.get(f"{module}.{function}") or _DOING.get(module) or _DOING.get(module.partition(".")[0])
         if found and module == "gpt2_jax.run.reporting" and any(inner.startswith("jax.") for inner, _ in places):

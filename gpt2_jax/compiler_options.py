@@ -18,8 +18,9 @@ Options = dict[str, bool | int]
 
 # KiB of the memory on the chip that one operation may take, instead of 16,384: larger tiles, fewer trips to HBM. Others
 # train with these: marin (50,000 on v5e, 98,304 on v6e), MaxText and axlearn (98,304 on v6e). In compiled programs they
-# save bytes, but not always estimated cycles (docs/scaling.md), and compiling takes two to three times as long.
+# save bytes, but not always estimated cycles, and compiling takes longer (docs/scaling.md).
 _V5E: Options = {"xla_tpu_scoped_vmem_limit_kib": 65536}
+_V5P: Options = {"xla_tpu_scoped_vmem_limit_kib": 65472}  # the most that the compiler takes
 _V6E: Options = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 
 # By `jax.Device.device_kind`. Left out, and why:
@@ -34,6 +35,8 @@ _V6E: Options = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 EXPERIMENTAL: dict[str, Options] = {
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
 }

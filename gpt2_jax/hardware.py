@@ -17,18 +17,20 @@ class Hardware(NamedTuple):
     Attributes:
         capability: the compute capability of an NVIDIA GPU, 0 elsewhere.
         kind: JAX's name of the chip, "" if it does not matter.
+        architecture: that of an AMD GPU, such as "gfx90a"; "" elsewhere.
     """
 
     platform: Platform
     capability: float = 0.0
     kind: str = ""
+    architecture: str = ""
 
 
 def hardware_of(device: jax.Device) -> Hardware:
     """The hardware of one device."""
     if device.platform == "gpu":
         if "rocm" in device.client.platform_version.lower():
-            return Hardware("rocm", kind=device.device_kind)
+            return Hardware("rocm", kind=device.device_kind, architecture=str(device.compute_capability))
         return Hardware("cuda", float(device.compute_capability), device.device_kind)
     return Hardware("tpu" if device.platform == "tpu" else "cpu", kind=device.device_kind)
 
@@ -197,6 +199,14 @@ def available_memory(device: jax.Device) -> int | None:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     chip = chip_of(device)
     return int(chip.memory) if chip else None
+
+
+def peak_memory(device: jax.Device) -> tuple[int, int] | None:
+    """The most bytes that were in use on an attached device so far, and its limit; None if it does not count them."""
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" not in stats or "bytes_limit" not in stats:
+        return None
+    return int(stats["peak_bytes_in_use"]), int(stats["bytes_limit"])
 
 
 def _available_host_memory() -> int | None:

@@ -13,6 +13,9 @@ from gpt2_jax.config import Dtype, TrainConfig
 from gpt2_jax.hardware import Hardware, Platform
 from gpt2_jax.model import GPT2
 
+# MI100, MI200, MI300, MI350, and RX 7000 and 9000. Left out: gfx90c, a graphics unit beside a CPU.
+_AMD_MATRIX_UNITS = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
 
 def resolve(config: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, Choice]:
     """Fills in what follows from the config and the hardware, and chooses the attention backend.
@@ -32,14 +35,19 @@ def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
     """The dtype of activations and matmuls: "auto" is the narrowest that the hardware has matrix units for.
 
     NVIDIA GPUs have them for bfloat16 from Ampere on (compute capability 8.0), and for float16 from Volta on (7.0).
-    TPUs and AMD's GPUs have them for bfloat16.
+    AMD's have them for bfloat16 from CDNA and RDNA 3 on, and TPUs all have them.
     """
     if dtype != "auto":
         return dtype
-    platform, capability = hardware.platform, hardware.capability
-    if platform == "cpu" or (platform == "cuda" and capability < 7.0):
-        return "float32"
-    return "float16" if platform == "cuda" and capability < 8.0 else "bfloat16"
+    match hardware.platform:
+        case "cpu":
+            return "float32"
+        case "cuda":
+            return "bfloat16" if hardware.capability >= 8.0 else "float16" if hardware.capability >= 7.0 else "float32"
+        case "rocm":
+            return "bfloat16" if hardware.architecture.startswith(_AMD_MATRIX_UNITS) else "float32"
+        case "tpu":
+            return "bfloat16"
 
 
 def not_wider(dtype: Dtype, hardware: Hardware) -> tuple[Dtype, ...]:

@@ -26,6 +26,21 @@ from gpt2_jax.layers import is_stacked
 BATCH_AXES = ("data", "fsdp")
 
 
+def devices_for(batch_sizes: Sequence[int], config: MeshConfig) -> Sequence[jax.Device]:
+    """The devices that a run takes: all, or as many as its batches divide over.
+
+    A batch of 4 sequences trains on 4 of 8 devices, rather than on none. A mesh that the config names is taken as it
+    is, and so are the devices of several processes, which all have to take part.
+    """
+    devices = jax.devices()
+    if config != MeshConfig() or jax.process_count() > 1:
+        return devices
+    sizes = [size for size in range(len(devices), 0, -1) if all(batch % size == 0 for batch in batch_sizes)]
+    if devices[0].platform == "tpu":  # other parts of a slice may not be boxes, which its links need
+        sizes = [size for size in sizes if len(devices) % size == 0]
+    return devices[: sizes[0]]
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (all by default).
 

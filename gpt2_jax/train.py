@@ -36,9 +36,11 @@ from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import DivergedError, ReplicaError, RewindError, SaveError, UserError
 from gpt2_jax.files import exclusive, user_path
-from gpt2_jax.hardware import current_hardware
+from gpt2_jax.hardware import available_memory, current_hardware
+from gpt2_jax.interop import is_on_disk
 from gpt2_jax.loss_scale import count_overflows
 from gpt2_jax.model import n_params
+from gpt2_jax.planning.estimate import Memory, program_memory
 from gpt2_jax.reports.following import following
 from gpt2_jax.reports.trackers import STATE, import_trackers
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
@@ -58,7 +60,15 @@ from gpt2_jax.run.reporting import Reporter, is_due
 from gpt2_jax.run.rewinding import check_skipped_updates, rewound, with_skipped_updates
 from gpt2_jax.run.samples import Samples, sample_text
 from gpt2_jax.run.stalls import watched
-from gpt2_jax.sharding import abstract_batch, batch_sharding, local_rows, make_mesh, num_micro_batches, put_batch
+from gpt2_jax.sharding import (
+    abstract_batch,
+    batch_sharding,
+    devices_for,
+    local_rows,
+    make_mesh,
+    num_micro_batches,
+    put_batch,
+)
 from gpt2_jax.step import Metrics, make_eval_step, make_train_step, skip_update
 
 DESCRIPTION = """Train a GPT-2. Start the command once on every host to train over all of them. SLURM, Open MPI and TPU
@@ -100,7 +110,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
 
     Args:
         config: validated.
-        devices: the devices to train on; all by default.
+        devices: the devices to train on; by default those of `devices_for`.
         started: when the command began, a `time.time()`; by default now.
 
     Returns:
@@ -132,7 +142,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, star
 
 def _downloads(config: TrainConfig) -> bool:
     """True if the start may show bars of others: those of downloads."""
-    return bool(config.init_from or config.eval.tasks)
+    model = bool(config.init_from) and not is_on_disk(config.init_from)
+    return model or bool(config.eval.tasks and not config.eval.tasks_data)
 
 
 def _train(
@@ -150,8 +161,8 @@ def _train(
     saved = saved_config(config)
     config = with_skipped_updates(config, saved)
     initial, config = open_initial(config, saved)
-    mesh = make_mesh(config.mesh, devices)
     schedule = BatchSchedule(config.batch_size, config.batch_ramp, config.model.block_size)
+    mesh = make_mesh(config.mesh, devices or devices_for(schedule.sizes(), config.mesh))
     for size in schedule.sizes():  # fails here, before the data is read
         num_micro_batches(size, 1 if config.micro_batch_size == "auto" else config.micro_batch_size, mesh)
     data, config = open_data(config)
@@ -198,7 +209,8 @@ def _train(
         start_line.close()
         print_line = run_checkpoints.print_line = reporter.display.print
         run_checkpoints.before_save = reporter.flush
-        banner = summary.banner(config, data, mesh, attention, options, fit, size, out, start)
+        n_tokens = schedule.tokens_after(config.steps)
+        banner = summary.banner(config, data, mesh, attention, options, fit, state.params, n_tokens, out, start)
         for line in banner + run_checkpoints.room(start):
             reporter.display.print(line, summary.INDENT)
         with (
@@ -209,7 +221,9 @@ def _train(
             following(out, config.log.to if is_primary() else (), config, print_line) as trackers,
         ):
             if hardware.platform == "cpu" and start < config.steps:
-                runtime.keep_freed_memory(train_step.lower(state, abstract_batch(config, mesh)).compile())
+                program = train_step.lower(state, abstract_batch(config, mesh)).compile()
+                runtime.keep_freed_memory(program)
+                reporter.show_memory(Memory(program_memory(program), available_memory(jax.local_devices()[0])))
             clock.enter(goodput.TRAINING)
             step, evaluations = start, dict[str, float]()
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device

@@ -88,6 +88,10 @@ def test_names_the_place_it_does_not_know():
         ({"gpt2_jax.run.evaluating": "validation_loss", "jax._src.array": "_value"}, "evaluating"),
         ({"gpt2_jax.run.checkpoints": "save", "gpt2_jax.distributed.agreement": "barrier"}, "saving a checkpoint"),
         ({"gpt2_jax.run.checkpoints": "restore_or_init"}, activity._DOING["gpt2_jax.run.checkpoints.restore_or_init"]),
+        (
+            {"gpt2_jax.run.checkpoints": "restore_or_init", "gpt2_jax.data.contents": "_hash"},
+            "hashing the token files",
+        ),
         ({"gpt2_jax.distributed.agreement": "stop_requested", "jax.experimental": "f"}, "waiting for another process"),
     ],
 )

@@ -11,7 +11,11 @@ from gpt2_jax.resolve import matmul_dtype, not_wider, slow_generation
     [
         (Hardware("cpu"), "float32"),
         (Hardware("tpu"), "bfloat16"),
-        (Hardware("rocm"), "bfloat16"),
+        (Hardware("rocm", architecture="gfx90a:sramecc+:xnack-"), "bfloat16"),  # MI250X
+        (Hardware("rocm", architecture="gfx942"), "bfloat16"),  # MI300X
+        (Hardware("rocm", architecture="gfx906"), "float32"),  # MI50: no matrix units
+        (Hardware("rocm", architecture="gfx1030"), "float32"),  # RX 6800: no matrix units
+        (Hardware("rocm", architecture="gfx1100"), "bfloat16"),  # RX 7900
         (Hardware("cuda", 6.0), "float32"),  # P100: no matrix units
         (Hardware("cuda", 7.0), "float16"),  # V100
         (Hardware("cuda", 7.5), "float16"),  # T4

@@ -16,7 +16,7 @@ from gpt2_jax.config import MeshConfig
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2, init_params
-from gpt2_jax.sharding import gather, make_mesh, state_sharding
+from gpt2_jax.sharding import devices_for, gather, make_mesh, state_sharding
 
 # 1,600 = 2⁶ · 25 and 50,304 = 2⁷ · 393: what 128 or 256 devices do not divide stays whole on each of them. Of
 # GPT-2 XL that is 1,600 × 4,800 and 1,600 × 1,600 in every block at 128, and the token embedding too at 256.
@@ -163,3 +163,30 @@ def test_fsdp_that_would_cross_slices_in_part(slices, fsdp, message, monkeypatch
 
 def test_slices_of_different_sizes(monkeypatch):
     assert ids_of(simulated("NVIDIA L4", "gpu", [4, 2]), -1, 2, monkeypatch).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "mesh", "count"),
+    [
+        ([4], MeshConfig(), 4),  # the quickstart
+        ([12], MeshConfig(), 6),
+        ([16, 64], MeshConfig(), 8),
+        ([16, 36], MeshConfig(), 4),
+        ([7], MeshConfig(), 7),
+        ([4], MeshConfig(data=8), 8),  # what the config names is refused later, where it does not fit
+        ([4], MeshConfig(fsdp=2), 8),
+    ],
+)
+def test_a_run_takes_as_many_devices_as_its_batches_divide_over(batch_sizes, mesh, count):
+    assert devices_for(batch_sizes, mesh) == jax.devices()[:count]
+
+
+def test_on_a_tpu_a_run_takes_a_divisor_of_the_slice(monkeypatch):
+    devices = [SimpleNamespace(platform="tpu", id=number) for number in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert devices_for([12], MeshConfig()) == devices[:4]
+
+
+def test_several_processes_all_take_part(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert devices_for([4], MeshConfig()) == jax.devices()

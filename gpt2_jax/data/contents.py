@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt2_jax.activity import tracked
 from gpt2_jax.data.manifest import MANIFEST, check_sha256, from_table, read_json, read_manifest, require_sha256, sha256
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import replace_text
@@ -150,7 +151,8 @@ class Contents:
         if in_background and sys.platform == "linux":  # elsewhere a thread has no priority under its number
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        for number in numbers:
+        sizes = {number: self._identities[number][0] for number in numbers}
+        for number in tracked(numbers, sum(sizes.values()), sizes.__getitem__):
             with contextlib.suppress(OSError, UserError):
                 digest = sha256(self.paths[number])
                 if _identity(self.paths[number]) == self._identities[number]:

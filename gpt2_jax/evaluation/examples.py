@@ -101,7 +101,7 @@ def locate(task: Task[Any], data: Sequence[str | Path] | None, flag: str = "--da
     where, names = ", ".join(map(str, paths)), _one_of((*task.files, *task.other_files))
     advice = f"download them to DIR/{names} and type {flag} DIR"
     if hub:
-        advice += f"; or leave {flag} out to read {_hub_name(hub)} from the hub, which needs pip install '.[eval]'"
+        advice += f"; or leave {flag} out and type pip install 'gpt2_jax[eval]' to read {_hub_name(hub)} from the hub"
     raise UserError(f"{where} has no examples of {task.name}: {advice}")
 
 
@@ -264,7 +264,7 @@ def _datasets(task: RowTask[Any], flag: str) -> Any:
     except UserError as error:
         raise UserError(
             f"{task.name} needs its examples: type {flag} DIR, with {_one_of(task.files)} in DIR; or type "
-            f"pip install '.[eval]' to read {_hub_name(hub)} from the hub"
+            f"pip install 'gpt2_jax[eval]' to read {_hub_name(hub)} from the hub"
         ) from error
 
 

@@ -187,7 +187,7 @@ def compile_step(config: TrainConfig, devices: Sequence[jax.Device], available: 
         traced = step.trace(state, tokens)
         program = _compile(traced.lower(), state)
     chip = chip_of(devices[0])
-    memory = Memory(_required(program), available or (int(chip.memory) if chip else None))
+    memory = Memory(program_memory(program), available or (int(chip.memory) if chip else None))
     if not memory.fits:
         raise TooLargeError(memory)
     return CompiledStep(config, choice, mesh, state.params, tokens, traced.jaxpr, program, memory)
@@ -244,7 +244,7 @@ def required_memory(lowered: jax.stages.Lowered, state: Any) -> int:
         state: shapes and placements of its largest arguments, which count if the compiler refuses the program.
     """
     try:
-        return _required(_compile(lowered, state))
+        return program_memory(_compile(lowered, state))
     except TooLargeError as error:
         return error.memory.required
 
@@ -286,7 +286,7 @@ def parse_out_of_memory(message: str) -> tuple[int, int] | None:
     return int(float(used) * units[used_unit]), int(float(limit) * units[limit_unit])
 
 
-def _required(program: jax.stages.Compiled) -> int:
+def program_memory(program: jax.stages.Compiled) -> int:
     """Bytes on one device while a program runs: arguments, results, temporaries and code."""
     stats: Any = program.memory_analysis()
     return int(

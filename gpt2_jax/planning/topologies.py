@@ -198,4 +198,4 @@ def _configure_xla_for_absent_gpus() -> None:
 
 def _require(module: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{purpose} needs {module}, which is not installed; type pip install -e '.[{extra}]'")
+        raise UserError(f"{purpose} needs {module}, which is not installed; type pip install 'gpt2_jax[{extra}]'")

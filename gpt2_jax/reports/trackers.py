@@ -197,7 +197,7 @@ def import_trackers(names: Sequence[str]) -> None:
                 importlib.import_module(module)
             except ModuleNotFoundError as error:
                 raise UserError(
-                    f"{name} needs {error.name}, which is not installed; type pip install -e '.[{name}]'"
+                    f"{name} needs {error.name}, which is not installed; type pip install 'gpt2_jax[{name}]'"
                 ) from error
             except Exception as error:  # importing runs the package's code, which may raise anything
                 raise UserError(f"{module} cannot be imported: {one_line(error)}; leave {name} out") from error

@@ -19,12 +19,15 @@ from gpt2_jax.distributed.agreement import is_primary
 from gpt2_jax.errors import DivergedError, RewindError
 from gpt2_jax.evaluation import Result
 from gpt2_jax.evaluation.table import number
+from gpt2_jax.hardware import peak_memory
 from gpt2_jax.loss_scale import MIN_SCALE
 from gpt2_jax.metrics import MetricsFile, Row, ThroughputMeter, flops_per_token, format_row, plot, read_rows
+from gpt2_jax.planning.estimate import Memory
 from gpt2_jax.run.checkpoints import RunCheckpoints
 from gpt2_jax.run.layer_statistics import to_row
 from gpt2_jax.run.noise_scale import noise_columns
 from gpt2_jax.run.panel import Panel
+from gpt2_jax.run.summary import INDENT
 from gpt2_jax.sharding import num_micro_batches
 from gpt2_jax.step import Metrics
 
@@ -61,7 +64,7 @@ class Reporter:
         self._file = MetricsFile(out / "metrics.jsonl", start) if is_primary() else None
         self._samples = MetricsFile(out / "samples.jsonl", start) if is_primary() and config.eval.prompts else None
         self._meter = ThroughputMeter(flops_per_token(config.model, n_params), list(mesh.devices.flat), config.dtype)
-        self._reported = start
+        self._reported = self._start = start
         self._outliers = 0  # in a row
         self._rows_wait = False
         self.references: Mapping[str, float] = {}
@@ -71,6 +74,10 @@ class Reporter:
         self._panel.resume(read_rows(out / "metrics.jsonl") if start and self._file else ())
         self.display = Display(start, config.steps, "", quiet=self._file is None, below=self._panel.lines)
         self._printed_rows = Display(0, 0, "", file=rows_to) if rows_to and self._file else None
+
+    def show_memory(self, memory: Memory) -> None:
+        """Prints what the training step requires, and what there is."""
+        self.display.print(f"{'memory':10}{memory} for an update", INDENT)
 
     def update(self, pending: tuple[int, Metrics | None] | None) -> None:
         """Waits for the metrics of an update and logs a row if one is due.
@@ -92,6 +99,8 @@ class Reporter:
             self._skipped(step, "by skip_updates")
             return
         *values, outlier, loss_scale, overflows, micro_grad_norm, layers = jax.device_get(metrics)
+        if step == self._start + 1 and (peak := peak_memory(jax.local_devices()[0])):  # not on CPU
+            self.show_memory(Memory(*peak))
         loss, grad_norm, learning_rate, param_norm = map(float, values)
         scaling = {} if loss_scale is None else {"loss_scale": float(loss_scale), "overflows": int(overflows)}
         found = f"loss {loss}, gradient norm {grad_norm}"

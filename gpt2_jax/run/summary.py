@@ -8,6 +8,7 @@ import math
 import shlex
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.attention import Choice
@@ -15,6 +16,8 @@ from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
+from gpt2_jax.model import Params, n_params
+from gpt2_jax.optimizer import decay_mask
 from gpt2_jax.run.goodput import describe_goodput, goodput, read_processes
 from gpt2_jax.sharding import num_micro_batches
 
@@ -29,7 +32,8 @@ def banner(
     attention: Choice,
     options: Options,
     fit: str,
-    n_params: int,
+    params: Params,
+    tokens: int,
     out: Path,
     start: int,
 ) -> list[str]:
@@ -38,28 +42,37 @@ def banner(
     Args:
         options: those of XLA.
         fit: how the micro-batch size was found; "" if the config sets it.
+        tokens: of all updates.
         start: the update that the run resumes after.
     """
     model = config.model
     kind = mesh.devices.flat[0].device_kind
     versions = " · ".join(f"{name} {importlib.metadata.version(name)}" for name in ("gpt2_jax", "jax"))
+    devices = f"{mesh.size}" if mesh.size == jax.device_count() else f"{mesh.size} of {jax.device_count()}"
+    size = n_params(params, model)
+    undecayed = sum(
+        leaf.size
+        for leaf, decays in zip(*map(jax.tree.leaves, (params, decay_mask(params))), strict=True)
+        if not decays
+    )
     count = num_micro_batches(config.batch_size, config.micro_batch_limit, mesh)
     batch = (
         f"{config.batch_size} sequences = {config.batch_size * model.block_size:,} tokens per update "
         f"({mesh.size} devices × {count} micro-batches × {config.batch_size // mesh.size // count} sequences)"
     )
+    passed = ", ".join(f"{name}={value}" for name, value in options.items()) or f"no options are known for {kind}"
     ramp = "".join(f"{size} sequences until {tokens:,} tokens, then " for tokens, size in config.batch_ramp)
     texts = {
-        "on": f"{versions} · {mesh.size} × {kind} · mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} · "
+        "on": f"{versions} · {devices} × {kind} · mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} · "
         f"{config.dtype}",
-        "model": f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
-        f"wide, {model.block_size} tokens, vocabulary {model.vocab_size:,}",
+        "model": f"{size:,} parameters ({size - undecayed:,} decayed): {model.n_layer} layers, {model.n_head} "
+        f"heads, {model.n_embd} wide, {model.block_size} tokens, vocabulary {model.vocab_size:,}",
         "attention": str(attention),
-        **({"compiler": ", ".join(f"{name}={value}" for name, value in options.items())} if options else {}),
+        **({"compiler": passed} if options or config.compiler_options != "none" else {}),
         "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens ({config.data.tokenizer})",
         "batch": ramp + batch,
         **({"memory": f"{fit}, with remat {model.remat}"} if fit else {}),
-        "run": f"{out}, {config.steps:,} updates"
+        "run": f"{out}, {config.steps:,} updates, {tokens:,} tokens"
         + (f", from {config.init_from}" if config.init_from else "")
         + (f", resumed after update {start:,}" if start else ""),
     }

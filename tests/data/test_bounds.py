@@ -263,7 +263,8 @@ def test_a_prompt_file_may_have_a_byte_order_mark(tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("naïve ", encoding="utf-8-sig")
     prompts = []
     model = SimpleNamespace(stream=lambda texts, *_: iter(prompts.extend(texts) or []))
-    stored = SimpleNamespace(open_tokenizer=lambda: None, load=lambda *_: model)
+    tokenizer = SimpleNamespace(encode_ordinary=list)
+    stored = SimpleNamespace(open_tokenizer=lambda: tokenizer, load=lambda *_, **__: model)
     monkeypatch.setattr(generate, "use_model", lambda name, use: use(stored))
     monkeypatch.setattr(generate.runtime, "enable_compilation_cache", lambda directory: None)
     assert generate.main(["--model", "x", "--prompt-file", str(tmp_path / "prompt.txt")]) == 0

@@ -212,7 +212,7 @@ def test_files_are_found_by_their_names(tmp_path):
 
 
 def test_a_missing_file_says_both_ways(tmp_path):
-    with pytest.raises(UserError, match=r"no examples of lambada: download .* leave --data out .*'.\[eval\]'"):
+    with pytest.raises(UserError, match=r"no examples of lambada: download .* leave --data out .*'gpt2_jax\[eval\]'"):
         locate(TASKS["lambada"], [tmp_path])
     with pytest.raises(UserError, match=r"ptb has no dataset on the hub; type --data DIR, with ptb.test.txt"):
         locate(TASKS["ptb"], None)
@@ -254,7 +254,7 @@ def test_examples_come_from_the_hub(monkeypatch):
     with pytest.raises(UserError, match=r"lambada_openai, default, test, row 1: text is 1"):
         load_examples(task, found)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"type --data DIR, with lambada_test.jsonl .* pip install '.\[eval\]'"):
+    with pytest.raises(UserError, match=r"type --data DIR, with lambada_test.jsonl .* pip install 'gpt2_jax\[eval\]'"):
         load_examples(task, found)
 
 

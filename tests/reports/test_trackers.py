@@ -249,7 +249,7 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     trackers.import_trackers([])
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
     with pytest.raises(
-        UserError, match=r"needs tensorboardX, which is not installed; type pip install -e '.\[tensorboard\]'"
+        UserError, match=r"needs tensorboardX, which is not installed; type pip install 'gpt2_jax\[tensorboard\]'"
     ):
         trackers.import_trackers(["tensorboard"])
     (tmp_path / "tensorboardX.py").write_text("raise TypeError('Descriptors\\ncannot be created')")
