@@ -11,7 +11,7 @@ import numpy as np
 from gpt2_jax.errors import import_optional
 from gpt2_jax.metrics import thinned
 from gpt2_jax.reports.records import TRAINING, Curve, RunRecord, evaluation_keys, smoothed
-from gpt2_jax.reports.reference_runs import TOKENS_PER_UPDATE, reference_run
+from gpt2_jax.reports.reference_runs import reference_runs
 from gpt2_jax.run.goodput import PHASES
 from gpt2_jax.run.layer_statistics import STATISTICS
 
@@ -72,17 +72,16 @@ def loss_figure(runs: Sequence[RunRecord]) -> go.Figure:
         if curve := run.curves.get("val_loss"):
             style = {"line": {**tone, "width": 2, "dash": "dot"}, "mode": "lines+markers", "marker": {"size": 7}}
             add(run, curve, curve.value, "validation", **style)
-    for reference in dict.fromkeys(map(reference_run, (run.config for run in runs))):
-        if reference:
-            updates = np.array([*reference.losses])
-            axes = TOKENS_PER_UPDATE * updates, updates, np.full(len(updates), np.nan)
-            for title, x in zip(AXES, axes, strict=True):
-                xs[title].append(x)
-            figure.add_scatter(
-                x=xs["Tokens"][-1], y=[*reference.losses.values()], name=f"{reference.name}, validation",
-                mode="lines+markers", line={"color": "gray", "dash": "dash"}, marker={"symbol": "x", "size": 6},
-                hovertemplate=f"%{{y:.4f}} at %{{x}}<extra>{reference.name}<br>{reference.source}</extra>",
-            )  # fmt: skip
+    for reference in reference_runs(run.config for run in runs):
+        updates = np.array([*reference.losses])
+        axes = reference.tokens_per_update * updates, updates, np.full(len(updates), np.nan)
+        for title, x in zip(AXES, axes, strict=True):
+            xs[title].append(x)
+        figure.add_scatter(
+            x=xs["Tokens"][-1], y=[*reference.losses.values()], name=f"{reference.name}, validation",
+            mode="lines+markers", line={"color": "gray", "dash": "dash"}, marker={"symbol": "x", "size": 6},
+            hovertemplate=f"%{{y:.4f}} at %{{x}}<extra>{reference.name}<br>{reference.source}</extra>",
+        )  # fmt: skip
     has_hours = all(run.hours[0] for run in runs)
     titles = [title for title in AXES if title != "Hours" or has_hours]
     axis_buttons = [

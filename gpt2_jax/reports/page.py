@@ -62,6 +62,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
 def _summary(runs: Sequence[RunRecord]) -> str:
     header, rows = summary_table(runs)
     dots = [f'<span class="dot" style="background: {figures.color(number)}"></span>' for number in range(len(runs))]
+    dots += [""] * (len(rows) - len(runs))  # published runs
     cells = [[dot + html.escape(row[0]), *map(html.escape, row[1:])] for dot, row in zip(dots, rows, strict=True)]
     return f'<div class="summary">{_table(header, cells)}</div>'
 

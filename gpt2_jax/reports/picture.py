@@ -9,7 +9,7 @@ from typing import Any
 from gpt2_jax.display import si
 from gpt2_jax.metrics import thinned
 from gpt2_jax.reports.records import RunRecord, smoothed
-from gpt2_jax.reports.reference_runs import TOKENS_PER_UPDATE, reference_run
+from gpt2_jax.reports.reference_runs import reference_runs
 
 POINTS = 1000  # of a curve, at most
 
@@ -28,8 +28,8 @@ def write_picture(runs: Sequence[RunRecord], path: Path) -> None:
         if curve := run.curves.get("val_loss"):
             label = f"{run.name} validation, {curve.value[-1]:.4f} at the end"
             axes.plot(curve.tokens, curve.value, color=tone, marker="o", markersize=4, linestyle=":", label=label)
-    for reference in filter(None, dict.fromkeys(reference_run(run.config) for run in runs)):
-        tokens = [TOKENS_PER_UPDATE * update for update in reference.losses]
+    for reference in reference_runs(run.config for run in runs):
+        tokens = [reference.tokens_per_update * update for update in reference.losses]
         style: dict[str, Any] = {"color": "gray", "marker": "x", "markersize": 4, "linestyle": "--", "linewidth": 1}
         axes.plot(tokens, [*reference.losses.values()], label=f"{reference.name}, validation", **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from gpt2_jax.config import TrainConfig
 
-TOKENS_PER_UPDATE = 524_288
 _LOGS = "github.com/KellerJordan/modded-nanogpt, records"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferenceRun:
-    """A published run of GPT-2 on FineWeb.
+    """A published run.
 
     Attributes:
         name: who trained what.
-        source: where its log is.
-        losses: nats per token on 10,485,760 tokens of FineWeb's validation file, after so many updates.
+        source: where its losses are published.
+        losses: nats per token on validation data, after so many updates.
+        tokens_per_update: tokens of an update.
     """
 
     name: str
     source: str
     losses: dict[int, float]
+    tokens_per_update: int = 524_288
 
 
-# By n_layer and n_embd. llm.c's scripts/run_gpt2_124M.sh and run_gpt2_350M.sh, 524,288 tokens an update.
-_RUNS = {
+# By n_layer and n_embd. llm.c's scripts/run_gpt2_124M.sh and run_gpt2_350M.sh, on 10,485,760 tokens of FineWeb's
+# validation file.
+_FINEWEB = {
     (12, 768): ReferenceRun(
         "llm.c, 124M",
         f"{_LOGS}/track_1_short/2024-10-13_llmc/main.log",
@@ -43,11 +46,28 @@ _RUNS = {
 }  # fmt: skip
 
 
+# nanoGPT's config/train_shakespeare_char.py, on a GPU and on a CPU. It estimates losses on random windows.
+_SHAKESPEARE = {
+    (6, 384): ReferenceRun("nanoGPT, best", "github.com/karpathy/nanoGPT, README.md", {5000: 1.4697}, 64 * 256),
+    (4, 128): ReferenceRun("nanoGPT", "github.com/karpathy/nanoGPT, README.md", {2000: 1.88}, 12 * 64),
+}
+
+
 def reference_run(config: TrainConfig) -> ReferenceRun | None:
     """The published run with the model and the validation data of a config; None if there is none.
 
-    FineWeb's validation file is recognized by its name, which llm.c and `fineweb-10b-tokenized` share.
+    FineWeb's validation file is recognized by its name, which llm.c and `fineweb-10b-tokenized` share. Shakespeare's
+    plays are recognized by the name of the file, their 65 characters and the share that is held out.
     """
-    if not PurePath(config.data.val).name.startswith("fineweb_val") or config.data.tokenizer != "gpt2":
-        return None
-    return _RUNS.get((config.model.n_layer, config.model.n_embd))
+    model, data = config.model, config.data
+    size = model.n_layer, model.n_embd
+    if data.tokenizer == "gpt2" and PurePath(data.val).name.startswith("fineweb_val"):
+        return _FINEWEB.get(size)
+    if "shakespeare" in PurePath(data.text).name and (model.vocab_size, data.val_fraction) == (65, 0.1):
+        return _SHAKESPEARE.get(size)
+    return None
+
+
+def reference_runs(configs: Iterable[TrainConfig]) -> list[ReferenceRun]:
+    """The published runs of some configs, each once."""
+    return [run for run in dict.fromkeys(map(reference_run, configs)) if run]

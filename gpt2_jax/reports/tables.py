@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gpt2_jax.display import duration, si
 from gpt2_jax.reports.records import RunRecord, evaluation_keys
+from gpt2_jax.reports.reference_runs import reference_runs
 from gpt2_jax.run.goodput import PHASES, STOPPED
 
 Table = tuple[list[str], list[list[str]]]
@@ -13,7 +14,7 @@ PUBLISHED = "OpenAI's weights, published"
 
 
 def summary_table(runs: Sequence[RunRecord]) -> Table:
-    """The header and a row for each run: its model, and where it is."""
+    """The header, a row for each run, and one for each published run of the same model on the same data."""
     header = ["Run", "Model", "Update", "Tokens", "Validation loss", "best", "Training loss", "tokens/s", "Time"]
     rows = []
     for run in runs:
@@ -32,6 +33,10 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
                 duration(sum(run.seconds.values()) - run.seconds.get(STOPPED, 0.0)) if run.seconds else "",
             ]
         )
+    for reference in reference_runs(run.config for run in runs):
+        last = max(reference.losses)
+        facts = f"{last:,}", si(last * reference.tokens_per_update), _number(reference.losses[last])
+        rows.append([f"{reference.name} ({reference.source})", "", *facts, *[""] * (len(header) - 2 - len(facts))])
     return header, rows
 
 

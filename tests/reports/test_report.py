@@ -1,5 +1,6 @@
 """The report about runs: what it reads, and the files that it writes."""
 
+import dataclasses
 import html.parser
 import re
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 
 from gpt2_jax import report
+from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.metrics import thinned
 from gpt2_jax.reports.figures import loss_figure
+from gpt2_jax.reports.markdown import write_markdown
 from gpt2_jax.reports.records import read_runs, smoothed
+from gpt2_jax.reports.reference_runs import reference_run
 
 
 def test_what_a_run_tells(runs):
@@ -48,6 +52,22 @@ def test_a_run_on_the_data_of_a_published_run_is_drawn_over_it(make_run, val, si
     if drawn:
         last = loss_figure(runs).data[-1]
         assert (last.x[-1], last.y[-1]) == (19560 * 524288, 3.2722)  # that llm.c reports, after 10.26 B tokens
+        row = "| llm.c, 124M (github.com/KellerJordan/modded-nanogpt, records/track_1_short/2024-10-13_llmc/main.log) "
+        assert row + "|  | 19,560 | 10.3G | 3.2722 |" in write_markdown(runs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "loss"),
+    [("shakespeare-char", 5000 * 64 * 256, 1.4697), ("shakespeare-char-cpu", 2000 * 12 * 64, 1.88)],
+)
+def test_nanogpts_figure_belongs_to_its_character_models(preset, tokens, loss):
+    config = read_config(preset)
+    reference = reference_run(config)
+    ((update, value),) = reference.losses.items()
+    assert (update * reference.tokens_per_update, value) == (tokens, loss)
+    assert update == config.steps
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, text="mine.txt"))
+    assert reference_run(other) is None
 
 
 def test_smoothing_and_thinning_are_means():
