@@ -34,6 +34,7 @@ _ENOUGH_TOKENS, _ENOUGH_TOKENS_ON_CPU = 2**15, 2**12
 # 34 bytes per element for all, in 16 bits. Saved matmuls are q, k, v, two projections and the four of the MLP.
 _SAVED_ARRAYS = {"none": 17, "dots": 10, "full": 1}
 _SAVED_SCORES = 2.5  # arrays [heads, time, time] per sequence, by the same count, of attention that stores them
+_FORMULA_OFF = 0.3  # of what a program requires: tests/planning/test_micro_batch.py
 _STATE = 12  # bytes per parameter: parameters and two moments
 _WORK = 8  # bytes per parameter: the gradient, and its sum over micro-batches
 _LOGITS = 4  # bytes per logit of a chunk
@@ -162,8 +163,10 @@ def _most_promising(
     limit: int,
 ) -> tuple[Remat, int]:
     """The settings to compile next; those that were compiled already, once nothing better is expected to fit."""
-    for remat, expected in formulas.items():
+    off = _last_over_formula(formulas, measured)
+    for remat, (fixed, per_sequence) in formulas.items():
         known = {size: memory for (other, size), memory in measured.items() if other == remat}
+        expected = (fixed, per_sequence) if known else (off * fixed, off * per_sequence)
         too_large = min((size for size, memory in known.items() if not memory.fits), default=sizes[0] + 1)
         for size in sizes:
             if size < too_large and (size in known or _expected(size, expected, known) <= limit):
@@ -172,6 +175,17 @@ def _most_promising(
         if known and too_large > sizes[-1] and sizes[-1] / too_large * known[too_large].required <= limit:
             return remat, sizes[-1]
     return remat, sizes[-1]
+
+
+def _last_over_formula(formulas: dict[Remat, tuple[float, float]], measured: Measured) -> float:
+    """What the program that was compiled last requires, over what its formula says; 1 before any is compiled.
+
+    Within the limits of what the formulas are off by together. What exceeds them tells nothing about the others.
+    """
+    for (remat, size), memory in reversed(measured.items()):
+        fixed, per_sequence = formulas[remat]
+        return min(max(memory.required / (fixed + per_sequence * size), 1 - _FORMULA_OFF), 1 + _FORMULA_OFF)
+    return 1.0
 
 
 def _expected(size: int, by_formula: tuple[float, float], known: dict[int, Memory]) -> float:

@@ -1,10 +1,12 @@
 """The search for the largest micro-batch: its rules with invented memory, and one search with the compiler."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
@@ -15,7 +17,8 @@ from gpt2_jax.planning import micro_batch
 from gpt2_jax.planning.estimate import CompiledStep, Memory, TooLargeError, compile_step
 from gpt2_jax.planning.micro_batch import fit
 
-PRESET = read_config("gpt2-124m")
+PRESETS = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
+PRESET = read_config(PRESETS[0])
 RECORDED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())["results"]
 RECORDED = {name: row for name, row in RECORDED.items() if row["micro_batches"] > 1}
 
@@ -75,6 +78,37 @@ def test_the_largest_that_fits_is_found_in_three_compilations(compiler, slope, f
     sizes = [size for size in (32, 16, 8, 4, 2, 1) if fixed + slope * size <= micro_batch.USABLE * available]
     assert find(available) == (sizes[0], "none")
     assert len(tried) <= micro_batch.MAX_COMPILATIONS
+
+
+def test_a_formula_that_is_off_costs_few_compilations(compiler):
+    """All sizes on all cards, with memory up to 30% off the formula, and 10% more or less by rematerialization."""
+    rng = np.random.default_rng(0)
+    compilations, largest = [], []
+    for preset, available in itertools.product(PRESETS, (6, 8, 11, 12, 15, 16, 22, 24, 32, 40, 48, 71, 79)):
+        config = read_config(preset)
+        for _ in range(5):
+            off, slope = rng.uniform(0.7, 1.3, 2)
+            factor = {remat: slope * rng.uniform(0.9, 1.1) for remat in micro_batch.REMATS}
+            by_formula = {remat: micro_batch.formula(config.model, remat, 4, 1, True) for remat in factor}
+
+            def required(micro, remat, off=off, factor=factor, by_formula=by_formula):
+                fixed, per_sequence = by_formula[remat]
+                return (off * fixed + factor[remat] * per_sequence * micro) / GIB
+
+            tried = compiler(required)
+            try:
+                found, remat = find(available, config)
+            except TooLargeError:
+                assert required(1, "full") > micro_batch.USABLE * available
+            else:
+                assert required(found, remat) <= micro_batch.USABLE * available
+                larger = required(2 * found, remat)
+                largest.append(found == 32 or larger > micro_batch.USABLE * available)
+            compilations.append(len(tried))
+    assert max(compilations) <= 4
+    assert np.mean(np.array(compilations) > micro_batch.MAX_COMPILATIONS) < 0.01
+    assert np.mean(compilations) < 1.6
+    assert np.mean(largest) > 0.95
 
 
 def test_no_more_rematerialization_than_is_needed(compiler):
