@@ -35,6 +35,7 @@ TWO_KERNELS = splash.Tiles(512, 512, fused=False)
 COMBINE = "xla_jf_crs_combiner_threshold_in_bytes"
 FUSE = "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
 OVERLAP: Options = {COMBINE: 16 << 20, FUSE: True, "xla_enable_async_all_reduce": True}
+UNHIDDEN: Options = {"xla_tpu_enable_latency_hiding_scheduler": False}  # true by default
 DATA_PARALLEL: Options = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
@@ -93,7 +94,12 @@ CASES = [
     *(Case(*SMALL, options) for options in ({}, vmem(65536))),
     *(Case(WHOLE[0], topology, WHOLE[1], options) for topology in LIMITS for options in ({}, vmem(LIMITS[topology]))),
     *(Case(*XL, options) for options in ({}, vmem(65536))),
-]
+    *(Case(WHOLE[0], "v5e:2x4", WHOLE[1], options) for options in (UNHIDDEN, OVERLAP)),
+    *(Case(WHOLE[0], "v5e:16x16", "--config gpt2-124m --micro_batch_size 2", options)
+      for options in ({}, vmem(65536), UNHIDDEN, OVERLAP)),
+    *(Case(XL[0], topology, XL[2], options)
+      for topology, kib in (("v6e:4x4", 98304), ("v5p:2x2x4", 65472)) for options in ({}, vmem(kib))),
+]  # fmt: skip
 
 
 def compile_case(case: Case) -> Figures:

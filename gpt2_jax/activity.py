@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType
@@ -120,22 +121,32 @@ def activity_of(thread: int) -> Activity:
         thread: its identifier.
     """
     frame = sys._current_frames().get(thread)
-    doing, share = describe(frame), _share(thread, frame)
+    doing, share = describe(_outwards(frame)), _share(thread, frame)
     return Activity(doing, None if doing == COMPILING or share is None else share.done)
 
 
-def describe(frame: FrameType | None) -> str:
+def activity_before(error: BaseException) -> str:
+    """What the thread that raised an error was doing, in words."""
+    return describe(reversed([frame for frame, _ in traceback.walk_tb(error.__traceback__)]))
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame:
+        yield frame
+        frame = frame.f_back
+
+
+def describe(frames: Iterable[FrameType]) -> str:
     """What a thread is doing, in words.
 
     Args:
-        frame: its innermost frame.
+        frames: its frames, from the innermost outwards.
     """
-    places: list[tuple[str, str]] = []  # module and function, from the innermost frame outwards
-    while frame:
+    places: list[tuple[str, str]] = []  # module and function
+    for frame in frames:
         spec = frame.f_globals.get("__spec__")  # knows the name of a module that runs as __main__
         module = spec.name if spec else frame.f_globals.get("__name__", "?")
         places.append((module, frame.f_code.co_name))
-        frame = frame.f_back
     if any(module in _COMPILERS for module, _ in places):
         return COMPILING
     if ("gpt2_jax.data.contents", "_hash") in places:  # within a longer phase

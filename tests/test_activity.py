@@ -36,7 +36,7 @@ def what_it_does(work):
     thread.start()
     assert inside.wait(20)
     time.sleep(0.05)  # until those that wait for it do
-    said = describe(sys._current_frames()[thread.ident])
+    said = describe(activity._outwards(sys._current_frames()[thread.ident]))
     leave.set()
     thread.join()
     return said
@@ -99,7 +99,7 @@ def test_names_the_outermost_phase(modules, expected):
     frame = None
     for module, function in modules.items():  # each calls the next
         frame = Frame({"__name__": module}, types.SimpleNamespace(co_name=function), frame)
-    assert describe(frame) == expected
+    assert describe(activity._outwards(frame)) == expected
 
 
 class Frame(NamedTuple):

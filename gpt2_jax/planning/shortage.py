@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from gpt2_jax.activity import activity_before
 from gpt2_jax.errors import UserError, is_out_of_memory
 from gpt2_jax.hardware import available_memory
 from gpt2_jax.planning.estimate import Memory
@@ -16,12 +17,12 @@ from gpt2_jax.planning.micro_batch import USABLE
 
 
 @contextmanager
-def explaining_memory(explain: Callable[[int], str], otherwise: str) -> Iterator[None]:
+def explaining_memory(explain: Callable[[int, str], str], otherwise: str) -> Iterator[None]:
     """Replaces the error of a device that has no memory left by one line.
 
     Args:
-        explain: the line, from the bytes that were available before. It may compile programs: the functions that the
-            context called have released their arrays by then.
+        explain: the line, from the bytes that were available before, and from "while" and what the thread was doing. It
+            may compile programs: the functions that the context called have released their arrays by then.
         otherwise: what to type if the memory of the device is unknown, or if there are several processes: the others
             may not compile with this one.
 
@@ -35,23 +36,25 @@ def explaining_memory(explain: Callable[[int], str], otherwise: str) -> Iterator
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        doing = f"while {activity_before(error)}"
         traceback.clear_frames(error.__traceback__)
-        line = f"{device.device_kind} has no memory left; {otherwise}"
+        line = f"{device.device_kind} had no memory left {doing}; {otherwise}"
         if available and jax.process_count() == 1:
             try:
-                line = explain(available)
+                line = explain(available, doing)
             except Exception as another:  # the compiler tries kernels on the device, whose memory may be full still
                 if not is_out_of_memory(another):
                     raise
         raise UserError(line) from error
 
 
-def shortage(work: str, memory: Memory, change: str, otherwise: str = "take a smaller model") -> str:
+def shortage(work: str, memory: Memory, doing: str, change: str, otherwise: str = "take a smaller model") -> str:
     """The line about work that ran out of memory on the attached devices.
 
     Args:
         work: its name.
         memory: what it needs on each device, and what there was.
+        doing: "while" and what the thread was doing, which need not be that work; "" if nothing has run yet.
         change: the flags with which it fits; "" if there are none.
         otherwise: what to do if there are none.
     """
@@ -60,8 +63,8 @@ def shortage(work: str, memory: Memory, change: str, otherwise: str = "take a sm
         advice = f"type {change}" if change else f"no smaller setting fits; {otherwise}"
         return f"{work} needs {memory} on {kind}; {advice}"
     return (
-        f"{kind} has no memory left, though {work} needs {memory}: another program may use it too; stop that program"
-        + (f", or type {change}" if change else "")
+        f"{kind} had no memory left {doing}, though {work} needs {memory}: another program may use it too; stop that "
+        f"program{f', or type {change}' if change else ''}"
     )
 
 
@@ -81,8 +84,8 @@ def explaining_memory_of(work: str, now: Callable[[], int], smaller: Sequence[Se
         smaller: settings that require less, the best one first.
     """
 
-    def explain(available: int) -> str:
+    def explain(available: int, doing: str) -> str:
         flags = next((setting.flags for setting in smaller if setting.required() <= USABLE * available), "")
-        return shortage(work, Memory(now(), available), flags)
+        return shortage(work, Memory(now(), available), doing, flags)
 
     return explaining_memory(explain, f"type {smaller[0].flags}" if smaller else "take a smaller model")

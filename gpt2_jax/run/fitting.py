@@ -124,20 +124,20 @@ def explaining_memory(config: TrainConfig, mesh: Mesh) -> AbstractContextManager
     """
     devices = list(mesh.devices.flat)
 
-    def explain(available: int) -> str:
+    def explain(available: int, doing: str) -> str:
         try:
             memory = compile_step(config, devices, available).memory
         except TooLargeError as error:
             memory = error.memory
-        return _no_memory(config, devices, memory)
+        return _no_memory(config, devices, memory, doing)
 
     return shortage.explaining_memory(explain, f"type a smaller --micro_batch_size than {config.micro_batch_limit}")
 
 
-def _no_memory(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory) -> str:
+def _no_memory(config: TrainConfig, devices: Sequence[jax.Device], memory: Memory, doing: str = "") -> str:
     """The line about a config whose training step ran out of memory, or would."""
     lacking = memory._replace(required=memory.available + 1) if memory.fits and memory.available else memory
     change = smallest_change(config, devices, lacking)
     return shortage.shortage(
-        "the training step", memory, str(change or ""), otherwise="take a smaller model, or more devices"
+        "the training step", memory, doing, str(change or ""), otherwise="take a smaller model, or more devices"
     )
