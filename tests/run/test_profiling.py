@@ -61,6 +61,23 @@ def test_a_traced_run_has_the_same_losses(run):
     assert not (plain / "profile").exists()
 
 
+@pytest.mark.slow
+def test_xprof_and_perfetto_have_the_updates_by_their_numbers(run):
+    """XProf reads one of the two files of a trace. The other is JSON in the format that Perfetto documents."""
+    raw_to_tool_data = pytest.importorskip("xprof.convert.raw_to_tool_data", reason="needs pip install xprof")
+    directory = run("run", "--log.profile", "6:3") / "profile"
+    (file,) = directory.rglob("*.xplane.pb")
+    shown, _ = raw_to_tool_data.xspace_to_tool_data([str(file)], "trace_viewer", {})
+    (other,) = directory.rglob("*.trace.json.gz")
+    for text in (shown, gzip.decompress(other.read_bytes())):
+        events = [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
+        assert all({"name", "ts", "dur", "pid", "tid"} <= event.keys() for event in events)
+        steps = [event["args"] for event in events if event["name"].split()[0] == "train"]
+        assert [step["step_num"] for step in steps] == ["6", "7", "8"]
+    table, _ = raw_to_tool_data.xspace_to_tool_data([str(file)], "hlo_stats", {})
+    assert json.loads(table)["cols"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [[], pytest.param(["--model.scan_layers", "true", "--model.remat", "full"], marks=pytest.mark.slow)],
