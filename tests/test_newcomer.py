@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--optimizer.warmup_steps", "5", "--eval.every", "20", "--checkpoint.every", "20", "--model.n_layer", "1"]
-SHORTER = {"2500": "60", "2000": "40", "300": "30"}  # updates, updates of the schedule, tokens to write
+SMALL = ["--optimizer.warmup_steps", "5", "--eval.every", "100", "--checkpoint.every", "100", "--model.n_layer", "1"]
+SHORTER = {"2500": "420", "2000": "400", "300": "30"}  # updates, updates of the schedule, tokens to write
 TEXT = "".join(f"ROMEO:\nWhat light, number {number}, through yonder window breaks?\n\n" for number in range(4000))
 
 
@@ -44,12 +45,22 @@ def newcomer(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
-    def run(*words):
-        finished = subprocess.run(
-            words, cwd=work, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout
+    def run(*words, interrupt_after=None):
+        """Runs a command. With Ctrl-C after a line that begins with some words, if they are given."""
+        with subprocess.Popen(
+            words, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        ) as process:  # fmt: skip
+            lines = []
+            while interrupt_after and (line := process.stdout.readline()):
+                lines.append(line)
+                if line.startswith(interrupt_after):
+                    process.send_signal(signal.SIGINT)
+                    break
+            output, errors = process.communicate(timeout=300)
+        output = "".join(lines) + output
+        assert process.returncode == (130 if interrupt_after else 0), output + errors
+        return output
 
     return run
 
@@ -68,14 +79,18 @@ def test_every_command_of_the_first_page_works_with_the_wheel(newcomer):
     for line in commands():
         words = [SHORTER.get(word, word) for word in shlex.split(line)]
         if words[2] == "gpt2_jax.train":
-            words += SMALL + ([] if "--steps" in words else ["--steps", "40"])
-        outputs.setdefault(words[2], []).append(newcomer(*words))
+            words += SMALL + ([] if "--steps" in words else ["--steps", "400"])
+        is_first = words[2] == "gpt2_jax.train" not in outputs
+        interrupt_after = "update 100: validation loss" if is_first else None
+        outputs.setdefault(words[2], []).append(newcomer(*words, interrupt_after=interrupt_after))
     first, again, more = outputs["gpt2_jax.train"]
-    assert "update 40: validation loss" in first
-    assert "update 40/40: loss" in first
-    assert "update 20" not in again  # it is over, and typing it again trains nothing
-    assert "update 60/60: loss" in more
-    assert "update 20: validation" not in more
+    assert "update 400/400" not in first
+    (resumed,) = re.findall(r"resumed after update (\d+)", again)
+    assert 100 <= int(resumed) < 400
+    assert "update 100: validation" not in again
+    assert "update 400: validation loss" in again
+    assert "update 420/420: loss" in more
+    assert "update 400: validation" not in more
     (text,) = outputs["gpt2_jax.generate"]
     assert text.startswith("ROMEO:")
     assert len(text) > 30
