@@ -37,7 +37,7 @@ for piece in "${pieces[@]}"; do
         --batch_size 128 --micro_batch_size "${MICRO_BATCH:-32}" --repeat 5
       ;;
     profile) # a trace for XProf
-      run profile -m gpt2_jax.train "${small[@]}" --steps 20 --optimizer.warmup_steps 2 --log.profile_steps 5 \
+      run profile -m gpt2_jax.train "${small[@]}" --steps 20 --optimizer.warmup_steps 2 --log.profile 2:5 \
         --data.train '' --data.val '' --data.text stdlib --data.tokenizer bytes --eval.tokens 65536 \
         --checkpoint.every 0 --out "$out/profile-run"
       ;;

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import check_flags
 from token_files import write_llmc
 from torch_gpt2 import torch_gpt2
 
@@ -218,12 +220,15 @@ def measure(tmp_path):
     python.write_text("""#!/usr/bin/env bash
 name=$(basename "$([[ $1 = -m ]] && echo "$2" || echo "$1")" .py)
 echo "$name" >> "$STAND_IN/called"
+printf '%q ' "$@" >> "$STAND_IN/commands"
+echo >> "$STAND_IN/commands"
 [[ $(cat "$STAND_IN/fails" 2> /dev/null) != "$name" ]]
 """)
     python.chmod(0o755)
 
     def run(script, *pieces):
         (tmp_path / "called").write_text("")
+        (tmp_path / "commands").write_text("")
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "STAND_IN": str(tmp_path)}
         words = ["bash", BENCH / script, tmp_path / "out", *pieces]
         code = subprocess.run(words, capture_output=True, text=True, env=environment).returncode
@@ -237,6 +242,16 @@ def test_the_scripts_pass_shellcheck():
     words = [command, "-x", *sorted(BENCH.glob("*.sh"))]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCH.glob("*.sh") if path.name != "pieces.sh"))
+def test_the_scripts_type_flags_that_exist(measure, tmp_path, script):
+    assert measure(script)[0] == 0
+    commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    assert commands
+    for option, module, *words in commands:
+        if option == "-m" and module.startswith("gpt2_jax."):
+            check_flags(module.removeprefix("gpt2_jax."), words)
 
 
 def test_a_gpu_is_measured_piece_by_piece(measure, tmp_path):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_readme import check_flags
+from commands import check_flags
 from transformers import GPT2Config, GPT2LMHeadModel
 from xla_flags import FAST_COMPILE
 

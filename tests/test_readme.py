@@ -1,16 +1,15 @@
 """README.md and docs/: snippets run, commands exist, links lead somewhere, tables are complete."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import jax
 import pytest
+from commands import check_flags
 
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig
-from gpt2_jax.config.flags import parse_args, parse_flags, take_flags
 from gpt2_jax.config.toml import preset_names, read_config, to_toml
 from gpt2_jax.config.validation import validate
 from gpt2_jax.model import GPT2, init_params
@@ -74,9 +73,6 @@ def test_the_config_snippet_is_one(tmp_path):
 
 # --- commands ------------------------------------------------------------------------------------------
 
-# Commands that take the flags of a config, and the dataclass of their other flags.
-WITH_CONFIG = {"train": ("gpt2_jax.distributed.cluster", "ClusterFlags"), "plan": ("gpt2_jax.plan", "PlanFlags")}
-
 
 def commands() -> list[tuple[str, str]]:
     """Every `python -m gpt2_jax.NAME …` in a block: the name, and the words after it."""
@@ -88,19 +84,6 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "words"), commands())
 def test_commands_have_the_flags_that_are_shown(name, words):
     check_flags(name, shlex.split(words, comments=True))
-
-
-def check_flags(name: str, args: list[str]) -> None:
-    """Parses a command line as the command does."""
-    module = importlib.import_module("gpt2_jax.data.__main__" if name == "data" else f"gpt2_jax.{name}")
-    if name not in WITH_CONFIG:
-        parse_flags(module.Flags, args, prog=name, description="")
-        return
-    where, flags = WITH_CONFIG[name]
-    kind = getattr(importlib.import_module(where), flags)
-    own, rest = take_flags(kind, args)
-    parse_flags(kind, own, prog=name, description="")
-    parse_args(name, "", rest)
 
 
 # --- tables --------------------------------------------------------------------------------------------
