@@ -193,7 +193,7 @@ class Ours:
         self.batches = random_batches(config, micro_batches)
         self.sharding = batch_sharding(self.mesh, leading_axis=True)
         size = n_params(self.state.params, self.model.config)
-        chip = chip_of(self.device) if self.config.dtype == "bfloat16" else None
+        chip = chip_of(self.device) if self.config.dtype != "float32" else None
         self.about = {
             "device": self.device.device_kind,
             "devices": self.mesh.size,

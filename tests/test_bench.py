@@ -12,14 +12,17 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import check_flags
 from token_files import write_llmc
 from torch_gpt2 import torch_gpt2
 
+from gpt2_jax import runtime
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import CHIPS, Chip
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -155,6 +158,17 @@ def test_a_trainer_trains_or_says_why_not(bench):
     assert figures["peak_bytes"] > 50 << 20
     with pytest.raises(trainers.TrainerError, match=r"ours: UserError: .*no-such-preset"):
         trainers.measure(["ours"], ["--config", "no-such-preset"], args)
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("float32", None), ("float16", 1e12), ("bfloat16", 1e12)])
+def test_the_peak_is_that_of_16_bits(bench, monkeypatch, dtype, peak):
+    trainers = bench("trainers")
+    monkeypatch.setitem(CHIPS, "cpu", Chip(flops=1e12, memory=1e12, bandwidth=1e11, link=1e10))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what `Ours` sets for its whole process
+    for name in ("use_single_malloc_arena", "enable_compilation_cache"):
+        monkeypatch.setattr(runtime, name, lambda *_: None)
+    config = trainers.training_config([*TINY, "--dtype", dtype])
+    assert trainers.Ours(config, 1).about["peak_flops"] == peak
 
 
 def test_updates_of_llm_c_are_timed_by_its_own_clock(bench, monkeypatch, tmp_path):
