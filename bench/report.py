@@ -89,16 +89,23 @@ def text(value: float | None, unit: str) -> str:
     return f"{100 * value:.3g}%" if unit == "%" else f"{value:.3g} {unit}".strip()
 
 
-def summary(goal: Goal, row: Figures | None) -> str:
-    """The goal, what was measured, and whether it reaches the goal."""
+def processor(figures: Figures) -> str:
+    """The name of the CPU or of the accelerator that was measured."""
+    name: str = figures["cpu"] if figures["device"] == "cpu" else figures["device"]
+    return name
+
+
+def summary(goal: Goal, figures: Figures | None) -> str:
+    """The goal, what was measured and on what, and whether it reaches the goal."""
     low, high = goal.at_least, goal.at_most
     sign = "≥ " if low is not None else "≤ " if high is not None else ""
     cells = f"| {goal.work} | {goal.against} | {sign}{text(low if high is None else high, goal.unit)}"
-    if not row:
-        return f"{cells} | not measured |  |"
-    value = row["value"]
+    if figures is None or goal.row not in figures["rows"]:
+        return f"{cells} | not measured |  |  |"
+    value = figures["rows"][goal.row]["value"]
     met = (low is None or value >= low) and (high is None or value <= high)
-    return f"{cells} | {text(value, goal.unit)} | {'–' if not sign else 'yes' if met else '**no**'} |"
+    reached = "–" if not sign else "yes" if met else "**no**"
+    return f"{cells} | {text(value, goal.unit)} | {processor(figures)} | {reached} |"
 
 
 def source(name: str, figures: Figures) -> str:
@@ -107,7 +114,7 @@ def source(name: str, figures: Figures) -> str:
     for flag in {"--results", "--nanogpt", "--data", "--llmc"} & set(words):
         at = words.index(flag)
         words[at : at + 2] = [] if flag == "--results" else [flag, "DIR"]
-    where = figures["device"] if figures["device"] != "cpu" else f"{figures['cpu']}, {figures['cores']} cores"
+    where = processor(figures) + (f", {figures['cores']} cores" if figures["device"] == "cpu" else "")
     changed = ", with uncommitted changes" if figures["uncommitted"] else ""
     when = f"{figures['date']}, {where}, commit {figures['commit'][:7]}{changed}"
     return f"{when} ([figures](../bench/results/{name}.json)) | `{shlex.join(words)}`"
@@ -133,7 +140,7 @@ def document(page: str, results: Path) -> str:
             kernels += [
                 f"| {row} | {result['details']} | {figures['device']} |" for row, result in figures["rows"].items()
             ]
-    page = replace_rows(page, "| work | against |", [summary(goal, row) for goal, row in rows])
+    page = replace_rows(page, "| work | against |", [summary(goal, files.get(goal.file)) for goal in GOALS])
     page = replace_rows(page, "| work | figures |", details)
     return replace_rows(page, "| candidate |", kernels)
 

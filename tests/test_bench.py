@@ -133,10 +133,10 @@ def test_the_report_says_whether_a_goal_is_reached(bench, tmp_path):
     page = report.document(report.DOCUMENT.read_text(encoding="utf-8"), tmp_path)
     cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     results = {row[0]: [cell.strip(" |") for cell in row[2:]] for row in cells[: len(report.GOALS) + 2]}
-    assert results["character model (4 × 128), CPU: time of an update"] == ["≤ 0.8", "0.6", "yes"]
+    assert results["character model (4 × 128), CPU: time of an update"] == ["≤ 0.8", "0.6", "A CPU", "yes"]
     assert results["6 layers × 384, 256 tokens, 16 sequences, CPU: time of an update"][1] == "not measured"
-    assert results["124M, one H200, the best micro-batch: MFU"] == ["≥ 50%", "49%", "**no**"]
-    assert results["10 B tokens, CPU: start of the process to the first batch"] == ["–", "0.1 s", "–"]
+    assert results["124M, one H200, the best micro-batch: MFU"] == ["≥ 50%", "49%", "A CPU", "**no**"]
+    assert results["10 B tokens, CPU: start of the process to the first batch"] == ["–", "0.1 s", "A CPU", "–"]
     assert "why | 2026-01-02, A CPU, 2 cores, commit 0123456 (" in page
     assert "`python bench/peers.py --nanogpt DIR` |" in page
 
