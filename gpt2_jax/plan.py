@@ -144,13 +144,16 @@ def format_plan(plan: Plan) -> str:
         ("memory", f"{plan.memory} per device"),
         ("FLOPs", f"{plan.model_flops:.3g} per update by 6 N + 12 L C T, {plan.hardware_flops:.3g} in the program"),
     ]  # fmt: skip
-    collectives = [
-        f"{each.kind} over {' and '.join(each.axes)}: {si(each.n_bytes)}B per update in {count(each.times, 'call')} "
-        f"among {each.devices} devices{f' of {each.slices} slices' * (each.slices > 1)}; "
-        f"each sends {si(int(each.sent()))}B, "
-        f"{each.overlapped_bytes / each.n_bytes:.0%} of it beside other work"
-        for each in plan.collectives
-    ]
+    collectives: list[str] = []
+    for each in plan.collectives:
+        beside_other_work = each.overlapped_bytes - each.matmul_overlapped_bytes
+        collectives += [
+            f"{each.kind} over {' and '.join(each.axes)}: {si(each.n_bytes)}B per update in "
+            f"{count(each.times, 'call')} among {each.devices} devices"
+            f"{f' of {each.slices} slices' * (each.slices > 1)}; each sends {si(int(each.sent()))}B,",
+            f"{each.matmul_overlapped_bytes / each.n_bytes:.0%} of it beside matmuls, "
+            f"{beside_other_work / each.n_bytes:.0%} beside other work only",
+        ]
     lines += _labeled("collectives", collectives or ["none"])
     lines += _labeled("parameters", _grouped(plan.parameters))
     if plan.estimate:

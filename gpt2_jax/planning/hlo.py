@@ -39,6 +39,11 @@ FREE = {
     *("call-start", "call-done", "send", "send-done", "recv", "recv-done"),
 }
 WORK = {"fusion", "custom-call", "while", "call", "conditional", "dot", "convolution"}
+MATMULS = {"dot", "convolution"}  # On TPU, matmuls are convolutions.
+# Libraries' matmuls and convolutions, and attention kernels.
+MATMUL_KERNELS = re.compile(
+    r'custom_call_target="(__cublas\$(gemm|lt)|__cudnn\$(conv|fmha)|__onednn\$matmul|__triton_gemm|tpu_custom_call)'
+)
 
 
 class Instruction(NamedTuple):
@@ -62,7 +67,8 @@ class Collective:
         times: calls in one run of the program.
         n_bytes: bytes in all calls together, of the array that a group reduces or gathers, or that each device sends.
         slices: number of slices that the devices of a group are on.
-        overlapped_bytes: those of the calls that other work runs beside.
+        overlapped_bytes: those of the calls that any other work runs beside.
+        matmul_overlapped_bytes: those of the calls that matmuls, convolutions or attention kernels run beside.
     """
 
     kind: str
@@ -72,6 +78,7 @@ class Collective:
     n_bytes: int
     slices: int = 1
     overlapped_bytes: int = 0
+    matmul_overlapped_bytes: int = 0
 
     def sent(self) -> float:
         """Bytes that each device sends with ring algorithms (Patarasuk and Yuan 2009)."""
@@ -144,7 +151,7 @@ class HloModule:
         slice_of = np.array(slices or [0] * math.prod(mesh_shape.values())).reshape(list(mesh_shape.values()))
         found: dict[tuple[str, tuple[str, ...], int, int], np.ndarray] = {}
         for name, times in self._runs.items():
-            for computation, instruction, overlapped in self._collective_calls(name):
+            for computation, instruction, *overlapped in self._collective_calls(name):
                 if not (group := _group(instruction, mesh_shape, slice_of)):
                     continue
                 operands = self._computations[computation]
@@ -153,16 +160,30 @@ class HloModule:
                 kind, _, devices, _ = group
                 if kind == "all-gather":
                     n_bytes *= devices
-                before = found.get(group, np.zeros(3, np.int64))
-                found[group] = before + times * np.array([1, n_bytes, n_bytes * overlapped])
+                counts = times * np.array([1, n_bytes, *(n_bytes * beside for beside in overlapped)])
+                found[group] = found.get(group, 0) + counts
         collectives = []
         for (kind, axes, devices, on_slices), counts in found.items():
-            times, n_bytes, overlapped_bytes = counts.tolist()
-            collectives.append(Collective(kind, axes, devices, times, n_bytes, on_slices, overlapped_bytes))
+            times, n_bytes, *overlapped_bytes = counts.tolist()
+            collectives.append(Collective(kind, axes, devices, times, n_bytes, on_slices, *overlapped_bytes))
         return sorted(collectives, key=lambda collective: -collective.n_bytes)
 
-    def _collective_calls(self, name: str) -> Iterator[tuple[str, Instruction, bool]]:
-        """The collectives in one run of a computation: where each is, its instruction, and whether it is overlapped.
+    def _multiplies(self, instruction: Instruction) -> bool:
+        """Whether an instruction, or one that it calls, is a matmul, a convolution or an attention kernel."""
+        if instruction.opcode in MATMULS:
+            return True
+        if instruction.opcode == "custom-call":
+            return bool(MATMUL_KERNELS.search(instruction.attributes))
+        called = re.findall(r"body=%?([\w.\-]+)", instruction.attributes) + _called(instruction)
+        return instruction.opcode in WORK and any(
+            self._multiplies(inner) for name in called for inner in self._computations[name].values()
+        )
+
+    def _collective_calls(self, name: str) -> Iterator[tuple[str, Instruction, bool, bool]]:
+        """The collectives in one run of a computation.
+
+        Yields where each is, its instruction, whether other work runs beside it, and whether a matmul, a convolution or
+        an attention kernel does.
 
         Other work may run between `all-reduce-start` and `all-reduce-done`. The TPU compiler also spreads a collective
         over a chain of fusions, each with the collective in it. The first starts it, the last waits for it, and those
@@ -171,6 +192,7 @@ class HloModule:
         calls: dict[str, tuple[str, Instruction]] = {}
         running: set[str] = set()
         overlapped: set[str] = set()
+        beside_matmuls: set[str] = set()
         for outer in self._computations[name].values():
             fused = [self._within(called) for called in _called(outer)] if outer.opcode == "fusion" else []
             inside = [(name, outer), *itertools.chain.from_iterable(fused)]
@@ -180,14 +202,16 @@ class HloModule:
                 call = f"chain {chain[1]}" if chain else instruction.name
                 if call in calls and "estimated_cycles" in outer.attributes:
                     overlapped.add(call)
+                    beside_matmuls |= {call} if self._multiplies(outer) else set()
                 calls.setdefault(call, (computation, instruction))
                 if instruction.opcode.endswith("-start") or instruction.opcode == "send":
                     running.add(call)
             if outer.opcode in WORK and not collectives:
                 overlapped |= running
+                beside_matmuls |= running if self._multiplies(outer) else set()
             running -= set(outer.operands) if outer.opcode.endswith("-done") else set()
         for call, (computation, instruction) in calls.items():
-            yield computation, instruction, call in overlapped
+            yield computation, instruction, call in overlapped, call in beside_matmuls
 
     def hbm_bytes(self) -> int:
         """Bytes that one device reads from and writes to its main memory in one run.

@@ -126,6 +126,86 @@ ENTRY %main (x: f32[1]) -> f32[1] {{
     (found,) = HloModule(text).collectives({"data": 8})
     sizes = (1, 1, 10, 100, 1000)
     assert (found.times, found.n_bytes, found.overlapped_bytes) == (5, F32 * sum(sizes), F32 * (10 + 100))
+    assert found.matmul_overlapped_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("work", "overlapped", "beside_matmuls"),
+    [
+        ("bitcast(%x)", False, False),
+        ("fusion(%x), kind=kInput, calls=%norm", True, False),
+        ('custom-call(%x), custom_call_target="__cudnn$norm"', True, False),
+        ("while(%x), condition=%less, body=%norm", True, False),
+        ("dot(%x, %x), lhs_contracting_dims={0}, rhs_contracting_dims={0}", True, True),
+        ("convolution(%x, %x), dim_labels=bf_io->bf", True, True),
+        ("fusion(%x), kind=kOutput, calls=%fused", True, True),
+        ("fusion(%x), kind=kCustom, calls=%nested", True, True),
+        ('custom-call(%x), custom_call_target="__cublas$lt$matmul"', True, True),
+        ('custom-call(%x), custom_call_target="__cublas$gemm"', True, True),
+        ('custom-call(%x), custom_call_target="__cudnn$fmhaSoftmaxBackward"', True, True),
+        ('custom-call(%x), custom_call_target="tpu_custom_call"', True, True),
+        ("while(%x), condition=%less, body=%loop", True, True),
+        ("conditional(%i, %x, %x), branch_computations={%norm, %loop}", True, True),
+        ("call(%x), to_apply=%loop", True, True),
+    ],
+)
+def test_matmuls_beside_a_collective_are_told_from_other_work(work, overlapped, beside_matmuls):
+    text = f"""
+%norm (p0: f32[1]) -> f32[1] {{
+  %p0 = f32[1] parameter(0)
+  ROOT %sine = f32[1] sine(%p0)
+}}
+%fused (p1: f32[1]) -> f32[1] {{
+  %p1 = f32[1] parameter(0)
+  ROOT %product = f32[1] convolution(%p1, %p1), dim_labels=bf_io->bf
+}}
+%nested (p2: f32[1]) -> f32[1] {{
+  %p2 = f32[1] parameter(0)
+  ROOT %tile = f32[1] fusion(%p2), kind=kCustom, calls=%fused
+}}
+%loop (p3: f32[1]) -> f32[1] {{
+  %p3 = f32[1] parameter(0)
+  ROOT %step = f32[1] fusion(%p3), kind=kCustom, calls=%nested
+}}
+%less (p4: f32[1]) -> pred[] {{
+  %p4 = f32[1] parameter(0)
+  ROOT %bound = pred[] constant(3)
+}}
+ENTRY %main (x: f32[1]) -> f32[1] {{
+  %x = f32[1] parameter(0)
+  %i = s32[] parameter(1)
+  %before = f32[1] dot(%x, %x), lhs_contracting_dims={{0}}, rhs_contracting_dims={{0}}
+  %start = f32[1] all-reduce-start(%x), replica_groups={{}}
+  %work = f32[1] {work}
+  %done = f32[1] all-reduce-done(%start)
+  ROOT %after = f32[1] dot(%done, %done), lhs_contracting_dims={{0}}, rhs_contracting_dims={{0}}
+}}"""
+    (found,) = HloModule(text).collectives({"data": 8})
+    shares = (found.overlapped_bytes, found.matmul_overlapped_bytes)
+    assert shares == (F32 * overlapped, F32 * beside_matmuls)
+
+
+def test_matmuls_in_a_chain_of_fusions_run_beside_its_collective():
+    """The form of the TPU compiler. The first fusion of a chain starts the collective, so its matmul is not beside."""
+    gather = 'all-gather(%p{0}), replica_groups={{}}, dimensions={{0}}, frontend_attributes={{chain_id="{1}"}}'
+    product = "convolution(%p{0}, %p{0}), dim_labels=bf_io->bf"
+    fusions = "".join(
+        f"%f{name} (p: f32[1]) -> f32[1] {{\n  %p{name} = f32[1] parameter(0)\n"
+        f"  %g{name} = f32[8] {gather.format(name, chain)}\n"
+        f"  ROOT %r{name} = f32[1] {(product if multiplies else 'sine(%p{0})').format(name)}\n}}\n"
+        for name, chain, multiplies in ((1, 0, False), (2, 0, True), (3, 1, True), (4, 1, False))
+    )
+    cycles = 'backend_config={"estimated_cycles":"7"}'
+    text = f"""{fusions}
+ENTRY %main (x: f32[1]) -> f32[1] {{
+  %x = f32[1] parameter(0)
+  %c1 = f32[1] fusion(%x), calls=%f1, {cycles}
+  %c2 = f32[1] fusion(%c1), calls=%f2, {cycles}
+  %d1 = f32[1] fusion(%x), calls=%f3, {cycles}
+  ROOT %d2 = f32[1] fusion(%d1), calls=%f4, {cycles}
+}}"""
+    (found,) = HloModule(text).collectives({"data": 8})
+    assert (found.times, found.overlapped_bytes, found.matmul_overlapped_bytes) == (2, 2 * 8 * F32, 8 * F32)
 
 
 def test_only_a_copy_that_changes_the_order_of_axes_is_a_relayout():

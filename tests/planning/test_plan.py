@@ -82,7 +82,8 @@ def test_the_keys_of_the_json_stay(capsys, monkeypatch):
         "against": {"splash": "needs tpu, found cpu", "cudnn": "needs cuda, found cpu"},
     }
     assert list(table["memory"]) == ["needed", "available"]
-    keys = ["kind", "axes", "devices", "times", "n_bytes", "slices", "overlapped_bytes", "sent"]
+    keys = ["kind", "axes", "devices", "times", "n_bytes", "slices", "overlapped_bytes",
+            "matmul_overlapped_bytes", "sent"]  # fmt: skip
     assert list(table["collectives"][0]) == keys
     assert list(table["estimate"]) == ["compute", "memory", "links", "compiled", "least", "most", "mfu"]
     assert table["found"] == "--micro_batch_size 2 --model.remat none"
@@ -94,6 +95,7 @@ def test_a_plan_for_this_machine_as_text(capsys):
     assert "this machine's 8 × cpu" in text
     assert "xla; not splash: needs tpu, found cpu" in text
     assert "all-reduce over data" in text
+    assert "0% of it beside matmuls, 0% beside other work only" in text
     assert "h_*/mlp/c_fc/kernel [192, 768]" in text
 
 
