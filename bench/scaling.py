@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from record import RESULTS, Figures, replace_rows
 
 from gpt2_jax.config.toml import read_config
@@ -112,10 +113,13 @@ def line(row: Row, table: Figures) -> str:
     estimate, mesh, memory = table["estimate"], table["mesh"], table["memory"]
     per_device = table["batch_size"] // table["devices"] // table["micro_batches"]
     sent: dict[str, float] = {}
+    beside = np.zeros(2)  # bytes sent beside matmuls, and beside other work only
     for one in table["collectives"]:
         if one["n_bytes"] >= 1e6:
             axes = " and ".join(one["axes"])
             sent[axes] = sent.get(axes, 0) + one["sent"]
+            matmuls, any_work = one["matmul_overlapped_bytes"], one["overlapped_bytes"]
+            beside += one["sent"] / one["n_bytes"] * np.array([matmuls, any_work - matmuls])
     updates = table["steps"] * read_config(row.size).batch_size / table["batch_size"]
     least, most = estimate["least"], estimate["most"]
     unit, seconds = next(
@@ -131,6 +135,7 @@ def line(row: Row, table: Figures) -> str:
         f"{table['micro_batches']} × {per_device}",
         f"{memory['needed'] / 2**30:.1f} of {memory['available'] / 2**30:.0f}",
         ", ".join(f"{axes} {n_bytes / 1e9:.2f} GB" for axes, n_bytes in sent.items()),
+        ", ".join(f"{share:.0%}" for share in beside / sum(sent.values())) if sent else "",
         span(1000 * least, 1000 * most, " ms"),
         f"{100 * estimate['links'] / most:.0f}%",
         span(*(100 * mfu for mfu in estimate["mfu"]), "%"),
