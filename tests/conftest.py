@@ -78,6 +78,19 @@ def gpt2_vocabulary(monkeypatch, tmp_path) -> None:
 
 
 @pytest.fixture
+def in_process(monkeypatch) -> None:
+    """Tokenizes in this process: starting workers takes most of the time of a small run, and other tests do it."""
+    from gpt2_jax.data.tokenizer import get_tokenizer
+    from gpt2_jax.data.workers import BlockTokenizer
+
+    def tokenize_blocks(blocks, options, workers):
+        tokenize = BlockTokenizer(options, get_tokenizer(options.tokenizer))
+        return ((block, tokenize(block)) for block in blocks)
+
+    monkeypatch.setattr("gpt2_jax.data.preparation.tokenize_blocks", tokenize_blocks)
+
+
+@pytest.fixture
 def cudnn_without_gpu(monkeypatch) -> None:
     """Lowers calls of cuDNN where there is none: JAX asks for its version only to know what it supports."""
     from jax._src.cudnn import fused_attention_stablehlo

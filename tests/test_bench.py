@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import check_flags
+from commands import check_command
 from token_files import write_llmc
 from torch_gpt2 import torch_gpt2
 
@@ -265,7 +265,7 @@ def test_the_scripts_type_flags_that_exist(measure, tmp_path, script):
     assert commands
     for option, module, *words in commands:
         if option == "-m" and module.startswith("gpt2_jax."):
-            check_flags(module.removeprefix("gpt2_jax."), words)
+            check_command(module.removeprefix("gpt2_jax."), words)
 
 
 def test_a_gpu_is_measured_piece_by_piece(measure, tmp_path):

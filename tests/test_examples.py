@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import check_flags
+from commands import check_command
 from transformers import GPT2Config, GPT2LMHeadModel
 from xla_flags import FAST_COMPILE
 
@@ -44,7 +44,7 @@ def test_commands_have_the_flags_that_are_shown(name):
     commands = [match for cell in notebook.cells for match in COMMAND.findall(cell.source.replace("\\\n", " "))]
     assert {command for command, _ in commands} >= {"train", "generate"}
     for command, words in commands:
-        check_flags(command, shlex.split(words.format(EXPORT="export", **settings)))
+        check_command(command, shlex.split(words.format(EXPORT="export", **settings)))
 
 
 def execute(name: str, directory: Path, monkeypatch, only: str = "", **settings) -> str:

@@ -1,30 +1,33 @@
-"""README.md and docs/: snippets run, commands exist, links lead somewhere, tables are complete."""
+"""README.md and docs/: snippets run, commands and flags exist, links lead somewhere, tables are complete."""
 
+import dataclasses
+import itertools
 import re
 import shlex
-from pathlib import Path
 
 import jax
 import pytest
-from commands import check_flags
+from commands import check_command
+from pages import FENCED, PAGES, ROOT, blocks, prose, shell_lines
 
+import gpt2_jax.data.__main__ as data
+from gpt2_jax import convert, evaluate, generate, prepare, report
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import DataConfig, GPT2Config, ModelConfig
-from gpt2_jax.config.toml import preset_names, read_config, to_toml
+from gpt2_jax.config.toml import all_keys, preset_names, read_config, to_toml
 from gpt2_jax.config.validation import validate
+from gpt2_jax.distributed.cluster import ClusterFlags
 from gpt2_jax.model import GPT2, init_params
+from gpt2_jax.plan import PlanFlags
 
-ROOT = Path(__file__).parents[1]
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-}
 README = PAGES["README.md"]
 
 
-def blocks(page: str, language: str = r"\w*") -> list[str]:
-    """The fenced blocks of a page in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_has_a_language(page):
+    """Commands are in those of `sh`: they are parsed below, and run in test_guides.py."""
+    found = {language for language, _ in FENCED.findall(PAGES[page])}
+    assert {language.split(" ")[0] for language in found} <= {"python", "sh", "text", "toml"}
 
 
 # --- snippets ------------------------------------------------------------------------------------------
@@ -74,16 +77,55 @@ def test_the_config_snippet_is_one(tmp_path):
 # --- commands ------------------------------------------------------------------------------------------
 
 
+def filled(words: list[str]) -> list[str]:
+    """The words of a command, with something in place of those in capitals: N, MODEL, `--config FILE.toml`."""
+    words = [word for word in words if word != "…"]
+    return [
+        "quickstart" if before == "--config" and word[0].isupper() else re.sub("^[A-Z]+$", "1", word)
+        for before, word in itertools.pairwise(["", *words])
+    ]
+
+
+def inline_code() -> list[str]:
+    """What is between backticks in the text and the tables."""
+    return [" ".join(code.split()) for page in PAGES for code in re.findall("`([^`]+)`", prose(page))]
+
+
 def commands() -> list[tuple[str, str]]:
-    """Every `python -m gpt2_jax.NAME …` in a block: the name, and the words after it."""
-    lines = (line for page in PAGES for block in blocks(page) for line in block.replace("\\\n", " ").split("\n"))
-    found = (re.search(r"(?:^|[|&;] *)(?:\w+=\S+ )*python -m gpt2_jax\.(\w+)(?![.\w])(.*)", line) for line in lines)
+    """Every `python -m gpt2_jax.NAME …` in a block or in the text: the name, and the words after it."""
+    lines = [*(line for page in PAGES for line in shell_lines(page)), *inline_code()]
+    found = (re.search(r"(?:^|[|&;] *)(?:\w+=\S+ )*python -m gpt2_jax\.(\w+)(?![.\w])([^|]*)", line) for line in lines)
     return sorted({(match[1], match[2].strip()) for match in found if match})
 
 
 @pytest.mark.parametrize(("name", "words"), commands())
 def test_commands_have_the_flags_that_are_shown(name, words):
-    check_flags(name, shlex.split(words, comments=True))
+    check_command(name, filled(shlex.split(words, comments=True)))
+
+
+# Flags of train, of the other commands, and of programs of others.
+TRAIN = {"config", *all_keys(), *(field.name for field in dataclasses.fields(ClusterFlags))}
+OTHERS = {
+    "section.key", "help", "peers",  # any key; every command; bench/
+    "dry_run", "spot", "queued", "storage", "worker", "init", "ntasks_per_node", "num_nodes",  # launch/
+    "quantization",  # CTranslate2
+} | {
+    field.name
+    for flags in (convert.Flags, data.Flags, evaluate.Flags, generate.Flags, prepare.Flags, report.Flags, PlanFlags)
+    for field in dataclasses.fields(flags)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", sorted({code for code in inline_code() if code.startswith("--")}))
+def test_flags_in_the_text_exist_and_go_together(code):
+    """Those of train are parsed and validated with a preset, as if they were typed after it."""
+    words = filled(shlex.split(code))
+    names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if len(words) > 1 and names <= TRAIN:
+        preset = "quickstart" if "data.text" in names else "gpt2-124m"
+        check_command("train", [*([] if "config" in names else ["--config", preset]), *words])
+    else:
+        assert {name for name in names - TRAIN - OTHERS if not name.startswith("xla_")} == set()
 
 
 # --- tables --------------------------------------------------------------------------------------------
@@ -98,15 +140,13 @@ def test_every_preset_has_a_row():
 
 def slugs(page: str) -> set[str]:
     """The anchors that GitHub makes of the headings of a page."""
-    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(page)):
         target, _, anchor = link.partition("#")
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), link

@@ -29,8 +29,7 @@ from gpt2_jax.data.corpus import read_corpus, tokenize
 from gpt2_jax.data.encode import encoder, last_safe_cut
 from gpt2_jax.data.manifest import read_manifest
 from gpt2_jax.data.sources import BLOCK_BYTES, FileSource
-from gpt2_jax.data.tokenizer import get_tokenizer, gpt2_encoding
-from gpt2_jax.data.workers import BlockTokenizer
+from gpt2_jax.data.tokenizer import gpt2_encoding
 from gpt2_jax.errors import UserError
 from gpt2_jax.prepare import main as prepare
 
@@ -52,17 +51,6 @@ def lines(tmp_path):
     rows = [json.dumps({"text": text, "id": number}) for number, text in enumerate(documents())]
     path.write_text("\n".join([*rows[:10], "", *rows[10:]]) + "\n")
     return path
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Tokenizes in this process: starting workers takes most of the time of a small run, and other tests do it."""
-
-    def tokenize_blocks(blocks, options, workers):
-        tokenize = BlockTokenizer(options, get_tokenizer(options.tokenizer))
-        return ((block, tokenize(block)) for block in blocks)
-
-    monkeypatch.setattr("gpt2_jax.data.preparation.tokenize_blocks", tokenize_blocks)
 
 
 def run(*args):
