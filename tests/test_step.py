@@ -16,9 +16,11 @@ from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import IGNORE, MeshConfig, OptimizerConfig
 from gpt2_jax.layers import unstack_layers
 from gpt2_jax.model import GPT2
+from gpt2_jax.planning.hlo import HloModule
 from gpt2_jax.sharding import batch_sharding, make_mesh, put_batch
 from gpt2_jax.step import abstract_state, init_state, make_eval_step, make_train_step
 
+PLAIN = ("loss", "grad_norm", "learning_rate", "param_norm")  # the metrics of a step that measures nothing more
 UPDATES = 5
 BATCH = 16
 # AdamW divides by the root of the mean square gradient. Where the true gradient is zero (a bias on the keys
@@ -56,13 +58,13 @@ def run(config, mesh, batches, accumulation, optimizer=OPTIMIZER):
     return [row.loss for row in rows], [row.grad_norm for row in rows], jax.device_get(params)
 
 
-def trace(config, mesh, accumulation, dtype=jnp.float32):
+def trace(config, mesh, accumulation, dtype=jnp.float32, **measured):
     """The step for micro-batches of two sequences per device, not yet lowered, and the state it is for."""
     model = GPT2(config, dtype)
     shape = (accumulation, 2 * mesh.size, config.block_size + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading_axis=True))
     state = abstract_state(model, OPTIMIZER, mesh)
-    return make_train_step(model, OPTIMIZER, mesh, seed=0).trace(state, tokens), state
+    return make_train_step(model, OPTIMIZER, mesh, seed=0, **measured).trace(state, tokens), state
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +312,52 @@ def test_under_fsdp_only_parameters_and_gradients_move(tiny_config, data, change
         leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
     )
     assert program.memory_analysis().alias_size_in_bytes >= state_bytes
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_what_is_not_measured_is_not_in_the_step_and_what_is_measured_moves_scalars(tiny_config, data, fsdp):
+    """All collectives of the compiled step: by kind, the calls and the bytes of one update."""
+    mesh, micro_batches = mesh_of(data, fsdp), 4
+
+    def compiled(**measured):
+        traced, state = trace(dataclasses.replace(tiny_config, n_layer=1), mesh, micro_batches, **measured)
+        after, metrics = traced.out_info
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        outputs = {name: value for name, value in metrics._asdict().items() if value is not None}
+        found = HloModule(traced.lower().compile().as_text()).collectives(dict(mesh.shape))
+        return outputs, {one.kind: (one.times, one.n_bytes) for one in found}, state.params
+
+    # XLA removes what no output needs, so the outputs and the collectives are all that could be left of a measurement.
+    outputs, plain, params = compiled()
+    assert {name: value.shape for name, value in outputs.items()} == dict.fromkeys(PLAIN, ())
+    split = [leaf.size for leaf in jax.tree.leaves(params) if "fsdp" in leaf.sharding.spec]
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params)) - sum(split)
+    if data > 1:
+        assert plain == {"all-reduce": (1, 4 * (whole + 1))}  # the gradient and the loss
+    else:
+        assert plain == {
+            "all-gather": (len(split), 4 * sum(split)),
+            "reduce-scatter": (micro_batches * len(split), micro_batches * 4 * sum(split)),
+            # The gradients of vectors; the loss; a sum of squares for each split parameter in the norm of the gradient,
+            # in the one that clips it, and in the norm of the new parameters.
+            "all-reduce": (micro_batches + 2, micro_batches * 4 * whole + 4 * (1 + 3 * len(split))),
+        }
+
+    times, n_bytes = plain["all-reduce"]
+    outputs, measured, _ = compiled(noise_scale=True)
+    assert outputs.keys() == {*PLAIN, "micro_grad_norm"}
+    # One scalar more over `data`, or a sum of squares for each split parameter in each micro-batch; no further call.
+    scalars = 1 if data > 1 else micro_batches * len(split)
+    assert measured == {**plain, "all-reduce": (times, n_bytes + 4 * scalars)}
+
+    outputs, measured, _ = compiled(layers=True)
+    assert outputs.keys() == {*PLAIN, "layers"}
+    assert {name: value.shape for name, value in outputs["layers"].items()} == {
+        "grad_norm": (4,),
+        "update_ratio": (4,),
+    }
+    scalars = 3 * len(split)  # sums of squares of the gradient, of the update and of the weights
+    assert measured == {**plain, "all-reduce": (times, n_bytes + 4 * scalars)}
 
 
 def test_parameters_travel_in_bfloat16_and_gradients_in_float32(tiny_config):

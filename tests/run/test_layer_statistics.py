@@ -142,6 +142,30 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ((), [(False, False)]),
+        (("--log.layers", 3), [(False, True), "activations"]),
+        (("--log.noise_scale", "true", "--micro_batch_size", 1), [(True, False)]),
+    ],
+)
+def test_a_run_makes_no_program_that_its_log_does_not_ask_for(run, monkeypatch, flags, asked):
+    class MadeError(Exception):
+        """Stops the run when its programs for training are made."""
+
+    def stop(*args):
+        raise MadeError
+
+    made = []
+    monkeypatch.setattr(training, "make_train_step", lambda *args: made.append(args[5:]))
+    monkeypatch.setattr(training, "make_add_activations", lambda *args: made.append("activations"))
+    monkeypatch.setattr(training, "make_eval_step", stop)
+    with pytest.raises(MadeError):
+        run("run", *flags)
+    assert made == asked
+
+
 @pytest.mark.slow
 def test_they_do_not_change_what_is_trained(run):
     plain, none = run("plain")
