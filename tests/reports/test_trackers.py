@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from gpt2_jax import report
+from gpt2_jax.config import flatten
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.reports import following as followers
@@ -70,16 +71,18 @@ def wandb_records(file):
 
 def sent_to_wandb(run):
     values: dict[str, list] = {}
-    ids = set()
+    ids, configs = set(), []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         for record in wandb_records(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
+                configs.append({item.key: json.loads(item.value_json) for item in record.run.config.update})
             if record.HasField("history"):
                 for item in record.history.item:
                     name = item.key or "/".join(item.nested_key)
                     values.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
     assert len(ids) == 1
+    assert all(config.items() >= as_sent(run).items() for config in configs)  # wandb adds a key of its own
     return values
 
 
@@ -87,11 +90,18 @@ def sent_to_trackio(run):
     from trackio.sqlite_storage import SQLiteStorage
 
     state = json.loads((run / trackers.STATE).read_text())["trackio"]["id"]
+    name = f"{run.name}-{state}"
+    assert SQLiteStorage.get_run_config(trackers.PROJECT, name).items() >= as_sent(run).items()
     values: dict[str, list] = {}
-    for row in SQLiteStorage.get_logs(trackers.PROJECT, f"{run.name}-{state}"):
+    for row in SQLiteStorage.get_logs(trackers.PROJECT, name):
         for key, value in row.items():
             values.setdefault(key, []).append((row["step"], value))
     return values
+
+
+def as_sent(run):
+    """The config of a run by dotted keys, as JSON gives it back."""
+    return json.loads(json.dumps(flatten(read_config(str(run / "config.toml")))))
 
 
 def rows_of(run, key):
@@ -117,6 +127,7 @@ def test_a_run_that_is_over_is_sent_once(make_run, service, capsys):
     assert "n_layer = 12" in texts["config"][0][1]
     values = sent_to_wandb(run)
     check(run, values)
+    assert values["fingerprint"] == rows_of(run, "fingerprint")
     assert [step for step, _ in values["samples/0"]] == [10, 40]
     values = sent_to_trackio(run)
     check(run, values)
