@@ -35,6 +35,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
+from gpt2_jax.run import goodput
 from gpt2_jax.run.directory import open_directory
 from gpt2_jax.run.initial import keep_initial_tokenizer
 from gpt2_jax.run.reporting import Reporter
@@ -137,6 +138,7 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
 
     # One that is asked to stop, one that is killed, one to the end.
     args = [*tiny_run, *FULL, "--out", tmp_path / "parts"]
+    before = time.time()
     asked = command(args)
     wait_for_update(tmp_path / "parts", 13)
     asked.send_signal(signal.SIGTERM)
@@ -149,6 +151,7 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     killed.communicate()
     capsys.readouterr()
     assert run_here(args) == 0
+    elapsed = time.time() - before
     assert re.search("resumed after update [23]", capsys.readouterr().out)
 
     for key in ("loss", "grad_norm", "learning_rate", "val_loss", "tokens"):
@@ -158,6 +161,17 @@ def test_a_run_that_was_stopped_and_killed_is_bit_for_bit_the_run_that_was_not(t
     kept = {int(path.name) for path in (tmp_path / "whole" / "checkpoints").glob("[0-9]*")}
     assert kept == {30, 40} | {min(val_losses, key=val_losses.get)}
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+    # Every second from the first start to the last row belongs to one phase, also over the kill. Rows are rounded to
+    # milliseconds and times of files to about ten; the rest of the tolerance is for a busy machine.
+    processes = goodput.read_processes(tmp_path / "parts")
+    seconds = goodput.goodput(processes)
+    assert len(processes) == 3
+    assert seconds[goodput.STOPPED] > 0
+    last_row = (tmp_path / "parts" / goodput.FILE).stat().st_mtime
+    assert sum(seconds.values()) == pytest.approx(last_row - processes[0].started, abs=0.1)
+    # From outside there is also the first interpreter's start, and what follows the last row: 0.1 s of 11 s or more.
+    assert sum(seconds.values()) == pytest.approx(elapsed, rel=0.05)
 
 
 @pytest.mark.slow
