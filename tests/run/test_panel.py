@@ -1,9 +1,11 @@
 """The lines under the bar, and the drawing at the end."""
 
+import io
 import json
 import re
 
 import pytest
+from rich.console import Console
 from rich.text import Text
 
 from gpt2_jax import activity
@@ -52,6 +54,27 @@ def test_what_a_run_has_reached(panel):
     assert shown(panel)[-1] == "training · next evaluation at 1,000 · next save at 1,000 · last checkpoint 500"
 
 
+def colors(panel, line):
+    """The parts of a line that have a color, with it."""
+    text = list(panel.lines(200))[line]
+    return {text.plain[span.start : span.end]: str(span.style) for span in text.spans if span.style}
+
+
+def test_a_new_best_is_green_and_a_worse_loss_yellow(panel):
+    panel.update(ROW)
+    assert colors(panel, 0) == {}
+    panel.validation(100, 2.5)
+    assert colors(panel, 0) == {"validation 2.5000 at 100, the best": "green"}
+    panel.validation(200, 2.5)
+    assert colors(panel, 0) == {"validation 2.5000 at 200, best 2.5000 at 100": "yellow"}
+    panel.validation(300, 2.25)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=200, _environ={})
+    console.print(next(panel.lines(200)))
+    assert screen.getvalue().endswith(" · \x1b[32mvalidation 2.2500 at 300, the best\x1b[0m\n")
+    assert colors(panel, 1) == colors(panel, 2) == {}
+
+
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_every_line_fits(panel, width):
     panel.update(ROW)
@@ -78,12 +101,14 @@ def test_work_that_takes_long_is_named(panel, monkeypatch):
     assert shown(panel)[-1].startswith("training")  # it began just now
     now[0] += 65
     assert shown(panel)[-1].startswith("compiling, 1:05 · ")
+    assert colors(panel, -1) == {"compiling, 1:05": "yellow"}
     panel.doing, panel.share = "evaluating", 0.425
     assert shown(panel)[-1].startswith("training")
     now[0] += 65
     assert shown(panel)[-1].startswith("evaluating, 42%, 1:05 · ")
     panel.doing = DEVICE
     assert shown(panel)[-1].startswith("training · ")
+    assert colors(panel, -1) == {}
 
 
 def test_a_trend_keeps_means_of_equally_many_values():
