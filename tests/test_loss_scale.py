@@ -1,8 +1,13 @@
 """float16: an overflow anywhere is passed over everywhere, and a run resumes with the scale that it had."""
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +192,72 @@ def test_a_run_passes_over_overflows_and_resumes_exactly(flags, tmp_path, monkey
     for step in (8, 12):
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
     assert train(flags, tmp_path / "killed") == (rows, fingerprint)
+
+
+OVERFLOWS = (3, 40, 41, 90, 104, 107, 108, 171, 200)  # by update: in a row, before and after the kill, the last
+
+
+def train_with_overflows(args, killed_after=0):
+    """Trains with a loss scale so large in some updates that gradients overflow, and 2^64 times as large as it was."""
+    loss_scale.INITIAL_SCALE, loss_scale.GROWTH_INTERVAL = 2.0**9, 30
+
+    @jax.jit
+    def scaled(state, factor):
+        scale = state.opt_state.scale
+        return state._replace(opt_state=state.opt_state._replace(scale=scale.replace(scale=scale.scale * factor)))
+
+    def make(*args):
+        step = make_train_step(*args)
+
+        def update(state, tokens):
+            number = int(jax.device_get(state.step)) + 1
+            with jax.transfer_guard("allow"):
+                state = scaled(state, 2.0**64) if number in OVERFLOWS else state
+            state, metrics = step(state, tokens)
+            with jax.transfer_guard("allow"):
+                state = scaled(state, 2.0**-64) if number in OVERFLOWS else state
+            if number == killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return state, metrics
+
+        update.lower = step.lower
+        return update
+
+    training.make_train_step = make
+    return training.train(parse_args("train", "", args), jax.devices()[:1])
+
+
+@pytest.mark.slow
+def test_200_updates_on_real_text_with_overflows_killed_and_resumed(shared_data, tmp_path, monkeypatch, capsys):
+    """The overflows are those of float16 itself, in updates that are known."""
+    for module, name in ((loss_scale, "INITIAL_SCALE"), (loss_scale, "GROWTH_INTERVAL"), (training, "make_train_step")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # `train_with_overflows` sets them
+    args = [*TINY, "--steps", "200", "--optimizer.decay_steps", "200", "--model.block_size", "32",
+            "--model.n_embd", "32", "--checkpoint.every", "50",
+            "--data.text", str(shared_data / "tinyshakespeare.txt")]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    in_parts = [*args, "--out", str(parts)]
+    code = f"import test_loss_scale; test_loss_scale.train_with_overflows({in_parts}, killed_after=149)"
+    killed = subprocess.run([sys.executable, "-c", f"import conftest; {code}"], cwd=Path(__file__).parent, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert train_with_overflows(in_parts) == 0
+    # The kill may come before the save of update 100 is complete.
+    assert re.search(r" resumed after update (50|100)\n", capsys.readouterr().out)
+    assert train_with_overflows([*args, "--out", str(whole)]) == 0
+
+    def rows_of(out):
+        return [row | {"tokens_per_second": None} for row in read_rows(out / "metrics.jsonl")]
+
+    rows = rows_of(whole)
+    assert rows_of(parts) == rows
+    of_both = [read_info(out / "checkpoints" / "200")["fingerprint"] for out in (whole, parts)]
+    assert of_both[0] == of_both[1]
+    updates = {row["step"]: row for row in rows if "skipped" in row or "loss" in row}
+    assert list(updates) == list(range(1, 201))
+    assert [step for step, row in updates.items() if "skipped" in row] == list(OVERFLOWS)
+    assert [row["overflows"] for row in updates.values() if "skipped" in row] == list(range(1, len(OVERFLOWS) + 1))
+    scales = [row["loss_scale"] for row in updates.values()]
+    finite = [step not in OVERFLOWS for step in updates]
+    expected = expected_scales(finite, 30)
+    assert scales == [scale * (1 if good else 2.0**64) for scale, good in zip(expected[:-1], finite, strict=True)]
+    assert rows[-1]["val_loss"] < 3.5  # 5.6 at the start, a uniform guess; the frequencies of bytes alone give 3.3
