@@ -7,14 +7,17 @@ import jax
 import pytest
 
 from gpt2_jax import train as training
+from gpt2_jax.checkpoint_info import COMPLETE, INFO, seal
 from gpt2_jax.compilation_cache import ProgramCache
 from gpt2_jax.config.flags import parse_args
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB
+from gpt2_jax.metrics import read_rows
 from gpt2_jax.planning import micro_batch, shortage
 from gpt2_jax.planning.estimate import Memory, TooLargeError, compile_step
 from gpt2_jax.run import fitting
+from gpt2_jax.run.provenance import made_by
 from gpt2_jax.sharding import make_mesh
 
 TINY = ["--config", "quickstart", "--batch_size", "16", "--model.n_layer", "1", "--model.n_head", "2",
@@ -28,7 +31,7 @@ MEMORY = 6 << 20  # bytes. Micro-batches of 4 take 4 MiB, those of 16 take 12.
 def run(tmp_path, monkeypatch, capsys):
     """Trains on a device with `memory` bytes. Returns the settings, the banner's line, and the sizes compiled for."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} squared is {number * number}\n" for number in range(300)))
+    text.write_text("".join(f"{number} squared is {number * number}\n" for number in range(1000)))
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     monkeypatch.setattr(training.runtime, "enable_compilation_cache", lambda name: ProgramCache(cache, 1 << 30))
@@ -40,10 +43,10 @@ def run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(micro_batch, "compile_step", compile_and_count)
 
-    def train(name, steps, memory=MEMORY):
+    def train(name, steps, memory=MEMORY, flags=()):
         compiled.clear()
         monkeypatch.setattr(fitting, "available_memory", lambda device: memory)
-        args = [*TINY, "--data.text", str(text), "--out", str(tmp_path / name), "--steps", str(steps)]
+        args = [*TINY, "--data.text", str(text), "--out", str(tmp_path / name), "--steps", str(steps), *flags]
         assert training.train(parse_args("train", "", args), jax.devices()[:1]) == 0
         config = read_config(str(tmp_path / name / "config.toml"))
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
@@ -68,6 +71,59 @@ def test_a_small_device_gets_a_run_that_fits_and_the_search_is_remembered(run):
     larger, _, compiled = run("c", 1, 4 * MEMORY)
     assert larger[0] == 16
     assert compiled[-1] == 16
+
+
+@pytest.mark.slow
+def test_a_model_of_27_million_parameters_trains_in_2_gib(run, tmp_path):
+    sizes = {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512, "scan_layers": "true"}
+    flags = [word for key, size in sizes.items() for word in (f"--model.{key}", str(size))]
+    (size, remat), line, compiled = run("run", 1, 2 * GIB, [*flags, "--batch_size", "8"])
+    assert remat == "none"
+    assert size in (2, 4)  # 4 takes 1.90 GiB, just below the limit
+    assert "of 2 GiB, found in" in line
+    assert size in compiled
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [1]
+    config = read_config(str(tmp_path / "run" / "config.toml"))
+    assert compile_step(config, jax.devices()[:1], None).memory.required <= 2 * GIB
+    usable = int(micro_batch.USABLE * 2 * GIB)
+    next_larger = dataclasses.replace(config, micro_batch_size=2 * size)  # that divides the batch
+    with pytest.raises(TooLargeError) as error:
+        compile_step(next_larger, jax.devices()[:1], usable)
+    assert error.value.memory.required > usable
+
+
+def write_checkpoint(path, devices):
+    """All of a checkpoint that a search reads."""
+    (path / INFO).parent.mkdir(parents=True)
+    (path / INFO).write_text(json.dumps(seal(int(path.name), {}, {"made_by": devices})))
+    (path / COMPLETE).touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "searches"),
+    [
+        ({}, False),
+        ({"jax": "0.0.1", "processor": "another"}, False),
+        ({"device": "NVIDIA H100 80GB HBM3"}, True),
+        ({"mesh": "data 2 × fsdp 1"}, True),
+        ({"mesh": "data 1 × fsdp 1 over 2 processes"}, True),
+    ],
+)
+def test_a_run_that_resumes_on_other_devices_is_fitted_anew(tmp_path, monkeypatch, change, searches):
+    args = ["--config", "quickstart", "--micro_batch_size", "auto", "--out", str(tmp_path), "--batch_size", "16"]
+    config = parse_args("train", "", args)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    for step, entries in ((10, {"device": "an older one"}), (20, change)):  # the newest decides
+        write_checkpoint(tmp_path / "checkpoints" / str(step), made_by(mesh) | entries)
+    assert fitting._ran_here(config, mesh) != searches
+    found = micro_batch.Fit(2, "none", Memory(900, 1000), 1)
+    monkeypatch.setattr(fitting, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(fitting, "fit", lambda *args: found)
+    saved = dataclasses.replace(config, micro_batch_size=8)
+    size, line = (2, f"{found.memory}, found in 1 compilation") if searches else (8, "as before")
+    fitted, said = fitting.fitted(config, saved, mesh, None)
+    assert (fitted.micro_batch_size, said) == (size, line)
+    assert fitting.fitted(config, None, mesh, None)[0].micro_batch_size == 2  # a new run
 
 
 @pytest.mark.parametrize(
