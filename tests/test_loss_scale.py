@@ -233,7 +233,7 @@ def test_200_updates_on_real_text_with_overflows_killed_and_resumed(shared_data,
     for module, name in ((loss_scale, "INITIAL_SCALE"), (loss_scale, "GROWTH_INTERVAL"), (training, "make_train_step")):
         monkeypatch.setattr(module, name, getattr(module, name))  # `train_with_overflows` sets them
     args = [*TINY, "--steps", "200", "--optimizer.decay_steps", "200", "--model.block_size", "32",
-            "--model.n_embd", "32", "--checkpoint.every", "50",
+            "--model.n_embd", "32", "--checkpoint.every", "50", "--data.val_fraction", "0.01",
             "--data.text", str(shared_data / "tinyshakespeare.txt")]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     in_parts = [*args, "--out", str(parts)]
