@@ -73,11 +73,11 @@ def watch_tmux(directory, columns):
 
     The latter has the lines as they were written: tmux joins those that it has broken.
     """
-    environment = prepared(directory, LC_ALL="C.UTF-8")
-    name = f"gpt2_jax-{os.getpid()}-{columns}"
+    sockets = tempfile.mkdtemp(prefix="tmux-")  # the path of a socket may have 104 characters
+    environment = prepared(directory, LC_ALL="C.UTF-8", TMUX_TMPDIR=sockets)
 
     def tmux(*args):
-        command = ["tmux", "-u", "-L", name, "-f", "/dev/null", *args]
+        command = ["tmux", "-u", "-L", "gpt2_jax", "-f", "/dev/null", *args]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, encoding="utf-8")
         return [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
 
@@ -93,6 +93,7 @@ def watch_tmux(directory, columns):
         screens.append(tmux("capture-pane", "-p", "-J", "-S", "-"))
     finally:
         tmux("kill-server")
+        shutil.rmtree(sockets)
     assert (directory / "code").read_text() == "0\n", "\n".join(lines)
     return lines, screens
 
