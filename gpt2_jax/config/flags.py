@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from gpt2_jax.config import TrainConfig, flatten
-from gpt2_jax.config.help import help_lines
+from gpt2_jax.config.help import help_lines, row
 from gpt2_jax.config.toml import nearest_key, preset_names, read_config
 from gpt2_jax.config.validation import fit_warmup, validate
 from gpt2_jax.errors import UserError
@@ -62,17 +62,18 @@ def parse_args(
             rest.append(arg)
     topic = _help_topic(rest)
     usage = f"usage: {prog} --config {name or 'NAME|FILE.toml'} [--section.key value ...]"
+    width = max(60, shutil.get_terminal_size().columns)
+    description = textwrap.fill(description, width, break_on_hyphens=False)
     if not name and not topic:
-        print(f"{description}\n\n{usage}\n\npresets:")
-        print("\n".join(f"  {preset:22}{header}" for preset, header in preset_names().items()))
-        print(f"\nfor the keys, type {prog} --config NAME --help")
+        presets = [line for preset, header in preset_names().items() for line in row(preset, header, 20, width, 2)]
+        print(description, "", usage, "", "presets:", *presets, "", sep="\n")
+        print(f"For the keys, type {prog} --config NAME --help.")
         raise SystemExit(2 if topic is None else 0)
     ignored: list[str] = []
     written = _read_config(name, ignored.append) if name else None
     if topic is not None:
-        width = max(60, shutil.get_terminal_size().columns)
         if not topic:
-            print(textwrap.fill(description, width, break_on_hyphens=False), "", usage, "", sep="\n")
+            print(description, "", usage, "", sep="\n")
         print("\n".join(help_lines(written, topic, width)))
         raise SystemExit(0)
     assert written is not None

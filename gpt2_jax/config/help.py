@@ -48,11 +48,11 @@ def help_lines(config: TrainConfig | None, topic: str, width: int) -> list[str]:
         lines = []
         for key, of in keys.items():
             if key.rpartition(".")[0] == name:
-                lines += _row(_with_value(key, of, values), of.text, LEFT, width, 2 if name else 1)
+                lines += row(_with_value(key, of, values), of.text, LEFT, width, 2 if name else 1)
         if not name:
             kinds = get_type_hints(TrainConfig)
             lines = ["keys:", *lines, "", "sections:"]
-            lines += [line for section in sections for line in _row(section, kinds[section].__doc__, 12, width, 1)]
+            lines += [line for section in sections for line in row(section, kinds[section].__doc__, 12, width, 1)]
         return [*lines, "", *textwrap.wrap(MORE, width)]
     raise UserError(f"--help {topic}: no key and no section; {nearest_key(name, [*sections, *keys])}")
 
@@ -70,8 +70,8 @@ def keys_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Key]]:
             yield prefix + field.name, Key(field.default, hint, texts[field.name])
 
 
-def _row(left: str, text: str | None, column: int, width: int, max_lines: int) -> list[str]:
-    """`left` in a column, and beside it the first line of a text, cut after `max_lines`."""
+def row(left: str, text: str | None, column: int, width: int, max_lines: int) -> list[str]:
+    """Lines of the help: `left` in a column, and beside it the first line of a text, cut after `max_lines`."""
     left = left if len(left) <= column else left[: column - 1] + "…"
     first = (text or "").split("\n")[0]
     right = textwrap.wrap(first, width - column - 3, max_lines=max_lines, placeholder=" …", break_on_hyphens=False)

@@ -117,11 +117,14 @@ def test_help_breaks_lines_between_sentences_only():
                         assert line.endswith("."), line
 
 
-def test_without_a_config_the_presets_are_listed(capsys):
+def test_without_a_config_the_presets_are_listed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         parse()
     text = capsys.readouterr().out
-    assert all(name in text and header in text for name, header in preset_names().items())
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert all(f"{name} {header[:40]}" in words for name, header in preset_names().items())
 
 
 @pytest.mark.parametrize("name", preset_names())
