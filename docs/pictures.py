@@ -1,7 +1,7 @@
-"""Takes the pictures of README.md and docs/: the quickstart in a terminal of 80 columns, and its report in two windows.
+"""Takes the pictures of README.md and docs/: the quickstart on a terminal of 80 columns, its losses and its report.
 
-`python docs/pictures.py` trains the quickstart, in a temporary directory, and writes terminal.png, quickstart.png,
-report.png and report-narrow.png beside this file. It needs the extra `test`, Chromium and the font DejaVu Sans Mono.
+`python docs/pictures.py` trains the quickstart, in a temporary directory, and writes terminal.png, quickstart.png and
+report.png beside this file. It needs the extra `test`, Chromium and the font DejaVu Sans Mono.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parent
 FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf"
 COLUMNS, LINES = 80, 200
 SHOWN_AT = 5000  # the update whose screen is kept
-WINDOWS = {"report.png": (1040, 800), "report-narrow.png": (420, 800)}  # pixels
+WINDOW = {"width": 1040, "height": 800}  # pixels
 BACKGROUND, TEXT = "#1e1e1e", "#d4d4d4"
 COLORS = {"green": "#6fc276", "brown": "#d7ba7d", "red": "#f14c4c", "cyan": "#4ec9b0", "blue": "#569cd6",
           "magenta": "#c586c0", "brightblack": "#808080"}  # fmt: skip
@@ -88,11 +88,10 @@ def main() -> None:
         with sync_playwright() as library:
             executable = shutil.which("chromium") or shutil.which("google-chrome")
             browser = library.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-            for name, (width, height) in WINDOWS.items():
-                tab = browser.new_page(viewport={"width": width, "height": height})
-                tab.goto(page.as_uri())
-                tab.wait_for_timeout(1000)
-                tab.screenshot(path=DOCS / name)
+            tab = browser.new_page(viewport=WINDOW)
+            tab.goto(page.as_uri())
+            tab.wait_for_timeout(1000)
+            tab.screenshot(path=DOCS / "report.png")
             browser.close()
 
 

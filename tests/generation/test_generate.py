@@ -166,12 +166,12 @@ def test_without_memory_the_largest_number_of_samples_that_fits_is_named(run, mo
         work = command._Work(open_model(str(out)), "float32", 3, 40, Sampling(samples=samples))
         return work._required()
 
-    sizes = {samples: required(samples) for samples in (2, 4, 8, 64)}
+    sizes = {samples: required(samples) for samples in (8, 64)}
     # Each sequence has a cache: keys and values of both layers for 64 slots, the bucket of 3 tokens and 40 new ones.
     cache = 2 * CONFIG.n_layer * CONFIG.n_embd * 64 * 4
     assert (sizes[64] - sizes[8]) / 56 == pytest.approx(cache, rel=0.5)
     available = sizes[8] / 0.9
-    assert sizes[4] < sizes[8] < 0.95 * available < sizes[64]
+    assert sizes[8] < 0.95 * available < sizes[64]
 
     def fail(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
