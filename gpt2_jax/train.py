@@ -223,7 +223,8 @@ def _train(
             if hardware.platform == "cpu" and start < config.steps:
                 program = train_step.lower(state, abstract_batch(config, mesh)).compile()
                 runtime.keep_freed_memory(program)
-                reporter.show_memory(Memory(program_memory(program), available_memory(jax.local_devices()[0])))
+                if not fit:
+                    reporter.show_memory(Memory(program_memory(program), available_memory(jax.local_devices()[0])))
             clock.enter(goodput.TRAINING)
             step, evaluations = start, dict[str, float]()
             pending: tuple[int, Metrics | None] | None = None  # the update whose metrics are still on the device

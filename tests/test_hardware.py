@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from gpt2_jax.hardware import CHIPS, GIB, GPU_MEMORY_SHARE, chip_of, host_of, slice_of
+from gpt2_jax.hardware import CHIPS, GIB, GPU_MEMORY_SHARE, chip_of, host_of, peak_memory, slice_of
 from gpt2_jax.metrics import ThroughputMeter
 
 
@@ -81,3 +81,10 @@ def test_the_slice_of_a_gpu_that_is_not_attached():
     assert (slice_of(rack), host_of(rack)) == (0, 17)
     assert [slice_of(absent("NVIDIA A40", id)) for id in (7, 8)] == [0, 1]
     assert slice_of(absent("unheard-of", 16)) == 2
+
+
+def test_the_peak_of_a_device_that_counts_its_memory():
+    stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 15}
+    assert peak_memory(device(memory_stats=lambda: stats)) == (7, 15)
+    assert peak_memory(device(memory_stats=lambda: {"bytes_in_use": 5})) is None
+    assert peak_memory(jax.devices("cpu")[0]) is None

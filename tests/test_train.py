@@ -35,7 +35,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
 from gpt2_jax.metrics import read_rows
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import goodput
+from gpt2_jax.run import goodput, reporting
 from gpt2_jax.run.directory import open_directory
 from gpt2_jax.run.initial import keep_initial_tokenizer
 from gpt2_jax.run.reporting import Reporter
@@ -213,6 +213,9 @@ def test_the_quickstart_learns_and_says_what_it_reached(tmp_path):
     assert 1.5 < float(zipped) < 3
     for expected in ("not cudnn: needs cuda, found cpu", "60 tokens written by the model", str(out), "--data.text"):
         assert expected in output
+    assert re.search(r"^model     \d+,\d+ parameters \(\d+,\d+ decayed\): 1 layers", output, re.MULTILINE)
+    assert f"run       {out}, 24 updates, {24 * 4 * 128:,} tokens\n" in output
+    assert re.search(r"^memory    0\.\d+ of [\d.]+ GiB for an update$", output, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == {
         "config.toml",
         "metrics.jsonl",
@@ -401,6 +404,12 @@ def test_a_shortened_run_goes_on_with_its_schedule(tiny_run, tmp_path, capsys):
     (flags,) = re.findall(r"type (.*) to keep its schedule", str(error.value))
     assert training.main([*longer, *flags.split()]) == 0
     assert list(rows(tmp_path / "run", "loss")) == list(range(1, 9))
+
+
+def test_an_accelerator_says_once_how_much_memory_an_update_took(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "peak_memory", lambda device: (3 << 30, 15 << 30))
+    assert run_here([*tiny_run, "--out", tmp_path / "run", "--steps", 2]) == 0
+    assert capsys.readouterr().out.count("memory    3 of 15 GiB for an update\n") == 1
 
 
 # --- what is refused -----------------------------------------------------------------------------------
