@@ -367,7 +367,7 @@ def test_a_moved_run_goes_on_where_it_is(tiny_run, tmp_path, capsys):
     config = ["--config", tmp_path / "new" / "config.toml"]
     capsys.readouterr()
     assert run_here([*config, "--steps", 5]) == 0
-    assert "new, 5 updates, resumed after update 3" in capsys.readouterr().out
+    assert re.search(r"new, 5 updates, [\d,]+ tokens, resumed after update 3\n", capsys.readouterr().out)
     assert not (tmp_path / "old").exists()
     assert list(rows(tmp_path / "new", "loss")) == [1, 2, 3, 4, 5]
     assert parse_args("train", "", [*map(str, config), "--out", "other"]).out == "other"
