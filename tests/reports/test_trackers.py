@@ -49,38 +49,20 @@ def sent_to_tensorboard(run):
     return scalars, texts
 
 
-def wandb_records(file):
-    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, with a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, at, record = file.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            parsed = Record()
-            parsed.ParseFromString(record)
-            yield parsed
-            record = b""
-
-
 def sent_to_wandb(run):
+    """By wandb's own reader of its files."""
     values: dict[str, list] = {}
     ids, configs = set(), []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(file):
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-                configs.append({item.key: json.loads(item.value_json) for item in record.run.config.update})
-            if record.HasField("history"):
-                for item in record.history.item:
-                    name = item.key or "/".join(item.nested_key)
-                    values.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
+        read = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
+        for record in map(json.loads, read.stdout.splitlines()):
+            if record["type"] == "run":
+                ids.add(record["run"]["run_id"])
+                configs.append(record["run"]["config"]["update"])
+            if record["type"] == "history":
+                for name, value in record["history"]["item"].items():
+                    values.setdefault(name, []).append((record["history"]["step"]["num"], value))
     assert len(ids) == 1
     assert all(config.items() >= as_sent(run).items() for config in configs)  # wandb adds a key of its own
     return values
