@@ -16,6 +16,7 @@ from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.config import IGNORE, MeshConfig, OptimizerConfig
 from gpt2_jax.layers import unstack_layers
 from gpt2_jax.model import GPT2
+from gpt2_jax.planning.collectives import read_collectives
 from gpt2_jax.planning.hlo import HloModule
 from gpt2_jax.sharding import batch_sharding, make_mesh, put_batch
 from gpt2_jax.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -324,7 +325,7 @@ def test_what_is_not_measured_is_not_in_the_step_and_what_is_measured_moves_scal
         after, metrics = traced.out_info
         assert jax.tree.structure(after) == jax.tree.structure(state)
         outputs = {name: value for name, value in metrics._asdict().items() if value is not None}
-        found = HloModule(traced.lower().compile().as_text()).collectives(dict(mesh.shape))
+        found = read_collectives(HloModule(traced.lower().compile().as_text()), dict(mesh.shape))
         return outputs, {one.kind: (one.times, one.n_bytes) for one in found}, state.params
 
     # XLA removes what no output needs, so the outputs and the collectives are all that could be left of a measurement.

@@ -21,8 +21,9 @@ from gpt2_jax.data.tokenizer import vocab_size
 from gpt2_jax.hardware import GIB, Chip, chip_of, hardware_of, host_of, slice_of
 from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import n_params
+from gpt2_jax.planning.collectives import Collective, read_collectives
 from gpt2_jax.planning.flops import Part, flops
-from gpt2_jax.planning.hlo import Collective, HloModule
+from gpt2_jax.planning.hlo import HloModule
 from gpt2_jax.resolve import build_model, matmul_precision, resolve
 from gpt2_jax.sharding import abstract_batch, make_mesh
 from gpt2_jax.step import abstract_state, make_train_step
@@ -209,7 +210,7 @@ def make_plan(config: TrainConfig, devices: Sequence[jax.Device], where: str) ->
     module = HloModule(program.as_text() or "")
     hbm_bytes, cycles = module.hbm_bytes(), module.estimated_cycles()
     parts = flops(jaxpr)
-    collectives = tuple(module.collectives(dict(mesh.shape), [slice_of(device) for device in mesh.devices.flat]))
+    collectives = tuple(read_collectives(module, dict(mesh.shape), [slice_of(device) for device in mesh.devices.flat]))
     size = n_params(params, config.model)
     per_token = flops_per_token(config.model, size)
     chip = chip_of(devices[0])

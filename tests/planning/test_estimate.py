@@ -8,7 +8,7 @@ import pytest
 from gpt2_jax.config.toml import read_config
 from gpt2_jax.hardware import Chip
 from gpt2_jax.planning import estimate as estimates
-from gpt2_jax.planning.hlo import Collective
+from gpt2_jax.planning.collectives import Collective
 from gpt2_jax.planning.topologies import devices_of
 
 

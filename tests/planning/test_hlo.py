@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import MeshConfig
-from gpt2_jax.planning.hlo import Collective, HloModule, n_bytes_of
+from gpt2_jax.planning.collectives import Collective, read_collectives
+from gpt2_jax.planning.hlo import HloModule, n_bytes_of
 from gpt2_jax.sharding import make_mesh
 
 F32 = 4
@@ -25,7 +26,7 @@ def compiled_for(function, *shapes):
 def collectives_of(mesh, function, shape, in_spec, out_spec):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, in_spec))
-    return HloModule(jax.jit(mapped).lower(x).compile().as_text()).collectives(dict(mesh.shape))
+    return read_collectives(HloModule(jax.jit(mapped).lower(x).compile().as_text()), dict(mesh.shape))
 
 
 @pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("data", "fsdp")])
@@ -123,7 +124,7 @@ ENTRY %main (x: f32[1]) -> f32[1] {{
 %f0 (y: f32[10]) -> f32[10] {{
   ROOT %y = f32[10] parameter(0)
 }}"""
-    (found,) = HloModule(text).collectives({"data": 8})
+    (found,) = read_collectives(HloModule(text), {"data": 8})
     sizes = (1, 1, 10, 100, 1000)
     assert (found.times, found.n_bytes, found.overlapped_bytes) == (5, F32 * sum(sizes), F32 * (10 + 100))
     assert found.matmul_overlapped_bytes == 0
@@ -180,7 +181,7 @@ ENTRY %main (x: f32[1]) -> f32[1] {{
   %done = f32[1] all-reduce-done(%start)
   ROOT %after = f32[1] dot(%done, %done), lhs_contracting_dims={{0}}, rhs_contracting_dims={{0}}
 }}"""
-    (found,) = HloModule(text).collectives({"data": 8})
+    (found,) = read_collectives(HloModule(text), {"data": 8})
     shares = (found.overlapped_bytes, found.matmul_overlapped_bytes)
     assert shares == (F32 * overlapped, F32 * beside_matmuls)
 
@@ -204,7 +205,7 @@ ENTRY %main (x: f32[1]) -> f32[1] {{
   %d1 = f32[1] fusion(%x), calls=%f3, {cycles}
   ROOT %d2 = f32[1] fusion(%d1), calls=%f4, {cycles}
 }}"""
-    (found,) = HloModule(text).collectives({"data": 8})
+    (found,) = read_collectives(HloModule(text), {"data": 8})
     assert (found.times, found.overlapped_bytes, found.matmul_overlapped_bytes) == (2, 2 * 8 * F32, 8 * F32)
 
 
@@ -253,7 +254,7 @@ ENTRY %main (x: f32[5]) -> f32[5] {{
   %x = f32[5]{{0}} parameter(0)
   ROOT %r = f32[5]{{0}} all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add
 }}"""
-    (found,) = HloModule(text).collectives({"data": 2, "fsdp": 4})
+    (found,) = read_collectives(HloModule(text), {"data": 2, "fsdp": 4})
     assert found == Collective("all-reduce", axes, devices, 1, 20)
 
 
@@ -263,9 +264,9 @@ def test_groups_span_the_slices_of_their_devices(mesh):
 
     mapped = jax.shard_map(sums, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     program = HloModule(compiled_for(mapped, (100,)).as_text())
-    slices = {one.axes: one.slices for one in program.collectives({"data": 2, "fsdp": 4}, [0] * 4 + [1] * 4)}
+    slices = {one.axes: one.slices for one in read_collectives(program, {"data": 2, "fsdp": 4}, [0] * 4 + [1] * 4)}
     assert slices == {("fsdp",): 1, ("data",): 2}
-    assert {one.slices for one in program.collectives({"data": 2, "fsdp": 4})} == {1}
+    assert {one.slices for one in read_collectives(program, {"data": 2, "fsdp": 4})} == {1}
 
 
 def test_what_the_runtime_sends_between_tpu_slices():
@@ -282,7 +283,7 @@ ENTRY %main (x: f32[100]) -> f32[100] {{
 }}
 """
     program = HloModule(text)
-    assert program.collectives({"data": 4, "fsdp": 2}, [0] * 4 + [1] * 4) == [
+    assert read_collectives(program, {"data": 4, "fsdp": 2}, [0] * 4 + [1] * 4) == [
         Collective("all-reduce", ("data",), 2, 1, 100 * F32, slices=2),
         Collective("all-reduce", ("data", "fsdp"), 4, 1, 100 * F32, slices=1),
     ]
@@ -302,5 +303,5 @@ ENTRY %main (x: f32[100]) -> f32[100] {
   ROOT %done = f32[100]{0} call-done(%start)
 }
 """
-    (found,) = HloModule(text).collectives({"data": 2, "fsdp": 4})
+    (found,) = read_collectives(HloModule(text), {"data": 2, "fsdp": 4})
     assert found == Collective("all-reduce", ("data", "fsdp"), 8, 1, 100 * F32)
