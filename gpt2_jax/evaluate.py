@@ -27,7 +27,7 @@ from gpt2_jax.distributed.cluster import ClusterFlags, detect_cluster
 from gpt2_jax.distributed.session import distributed_session
 from gpt2_jax.errors import UserError, import_optional, strip_controls
 from gpt2_jax.evaluation import TASKS, Evaluator, Result
-from gpt2_jax.evaluation.scoring import lower
+from gpt2_jax.evaluation.scoring import lower_score_step
 from gpt2_jax.evaluation.table import table, to_json
 from gpt2_jax.evaluation.tasks import HARNESS, find_tasks
 from gpt2_jax.files import replace_text, user_path
@@ -37,8 +37,8 @@ from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.model import GPT2
 from gpt2_jax.planning.estimate import required_memory
-from gpt2_jax.planning.shortage import Setting, explaining_memory_of
-from gpt2_jax.resolve import matmul_dtype, not_wider
+from gpt2_jax.planning.shortage import Setting, naming_a_smaller_setting
+from gpt2_jax.resolve import matmul_dtype, same_or_narrower
 from gpt2_jax.sharding import make_mesh
 
 PROG = "python -m gpt2_jax.evaluate"
@@ -188,22 +188,18 @@ def _explaining_memory(stored: StoredModel, mesh: Mesh, dtype: Dtype) -> Abstrac
     """Replaces the error of a device without memory by one line with the smallest change that fits."""
 
     def required(fsdp: int, dtype: Dtype) -> int:
-        """Bytes on each device, which compiles the step."""
+        """Compiles the step, and returns the bytes that it requires on each device."""
         here = make_mesh(MeshConfig(fsdp=fsdp))
         model, params = stored.abstract(here, jnp.dtype(dtype))
-        return required_memory(lower(model, here, params), params)
+        return required_memory(lower_score_step(model, here, params), params)
 
-    now = mesh.shape["fsdp"]
-    smaller = [
-        Setting(
-            " ".join([f"--fsdp {fsdp}"] * (fsdp > now) + [f"--dtype {other}"] * (other != dtype)),
-            functools.partial(required, fsdp, other),
-        )
-        for other in not_wider(dtype, current_hardware())
-        for fsdp in range(now, mesh.size + 1)
-        if mesh.size % fsdp == 0 and (fsdp, other) != (now, dtype)
+    settings = [
+        Setting({"--fsdp": fsdp, "--dtype": other}, functools.partial(required, fsdp, other))
+        for other in same_or_narrower(dtype, current_hardware())
+        for fsdp in range(mesh.shape["fsdp"], mesh.size + 1)
+        if mesh.size % fsdp == 0
     ]
-    return explaining_memory_of("scoring", functools.partial(required, now, dtype), smaller)
+    return naming_a_smaller_setting("scoring", settings)
 
 
 def _run(evaluator: Evaluator, gpt2: LanguageModel, name: str) -> dict[str, Result]:

@@ -21,14 +21,14 @@ from gpt2_jax.data.encode import encode_prompt
 from gpt2_jax.errors import UserError, strip_controls
 from gpt2_jax.files import check_regular, check_utf8, is_open_pipe, user_path
 from gpt2_jax.generation import LanguageModel, Sampling
-from gpt2_jax.generation.decode import lower
+from gpt2_jax.generation.decode import lower_programs
 from gpt2_jax.generation.text import DEFAULT_TOKENS
 from gpt2_jax.hardware import current_hardware
 from gpt2_jax.interop import MODEL_KINDS, is_on_disk, use_model
 from gpt2_jax.interop.stored import StoredModel
 from gpt2_jax.planning.estimate import required_memory
-from gpt2_jax.planning.shortage import Setting, explaining_memory_of
-from gpt2_jax.resolve import matmul_dtype, not_wider, slow_generation
+from gpt2_jax.planning.shortage import Setting, naming_a_smaller_setting
+from gpt2_jax.resolve import matmul_dtype, same_or_narrower, slow_generation
 
 PROG = "python -m gpt2_jax.generate"
 
@@ -107,23 +107,21 @@ class _Work(NamedTuple):
 
     def explaining_memory(self) -> AbstractContextManager[None]:
         """Replaces the error of a device without memory by one line with the smallest change that fits."""
-        return explaining_memory_of("writing text", self._required, list(self._smaller()))
+        return naming_a_smaller_setting("writing text", list(self._settings()))
 
-    def _smaller(self) -> Iterator[Setting]:
-        for dtype in not_wider(self.dtype, current_hardware()):
+    def _settings(self) -> Iterator[Setting]:
+        """This one, and smaller ones: half of the samples again and again, and the same in a narrower dtype."""
+        for dtype in same_or_narrower(self.dtype, current_hardware()):
             samples = self.sampling.samples
             while samples:
-                flags = [f"--samples {samples}"] * (samples < self.sampling.samples)
-                flags += [f"--dtype {dtype}"] * (dtype != self.dtype)
                 work = self._replace(dtype=dtype, sampling=dataclasses.replace(self.sampling, samples=samples))
-                if flags:
-                    yield Setting(" ".join(flags), work._required)
+                yield Setting({"--samples": samples, "--dtype": dtype}, work._required)
                 samples //= 2
 
     def _required(self) -> int:
-        """Bytes on the device, which compiles the programs."""
+        """Compiles the programs, and returns the bytes that they require on the device."""
         model, params = self.stored.abstract(None, jnp.dtype(self.dtype), compact=True)
-        programs = lower(model, params, self.length, self.new, self.sampling)
+        programs = lower_programs(model, params, self.length, self.new, self.sampling)
         return max(required_memory(program, params) for program in programs)
 
 

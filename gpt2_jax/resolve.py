@@ -50,7 +50,7 @@ def matmul_dtype(dtype: Dtype, hardware: Hardware) -> Dtype:
             return "bfloat16"
 
 
-def not_wider(dtype: Dtype, hardware: Hardware) -> tuple[Dtype, ...]:
+def same_or_narrower(dtype: Dtype, hardware: Hardware) -> tuple[Dtype, ...]:
     """The dtype, and after float32 the narrower one that the hardware has matrix units for, if there is one."""
     narrow = matmul_dtype("auto", hardware)
     return (dtype, narrow) if dtype == "float32" != narrow else (dtype,)

@@ -3,7 +3,7 @@
 import pytest
 
 from gpt2_jax.hardware import Hardware
-from gpt2_jax.resolve import matmul_dtype, not_wider, slow_generation
+from gpt2_jax.resolve import matmul_dtype, same_or_narrower, slow_generation
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_a_warning_names_the_dtype_that_writes_text_slowly_on_a_cpu(dtype, platf
     ],
 )
 def test_only_float32_has_a_narrower_dtype(dtype, hardware, expected):
-    assert not_wider(dtype, hardware) == expected
+    assert same_or_narrower(dtype, hardware) == expected

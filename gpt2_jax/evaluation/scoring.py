@@ -149,7 +149,7 @@ def make_score_step(model: GPT2, mesh: Mesh, options: Options | None = None) -> 
     return jax.jit(step, static_argnames="single", out_shardings=(replicated, replicated), compiler_options=options)
 
 
-def lower(model: GPT2, mesh: Mesh, params: Params) -> jax.stages.Lowered:
+def lower_score_step(model: GPT2, mesh: Mesh, params: Params) -> jax.stages.Lowered:
     """The step for the rows that take most memory, lowered to be compiled and not to be run.
 
     Args:

@@ -74,7 +74,7 @@ def in_compute_dtype(params: Params, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 
 
-def lower(
+def lower_programs(
     model: GPT2, params: Params, length: int, max_new_tokens: int, sampling: Sampling = DEFAULT
 ) -> list[jax.stages.Lowered]:
     """The two programs of `stream` for one prompt, lowered to be compiled and not to be run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -69,23 +69,29 @@ def shortage(work: str, memory: Memory, doing: str, change: str, otherwise: str 
 
 
 class Setting(NamedTuple):
-    """Flags to type, and the bytes that the work then requires on each device, for which its programs are compiled."""
+    """Flags with their values, and the bytes that the work then requires on each device.
 
-    flags: str
+    `required` compiles the programs of the work.
+    """
+
+    flags: dict[str, Any]
     required: Callable[[], int]
 
 
-def explaining_memory_of(work: str, now: Callable[[], int], smaller: Sequence[Setting]) -> AbstractContextManager[None]:
-    """`explaining_memory` with the first of some smaller settings that fits.
+def naming_a_smaller_setting(work: str, settings: Sequence[Setting]) -> AbstractContextManager[None]:
+    """`explaining_memory` with the first smaller setting that fits.
 
     Args:
         work: its name.
-        now: compiles its programs and returns the bytes that they require on each device.
-        smaller: settings that require less, the best one first.
+        settings: the present one, and then those that require less, the best one first. All have the same flags.
     """
+    now, *smaller = settings
+
+    def changes(setting: Setting) -> str:
+        return " ".join(f"{flag} {value}" for flag, value in setting.flags.items() if value != now.flags[flag])
 
     def explain(available: int, doing: str) -> str:
-        flags = next((setting.flags for setting in smaller if setting.required() <= USABLE * available), "")
-        return shortage(work, Memory(now(), available), doing, flags)
+        fitting = next((setting for setting in smaller if setting.required() <= USABLE * available), now)
+        return shortage(work, Memory(now.required(), available), doing, changes(fitting))
 
-    return explaining_memory(explain, f"type {smaller[0].flags}" if smaller else "take a smaller model")
+    return explaining_memory(explain, f"type {changes(smaller[0])}" if smaller else "take a smaller model")

@@ -82,19 +82,19 @@ def test_without_memory_the_smallest_number_of_devices_that_fits_is_named(models
     def fail(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    def found(work, now, smaller):
-        sizes.update({"": now(), **{setting.flags: setting.required() for setting in smaller}})
-        return explaining(work, now, smaller)
+    def found(work, settings):
+        sizes.update({setting.flags["--fsdp"]: setting.required() for setting in settings})
+        return naming(work, settings)
 
-    sizes: dict[str, int] = {}
-    explaining = shortage.explaining_memory_of
-    monkeypatch.setattr(command, "explaining_memory_of", found)
-    monkeypatch.setattr(shortage, "available_memory", lambda device: sizes["--fsdp 4"] / shortage.USABLE)
+    sizes: dict[int, int] = {}
+    naming = shortage.naming_a_smaller_setting
+    monkeypatch.setattr(command, "naming_a_smaller_setting", found)
+    monkeypatch.setattr(shortage, "available_memory", lambda device: sizes[4] / shortage.USABLE)
     monkeypatch.setattr(Scorer, "score", fail)
     with pytest.raises(UserError, match=r"though scoring needs .* GiB: another .* or type --fsdp 4$"):
         command.main(["--model", str(models[0]), "--tasks", "lambada", "--data", str(data)])
-    assert list(sizes) == ["", "--fsdp 2", "--fsdp 4", "--fsdp 8"]
-    assert sizes[""] > sizes["--fsdp 2"] > sizes["--fsdp 4"] > sizes["--fsdp 8"]
+    assert list(sizes) == [1, 2, 4, 8]
+    assert sizes[1] > sizes[2] > sizes[4] > sizes[8]
 
 
 def test_differences_are_over_the_same_examples(models, data, tmp_path, capsys):

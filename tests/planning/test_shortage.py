@@ -11,7 +11,7 @@ import pytest
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB
 from gpt2_jax.planning import shortage
-from gpt2_jax.planning.shortage import Setting, explaining_memory, explaining_memory_of
+from gpt2_jax.planning.shortage import Setting, explaining_memory, naming_a_smaller_setting
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def unused():
     raise AssertionError("compiled without a need")
 
 
+SETTINGS = [Setting({"--fewer": fewer}, unused) for fewer in (16, 8)]
 HERE = "while in test_shortage.test_the_first_smaller_setting_that_fits_is_named"
 ERRORS = [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
 
@@ -31,13 +32,13 @@ ERRORS = [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of 
 @pytest.mark.parametrize(
     ("now", "sizes", "message"),
     [
-        (20, {"--fewer 8": 17, "--fewer 4": 14, "--fewer 2": None}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
+        (20, {8: 17, 4: 14, 2: None}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
         # A device's allocator does not fill its memory without gaps: 15.5 of 16 GiB are too much.
-        (20, {"--fewer 8": 15.5, "--fewer 4": 15}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
-        (20, {"--fewer 8": 18}, "work needs 20 of 16 GiB on cpu; no smaller setting fits; take a smaller model"),
+        (20, {8: 15.5, 4: 15}, "work needs 20 of 16 GiB on cpu; type --fewer 4"),
+        (20, {8: 18}, "work needs 20 of 16 GiB on cpu; no smaller setting fits; take a smaller model"),
         (
             10,
-            {"--fewer 8": 9, "--fewer 4": None},
+            {8: 9, 4: None},
             f"cpu had no memory left {HERE}, though work needs 10 of 16 GiB: another program may use it too; stop that "
             "program, or type --fewer 8",
         ),
@@ -50,28 +51,30 @@ ERRORS = [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of 
     ],
 )
 def test_the_first_smaller_setting_that_fits_is_named(error, now, sizes, message):
-    needs = {flags: unused if size is None else functools.partial(mul, size, GIB) for flags, size in sizes.items()}
-    smaller = [Setting(*setting) for setting in needs.items()]
-    with pytest.raises(UserError) as raised, explaining_memory_of("work", lambda: now * GIB, smaller):
+    settings = [
+        Setting({"--fewer": fewer}, unused if size is None else functools.partial(mul, size, GIB))
+        for fewer, size in [(16, now), *sizes.items()]
+    ]
+    with pytest.raises(UserError) as raised, naming_a_smaller_setting("work", settings):
         raise error
     assert str(raised.value) == message
     assert raised.value.__cause__ is error
 
 
 def test_another_error_passes():
-    with pytest.raises(ValueError, match="another"), explaining_memory_of("work", unused, []):
+    with pytest.raises(ValueError, match="another"), naming_a_smaller_setting("work", SETTINGS[:1]):
         raise ValueError("another")
 
 
-@pytest.mark.parametrize(("smaller", "advice"), [([Setting("--fewer 8", unused)], "type --fewer 8"), ([], "take a ")])
-def test_without_a_figure_or_with_several_processes_nothing_is_compiled(monkeypatch, smaller, advice):
+@pytest.mark.parametrize(("settings", "advice"), [(SETTINGS, "type --fewer 8"), (SETTINGS[:1], "take a ")])
+def test_without_a_figure_or_with_several_processes_nothing_is_compiled(monkeypatch, settings, advice):
     message = f"^cpu had no memory left while .*; {advice}"
     with monkeypatch.context() as patch:
         patch.setattr(shortage, "available_memory", lambda device: None)
-        with pytest.raises(UserError, match=message), explaining_memory_of("work", unused, smaller):
+        with pytest.raises(UserError, match=message), naming_a_smaller_setting("work", settings):
             raise MemoryError
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=message), explaining_memory_of("work", unused, smaller):
+    with pytest.raises(UserError, match=message), naming_a_smaller_setting("work", settings):
         raise MemoryError
 
 
