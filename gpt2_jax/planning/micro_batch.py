@@ -34,6 +34,7 @@ _ENOUGH_TOKENS, _ENOUGH_TOKENS_ON_CPU = 2**15, 2**12
 # 34 bytes per element for all, in 16 bits. Saved matmuls are q, k, v, two projections and the four of the MLP.
 _SAVED_ARRAYS = {"none": 17, "dots": 10, "full": 1}
 _SAVED_SCORES = 2.5  # arrays [heads, time, time] per sequence, by the same count, of attention that stores them
+_SAFE = 0.9  # of the memory: all that the last compilation may be expected to need, if nothing has fit before
 _FORMULA_OFF = 0.3  # of what a program requires: tests/planning/test_micro_batch.py
 _STATE = 12  # bytes per parameter: parameters and two moments
 _WORK = 8  # bytes per parameter: the gradient, and its sum over micro-batches
@@ -139,8 +140,9 @@ def largest_fit(
     measured = dict(known or {})
     compilations = 0
     while True:
-        best = _most_promising(sizes, formulas, measured, limit)
         found = [key for key, memory in measured.items() if memory.fits]
+        is_last = compilations == MAX_COMPILATIONS - 1 and not found
+        best = _most_promising(sizes, formulas, measured, int(_SAFE * limit) if is_last else limit)
         if best in measured or (compilations >= MAX_COMPILATIONS and found):
             break
         remat, size = best

@@ -105,8 +105,7 @@ def test_a_formula_that_is_off_costs_few_compilations(compiler):
                 larger = required(2 * found, remat)
                 largest.append(found == 32 or larger > micro_batch.USABLE * available)
             compilations.append(len(tried))
-    assert max(compilations) <= 4
-    assert np.mean(np.array(compilations) > micro_batch.MAX_COMPILATIONS) < 0.01
+    assert max(compilations) <= micro_batch.MAX_COMPILATIONS
     assert np.mean(compilations) < 1.6
     assert np.mean(largest) > 0.95
 
