@@ -170,8 +170,8 @@ class Ours:
 
         from gpt2_jax import runtime
         from gpt2_jax.compiler_options import compiler_options
-        from gpt2_jax.hardware import chip_of, hardware_of
-        from gpt2_jax.metrics import flops_per_token
+        from gpt2_jax.hardware import hardware_of
+        from gpt2_jax.metrics import flops_per_token, peak_flops
         from gpt2_jax.model import n_params
         from gpt2_jax.resolve import build_model, matmul_precision, resolve
         from gpt2_jax.sharding import batch_sharding, make_mesh, num_micro_batches
@@ -193,7 +193,6 @@ class Ours:
         self.batches = random_batches(config, micro_batches)
         self.sharding = batch_sharding(self.mesh, leading_axis=True)
         size = n_params(self.state.params, self.model.config)
-        chip = chip_of(self.device) if self.config.dtype != "float32" else None
         self.about = {
             "device": self.device.device_kind,
             "devices": self.mesh.size,
@@ -202,7 +201,7 @@ class Ours:
             "attention": self.model.config.attention,
             "parameters": size,
             "flops_per_token": flops_per_token(self.model.config, size),
-            "peak_flops": self.mesh.size * chip.flops if chip else None,
+            "peak_flops": peak_flops(list(self.mesh.devices.flat), self.config.dtype),
         }
 
     def updates(self, count: int) -> float:

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-# XLA has another code on CPU, "INTERNAL: … Out of memory allocating 8 bytes", and CUDA's CUBLAS_STATUS_ALLOC_FAILED.
+# XLA says RESOURCE_EXHAUSTED, on CPU "INTERNAL: … Out of memory allocating 8 bytes", cuBLAS CUBLAS_STATUS_ALLOC_FAILED.
 _NO_MEMORY = re.compile(r"out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED.*(memory|HBM)", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -41,6 +41,15 @@ def flops_per_token(config: GPT2Config, n_params: int) -> int:
     return 6 * matmul_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
+def peak_flops(devices: Sequence[jax.Device], dtype: str) -> float | None:
+    """FLOP/s of devices together, at the peak of their matmuls; None for float32 and for unknown chips.
+
+    Known peaks are for bfloat16 and float16, which are equally fast.
+    """
+    chip = chip_of(devices[0]) if dtype != "float32" else None
+    return chip.flops * len(devices) if chip else None
+
+
 class Throughput(NamedTuple):
     """Speed of training. `mfu` is None where the chip's peak is unknown."""
 
@@ -54,13 +63,12 @@ class ThroughputMeter:
     Args:
         flops_per_token: model FLOPs.
         devices: all devices of the mesh.
-        dtype: the dtype of matmuls. Known peaks are for bfloat16 and float16, which are equally fast.
+        dtype: the dtype of matmuls.
     """
 
     def __init__(self, flops_per_token: int, devices: list[jax.Device], dtype: str) -> None:
         self._flops = flops_per_token
-        chip = chip_of(devices[0]) if dtype != "float32" else None
-        self._peak = chip.flops * len(devices) if chip else None
+        self._peak = peak_flops(devices, dtype)
         self._since: float | None = None
         self._tokens = 0
 

@@ -13,7 +13,7 @@ from gpt2_jax.config import Dtype, TrainConfig
 from gpt2_jax.hardware import Hardware, Platform
 from gpt2_jax.model import GPT2
 
-# MI100, MI200, MI300, MI350, and RX 7000 and 9000. Left out: gfx90c, a graphics unit beside a CPU.
+# With MFMA or WMMA instructions: MI100, MI200, MI300, MI350, and RX 7000 and 9000.
 _AMD_MATRIX_UNITS = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 

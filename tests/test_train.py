@@ -31,11 +31,12 @@ from gpt2_jax.config.toml import read_config, to_toml
 from gpt2_jax.convert import convert
 from gpt2_jax.data import open_data
 from gpt2_jax.data.pipeline import eval_batches
+from gpt2_jax.display import duration
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import open_model
-from gpt2_jax.metrics import read_rows
+from gpt2_jax.metrics import flops_per_token, read_rows
 from gpt2_jax.model import GPT2
-from gpt2_jax.run import goodput, reporting
+from gpt2_jax.run import goodput, reporting, summary
 from gpt2_jax.run.directory import open_directory
 from gpt2_jax.run.initial import keep_initial_tokenizer
 from gpt2_jax.run.reporting import Reporter
@@ -406,10 +407,19 @@ def test_a_shortened_run_goes_on_with_its_schedule(tiny_run, tmp_path, capsys):
     assert list(rows(tmp_path / "run", "loss")) == list(range(1, 9))
 
 
-def test_an_accelerator_says_once_how_much_memory_an_update_took(tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_known_accelerator_says_the_least_time_and_once_the_memory_of_an_update(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(reporting, "peak_memory", lambda device: (3 << 30, 15 << 30))
+    monkeypatch.setattr(summary, "peak_flops", lambda devices, dtype: 1e5)
     assert run_here([*tiny_run, "--out", tmp_path / "run", "--steps", 2]) == 0
-    assert capsys.readouterr().out.count("memory    3 of 15 GiB for an update\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("memory    3 of 15 GiB for an update\n") == 1
+    config = read_config(str(tmp_path / "run" / "config.toml"))
+    size = int(re.search(r"^model     ([\d,]+) parameters", printed, re.MULTILINE)[1].replace(",", ""))
+    tokens = 2 * config.batch_size * config.model.block_size
+    least = duration(tokens * flops_per_token(config.model, size) / 1e5)
+    assert f"2 updates, {tokens:,} tokens, at least {least} at the chips' peak\n" in printed
 
 
 # --- what is refused -----------------------------------------------------------------------------------

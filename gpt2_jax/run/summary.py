@@ -16,6 +16,8 @@ from gpt2_jax.compiler_options import Options
 from gpt2_jax.config import TrainConfig
 from gpt2_jax.data import Data
 from gpt2_jax.data.corpus import STDLIB
+from gpt2_jax.display import duration
+from gpt2_jax.metrics import flops_per_token, peak_flops
 from gpt2_jax.model import Params, n_params
 from gpt2_jax.optimizer import decay_mask
 from gpt2_jax.run.goodput import describe_goodput, goodput, read_processes
@@ -55,6 +57,8 @@ def banner(
         for leaf, decays in zip(*map(jax.tree.leaves, (params, decay_mask(params))), strict=True)
         if not decays
     )
+    peak = peak_flops(list(mesh.devices.flat), config.dtype)
+    least = f", at least {duration(tokens * flops_per_token(model, size) / peak)} at the chips' peak" if peak else ""
     count = num_micro_batches(config.batch_size, config.micro_batch_limit, mesh)
     batch = (
         f"{config.batch_size} sequences = {config.batch_size * model.block_size:,} tokens per update "
@@ -72,7 +76,7 @@ def banner(
         "data": f"{data.train_tokens:,} training and {data.val.n_tokens:,} validation tokens ({config.data.tokenizer})",
         "batch": ramp + batch,
         **({"memory": f"{fit}, with remat {model.remat}"} if fit else {}),
-        "run": f"{out}, {config.steps:,} updates, {tokens:,} tokens"
+        "run": f"{out}, {config.steps:,} updates, {tokens:,} tokens{least}"
         + (f", from {config.init_from}" if config.init_from else "")
         + (f", resumed after update {start:,}" if start else ""),
     }
